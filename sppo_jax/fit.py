@@ -1,0 +1,244 @@
+"""Stage 5: reference log-probs once, then the optax loop that minimises the regression; resumable at any update."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from sppo_jax import losses, sharding
+from sppo_jax.checkpoint import Checkpoints
+from sppo_jax.config import Fit
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.metrics import Metrics
+from sppo_jax.models import hf
+from sppo_jax.models.logprob import response_logprob
+from sppo_jax.models.transformer import Architecture, Transformer
+from sppo_jax.optim import make_optimizer, schedule
+
+Batch = dict[str, Any]  # arrays of sppo_jax.dataset
+Batches = Any  # a random-access dataset: len, and [step] -> Batch
+Loss = Callable[[Float[Array, "G R"], Batch], Float[Array, ""]]
+
+STEP_ZERO_TOLERANCE = 1e-3  # nats; on the CPU the log-ratio at step 0 is exactly 0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that resuming needs; the step is also the data position."""
+
+    step: Any  # updates done, int32 scalar
+    params: Any  # float32 masters
+    opt_state: Any
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, graph: Any, optimizer: optax.GradientTransformation, loss: Loss
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update: (state, batch) -> (state, metrics). Pure; G prompts, R responses each."""
+
+    def objective(params: Any) -> tuple[Array, Array]:
+        logprob_GR = batch_logprob(params, batch, graph=graph)
+        return loss(logprob_GR, batch), logprob_GR
+
+    (value, logprob_GR), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ratio_GR, real_G = losses.log_ratio(logprob_GR, batch["ref_logprob"]), batch["real"]
+    margin_G = ratio_GR[:, 0] - ratio_GR[:, -1]
+    metrics = {
+        "loss": value,
+        "log_ratio_chosen": jnp.mean(ratio_GR[:, 0], where=real_G),
+        "log_ratio_rejected": jnp.mean(ratio_GR[:, -1], where=real_G),
+        "margin": jnp.mean(margin_G, where=real_G),
+        "accuracy": jnp.mean(margin_G > 0, where=real_G),
+        "max_log_ratio": jnp.max(jnp.abs(ratio_GR), where=real_G[:, None], initial=0.0),
+        "grad_norm": optax.global_norm(grads),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def batch_logprob(params: Any, batch: Batch, *, graph: Any) -> Float[Array, "G R"]:
+    """log pi(y|x) of every response of a batch: the same forward for reference, training and probes."""
+    groups, r, width = batch["tokens"].shape
+    logprob_B = response_logprob(
+        nnx.merge(graph, params),
+        batch["tokens"].reshape(groups * r, width),
+        jnp.repeat(batch["prompt_length"], r),
+        batch["length"].reshape(-1),
+    )
+    return logprob_B.reshape(groups, r)
+
+
+@functools.lru_cache(maxsize=8)
+def make_loss(fit: Fit) -> Loss:
+    """`fit.loss` as a function of policy log-probs [G, R] and the batch."""
+    eta = fit.eta
+    table: dict[str, Loss] = {
+        "sppo": lambda logprob, b: losses.sppo_loss(
+            logprob, b["ref_logprob"], b["win_rate"],
+            eta=eta, baseline=b["baseline"][:, None], where=b["real"][:, None],
+        ),
+        "sppo_single": lambda logprob, b: losses.sppo_single_loss(
+            logprob, b["ref_logprob"], b["probability"], eta=eta, where=b["real"]
+        ),
+        "sppo_hard": lambda logprob, b: losses.sppo_hard_loss(
+            logprob, b["ref_logprob"], eta=eta, where=b["real"]
+        ),
+        "dpo": lambda logprob, b: losses.dpo_loss(logprob, b["ref_logprob"], eta=eta, where=b["real"]),
+        "ipo": lambda logprob, b: losses.ipo_loss(logprob, b["ref_logprob"], eta=eta, where=b["real"]),
+    }  # fmt: skip
+    return table[fit.loss]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The jitted functions of one (architecture, dtype, mesh, optimizer, loss), with every output's sharding said."""
+
+    graph: Any
+    shardings: TrainState  # of a TrainState
+    init_optimizer: Callable[[Any], Any]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+    logprob: Callable[[Any, Batch], Array]
+
+
+@functools.lru_cache(maxsize=4)
+def make_programs(
+    architecture: Architecture, compute_dtype: Any, mesh: Mesh, fit: Fit, steps_per_epoch: int
+) -> Programs:
+    """Cached, so that iterations of equal shapes compile once."""
+    optimizer, loss = make_optimizer(fit, steps_per_epoch), make_loss(fit)
+    graph, params = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh)), compute_dtype))
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
+    replicated = sharding.named("", mesh)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, placed: placed,
+        jax.eval_shape(optimizer.init, params),
+        param_shardings,
+        transform_non_params=lambda _: replicated,
+    )
+    shardings = TrainState(replicated, param_shardings, opt_shardings)
+    return Programs(
+        graph,
+        shardings,
+        jax.jit(optimizer.init, out_shardings=opt_shardings),
+        jax.jit(
+            functools.partial(train_step, graph=graph, optimizer=optimizer, loss=loss),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
+        ),
+        jax.jit(functools.partial(batch_logprob, graph=graph), out_shardings=sharding.named("BK", mesh)),
+    )
+
+
+def logprobs(model: Transformer, batches: Batches, count: int, programs: Programs, mesh: Mesh) -> np.ndarray:
+    """log pi(y|x) of `count` pairs' responses [count, R], from one pass over `batches`' first epoch."""
+    _, params = nnx.split(model)
+    out: np.ndarray | None = None
+    for step in range(-(-count // len(batches[0]["row"]))):
+        batch = batches[step]
+        values = np.asarray(programs.logprob(params, place(batch, mesh)))
+        if out is None:
+            out = np.full((count, values.shape[1]), np.nan)
+        out[batch["row"][batch["real"]]] = values[batch["real"]]
+    assert out is not None
+    assert np.isfinite(out).all(), "a pair was left out of the first epoch"
+    return out
+
+
+def fit(
+    model: Transformer,
+    batches: Batches,
+    stream: Callable[[int], Any],
+    *,
+    settings: Fit,
+    programs: Programs,
+    steps_per_epoch: int,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    iteration: int,
+    log_every: int,
+    metrics: Metrics,
+) -> Transformer:
+    """Train over `batches`, from the last checkpoint on if there is one, and return the new policy.
+
+    `stream(step)` iterates over the batches from `step` on. `model`'s arrays are given up to the optimiser.
+    Raises BadInput when the loss stops being finite; the last checkpoint then is from before that.
+    """
+    total, rate = len(batches), schedule(settings, steps_per_epoch)
+    _, params = nnx.split(model)
+    state = TrainState(
+        jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
+    )
+    start = checkpoints.latest() or 0
+    if start:
+        state = checkpoints.restore(start, state)
+        metrics.say(f"iteration {iteration} fit: resumes at update {start} of {total}")
+    else:
+        whole, first = expected_initial_loss(batches, steps_per_epoch, settings)
+        metrics.say(
+            f"iteration {iteration} fit: expected initial loss {whole:.6g} (mean target^2); first batch {first:.6g}"
+            if settings.loss.startswith("sppo")
+            else f"iteration {iteration} fit: expected initial loss {whole:.6g} (log-ratios 0)"
+        )
+    with metrics.progress(f"iteration {iteration} fit", total - start, "updates") as advance:
+        for step, batch in zip(range(start, total), stream(start), strict=True):
+            state, scalars = programs.step(state, place(batch, mesh))
+            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            _check(step, values, iteration)
+            if step == 0:
+                metrics.say(f"iteration {iteration} fit: step 0 loss {values['loss']:.6g}, log-ratio 0")
+            if step % log_every == 0 or step + 1 == total:
+                metrics.scalars(iteration, "fit", step, learning_rate=float(rate(step)), **values)
+            advance(1, loss=values["loss"], margin=values["margin"])
+            stopping = metrics.stop_requested and step + 1 < total
+            if stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
+                checkpoints.save(step + 1, state)
+            if stopping:
+                checkpoints.wait()
+                raise Terminated
+    checkpoints.wait()
+    checkpoints.keep_only(total)
+    return nnx.merge(programs.graph, state.params)
+
+
+def expected_initial_loss(batches: Batches, steps_per_epoch: int, settings: Fit) -> tuple[float, float]:
+    """The loss where every log-ratio is 0 (SPPO: mean target^2), over the first epoch and in its first batch."""
+    loss = make_loss(settings)
+    values, weights = [], []
+    for step in range(steps_per_epoch):
+        batch = batches[step]
+        values.append(float(loss(jnp.asarray(batch["ref_logprob"]), batch)))
+        weights.append(int(batch["real"].sum()))
+    return float(np.average(values, weights=weights)), values[0]
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch onto the mesh, prompts over its batch axes."""
+    letters = {1: "B", 2: "BK", 3: "BKT"}
+    return {
+        name: jax.device_put(x, sharding.named(letters[np.ndim(x)], mesh))
+        for name, x in batch.items()
+        if name != "row"
+    }
+
+
+def _check(step: int, values: dict[str, float], iteration: int) -> None:
+    if not all(np.isfinite([values["loss"], values["grad_norm"]])):
+        raise BadInput(
+            f"iteration {iteration}: the loss is {values['loss']} with gradient norm {values['grad_norm']} at update "
+            f"{step}; lower fit.learning_rate or set fit.max_grad_norm, and start in a new --out"
+        )
+    if step == 0 and values["max_log_ratio"] > STEP_ZERO_TOLERANCE:
+        raise RuntimeError(f"log-ratio at step 0 is {values['max_log_ratio']}: reference and policy differ")

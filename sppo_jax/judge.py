@@ -1,0 +1,125 @@
+"""Stage 2: responses → every ordered pair compared → K x K probabilities and win rates, shard by shard on disk."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sppo_jax import config as configuration
+from sppo_jax import pairrm, preferences, records, tiny
+from sppo_jax.errors import BadInput
+from sppo_jax.metrics import Metrics
+from sppo_jax.records import Preferences, Responses
+from sppo_jax.rundir import RunDir, replacing, shard_ranges
+
+
+class Judge(Protocol):
+    """Anything that compares: an object with these two is a backend."""
+
+    @property
+    def identity(self) -> str:
+        """What the scores depend on, as a hash or a name."""
+        ...
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Logits [n, K, K]: response i, shown first, beats j. `on_progress(done, total)` counts ordered pairs."""
+        ...
+
+
+def open_judge(judge: configuration.Judge) -> Judge:
+    """The judge that the configuration names. PairRM starts in its own process and loads meanwhile."""
+    if ":" in judge.backend:
+        return from_attribute("judge.backend", judge.backend)
+    if judge.backend not in pairrm.BACKENDS:
+        known = ", ".join(pairrm.BACKENDS)
+        raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
+    return pairrm.load(tiny.resolve(judge.path), judge.backend)
+
+
+def from_attribute(key: str, name: str) -> Judge:
+    """Call the factory `module:attribute` without arguments; what it returns is a judge."""
+    module, _, attribute = name.partition(":")
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"{key}={name}: {error}") from None
+    if not hasattr(made, "compare") or not hasattr(made, "identity"):
+        raise BadInput(f"{key}={name}: what it makes has no compare and identity")
+    return made
+
+
+def prefer(
+    responses: Sequence[Responses],
+    judge: Judge,
+    settings: configuration.Judge,
+    as_shown: Callable[[str], str],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Preferences]:
+    """Judge all ordered pairs of every prompt's K responses. `as_shown` maps an instruction to what the judge reads."""
+    logits = judge.compare(
+        [as_shown(r.prompt) for r in responses], [r.responses for r in responses], on_progress
+    )
+    p = preferences.probability_matrix(logits, settings.estimator, sharpness=settings.sharpness)
+    rates = preferences.win_rates(p, leave_one_out=settings.estimator == "pairwise_loo")
+    return [
+        Preferences(r.prompt_id, logits[i].tolist(), p[i].tolist(), rates[i].tolist(), settings.estimator)
+        for i, r in enumerate(responses)
+    ]
+
+
+def judge_all(
+    responses: Sequence[Responses],
+    judge: Judge,
+    settings: configuration.Judge,
+    as_shown: Callable[[str], str],
+    *,
+    run: RunDir,
+    iteration: int,
+    shard_prompts: int,
+    made_from: dict[str, str],
+    metrics: Metrics,
+) -> list[Preferences]:
+    """Preferences for every prompt, in order; as in stage 1, shards on disk are read and the others made."""
+    ranges = shard_ranges(len(responses), shard_prompts)
+    paths = [run.shard(iteration, "preferences", i, len(ranges)) for i in range(len(ranges))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    k = len(responses[0].responses)
+    pairs = sum(len(ranges[i]) for i in missing) * k * (k - 1)
+    if missing:
+        with metrics.progress(f"iteration {iteration} judge", pairs, "pairs") as advance:
+            for i in missing:
+                metrics.poll()
+                before = 0
+
+                def on_progress(done: int, _total: int) -> None:
+                    nonlocal before
+                    advance(done - before)
+                    before = done
+
+                shard = [responses[n] for n in ranges[i]]
+                rows = prefer(shard, judge, settings, as_shown, on_progress)
+                on_progress(len(shard) * k * (k - 1), 0)
+                _write(paths[i], rows, made_from)
+    found = [row for path in paths for row in records.read(path, Preferences, made_from)]
+    if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:
+        raise BadInput(f"{paths[0].parent}: judged other prompts than were answered; delete it and run again")
+    metrics.scalars(iteration, "judge", 0, **_diagnostics(responses, found))
+    return found
+
+
+def _write(path: Path, rows: list[Preferences], made_from: dict[str, str]) -> None:
+    with replacing(path) as part:
+        records.write(part, Preferences, rows, made_from)
+
+
+def _diagnostics(responses: Sequence[Responses], found: Sequence[Preferences]) -> dict[str, float]:
+    lengths = [[len(ids) for ids in row.response_ids] for row in responses]
+    logits = records.square([row.logits for row in found])
+    return preferences.diagnostics(logits, records.square([row.probability for row in found]), lengths)

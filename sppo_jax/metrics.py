@@ -1,0 +1,149 @@
+"""Scalars to metrics.jsonl and TensorBoard, and progress to the terminal (a bar) or to a log (plain lines)."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sppo_jax.errors import Terminated
+from sppo_jax.rundir import RunDir
+
+PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
+
+
+class Metrics:
+    """Where a run tells what it does. Close it, or use it as a context manager."""
+
+    def __init__(self, run: RunDir):
+        from tensorboard.summary import DirectoryOutput, Writer
+
+        self._file = run.metrics.open("a", encoding="utf-8")
+        self._events = Writer(DirectoryOutput(str(run.tensorboard)))
+        # A pipe or file has no width of its own: don't fold log lines at 80 columns.
+        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._stop = False
+
+    def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
+        """One line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
+        now = time.time()
+        line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
+        self._file.write(json.dumps(_finite(line)) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate."""
+        with (self._bar if self._console.is_terminal else self._lines)(label, total, unit) as advance:
+            yield advance
+
+    @contextlib.contextmanager
+    def _lines(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        start = shown = time.monotonic()
+        done = 0
+
+        def advance(n: int = 1, **facts: Any) -> None:
+            nonlocal done, shown
+            done += n
+            now = time.monotonic()
+            if done < total and now - shown < PLAIN_SECONDS:
+                return
+            shown = now
+            rate = done / max(now - start, 1e-9)
+            left = f", {_clock((total - done) / rate)} left" if done < total else f" in {_clock(now - start)}"
+            self.say(f"{label}: {done}/{total} {unit}, {rate:.1f}/s{left}{_shown(facts)}")
+
+        yield advance
+
+    @contextlib.contextmanager
+    def _bar(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[facts]}"),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(label, total=total, rate="", facts="")
+            start, done = time.monotonic(), 0
+
+            def advance(n: int = 1, **facts: Any) -> None:
+                nonlocal done
+                done += n
+                rate = f"{done / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
+                bar.update(task, advance=n, rate=rate, facts=_shown(facts).removeprefix(", "))
+
+            yield advance
+
+    @contextlib.contextmanager
+    def stopping_on_sigterm(self) -> Iterator[None]:
+        """Turn SIGTERM into a request that `poll` raises at the next safe place."""
+
+        def request(_signal: int, _frame: FrameType | None) -> None:
+            self._stop = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def poll(self) -> None:
+        if self._stop:
+            raise Terminated
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+        sys.stdout.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(run: RunDir) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, the last one of each (iteration, stage, step); a line cut by a crash is left out."""
+    lines: dict[tuple[int, str, int], dict[str, Any]] = {}
+    if run.metrics.exists():
+        for text in run.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                lines[line["iteration"], line["stage"], line["step"]] = line
+    return sorted(lines.values(), key=lambda line: (line["iteration"], line["stage"], line["step"]))
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _shown(facts: dict[str, Any]) -> str:
+    return "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in facts.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

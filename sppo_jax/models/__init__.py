@@ -1,0 +1,6 @@
+"""The policy's network and its Hugging Face form."""
+
+from sppo_jax.models.hf import load, save
+from sppo_jax.models.transformer import Architecture, Transformer
+
+__all__ = ["Architecture", "Transformer", "load", "save"]

@@ -1,0 +1,37 @@
+"""Attention of one layer over explicit masks: where the kernel is chosen."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attend(
+    q_BTHC: Float[Array, "B T H C"],
+    k_BSNC: Float[Array, "B S N C"],
+    v_BSNC: Float[Array, "B S N C"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T H C"]:
+    """Grouped-query attention, scores scaled by 1/sqrt(C), softmax in float32.
+
+    A query that may see no key gets a finite value of no meaning: padding positions are such queries.
+    """
+    return jax.nn.dot_product_attention(q_BTHC, k_BSNC, v_BSNC, mask=mask_BTS[:, None], implementation="xla")
+
+
+def causal_mask(valid_BT: Bool[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
+    """May query t see key s: s is real, not later than t, and fewer than `window` places before it."""
+    place = jnp.arange(valid_BT.shape[1])
+    distance_TS = place[:, None] - place[None, :]
+    seen_TS = distance_TS >= 0
+    if window is not None:
+        seen_TS &= distance_TS < window
+    return seen_TS[None] & valid_BT[:, None, :]
+
+
+def cache_mask(position_B: Int[Array, " B"], size: int, window: int | None) -> Bool[Array, "B 1 S"]:
+    """The same for one query per row at `position_B`, over a cache whose column is the position."""
+    distance_BS = position_B[:, None] - jnp.arange(size)[None, :]
+    seen_BS = distance_BS >= 0
+    if window is not None:
+        seen_BS &= distance_BS < window
+    return seen_BS[:, None, :]

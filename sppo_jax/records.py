@@ -1,0 +1,149 @@
+"""What crosses a stage boundary, and its parquet form: Prompt, Responses, Preferences, Pair."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sppo_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An instruction and its token ids with the chat template, generation header included."""
+
+    text: str
+    ids: list[int]
+
+    @property
+    def prompt_id(self) -> int:
+        return prompt_id(self.text)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """K responses to one prompt. `response_ids` are the ids sampled, with the end of sequence if it was."""
+
+    prompt_id: int
+    prompt: str
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    responses: list[str]
+    finish_reason: list[str]  # stop: ended by itself; length: cut at max_new_tokens
+    logprobs: list[float]  # sums over the response at temperature 1, nats
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The judge's view of one prompt's K responses, in their order."""
+
+    prompt_id: int
+    logits: list[list[float]]  # [i][j]: i shown first against j
+    probability: list[list[float]]  # P(i > j)
+    win_rate: list[float]
+    estimator: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one prompt gives to training: R responses, best first, worst last (R is 2, or K for select=all).
+
+    The first five columns are the interchange of the official code.
+    """
+
+    chosen: list[dict[str, str]]
+    rejected: list[dict[str, str]]
+    chosen_probs: float  # P(chosen > rejected)
+    chosen_probs_win: float  # win rate of the chosen
+    chosen_probs_lose: float  # win rate of the rejected
+    prompt_id: int
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    win_rate: list[float]
+    baseline: float  # win rate that the loss leaves alone: 1/2, or the prompt's log Z / eta
+    target: list[float]  # eta (win_rate - baseline): where the log-ratio should go, nats
+    ref_logprob: list[float]  # log pi_t(y|x), nats
+
+
+_message = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
+_ids, _doubles = pa.list_(pa.int32()), pa.list_(pa.float64())
+SCHEMAS: dict[type, pa.Schema] = {
+    Responses: pa.schema(
+        [
+            ("prompt_id", pa.int64()),
+            ("prompt", pa.string()),
+            ("prompt_ids", _ids),
+            ("response_ids", pa.list_(_ids)),
+            ("responses", pa.list_(pa.string())),
+            ("finish_reason", pa.list_(pa.string())),
+            ("logprobs", _doubles),
+        ]
+    ),
+    Preferences: pa.schema(
+        [
+            ("prompt_id", pa.int64()),
+            ("logits", pa.list_(_doubles)),
+            ("probability", pa.list_(_doubles)),
+            ("win_rate", _doubles),
+            ("estimator", pa.string()),
+        ]
+    ),
+    Pair: pa.schema(
+        [
+            ("chosen", _message),
+            ("rejected", _message),
+            ("chosen_probs", pa.float64()),
+            ("chosen_probs_win", pa.float64()),
+            ("chosen_probs_lose", pa.float64()),
+            ("prompt_id", pa.int64()),
+            ("prompt_ids", _ids),
+            ("response_ids", pa.list_(_ids)),
+            ("win_rate", _doubles),
+            ("baseline", pa.float64()),
+            ("target", _doubles),
+            ("ref_logprob", _doubles),
+        ]
+    ),
+}
+Record = TypeVar("Record", Responses, Preferences, Pair)
+
+
+def prompt_id(text: str) -> int:
+    """63 bits of the text's sha256: an identity that no order, file or batch changes."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
+
+
+def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
+    """Write rows as parquet, with what they were made from in the file's metadata."""
+    schema = SCHEMAS[kind].with_metadata({"made_from": json.dumps(made_from, sort_keys=True)})
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}
+    pq.write_table(pa.table(columns, schema=schema), path)
+
+
+def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
+    """Rows of a file. Raises BadInput if it is damaged, or made from something else than `made_from`."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path}: damaged ({reason}); delete it and run again to make it anew") from None
+    if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
+        raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
+    if made_from is not None:
+        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
+        if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
+            raise BadInput(
+                f"{path}: was made with another {' and '.join(other)}; choose another --out, or delete it"
+            )
+    return [kind(**row) for row in table.to_pylist()]
+
+
+def square(rows: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
+    """[n, K, K] float64 from nested lists."""
+    return np.asarray(rows, np.float64)

@@ -1,0 +1,102 @@
+"""The loop: the algorithm box of arXiv:2405.00675, stage by stage, each skipped when its output is complete."""
+
+from sppo_jax import checkpoint, dataset, export, fit, heldout, judge, pairs, records, report, respond, rundir
+from sppo_jax.errors import BadInput
+from sppo_jax.models import Transformer
+from sppo_jax.records import Pair, Preferences, Responses
+from sppo_jax.session import Session
+
+
+def play(session: Session) -> None:
+    """pi_1 is the base; iteration t turns pi_t, its reference, into pi_{t+1}. Then the report and a table."""
+    run = session.run
+    for t in range(1, session.config.iterations + 1):
+        if not run.evaluation(t).exists():
+            iterate(session, t)
+            report.write(run)
+    session.metrics.say(report.table(run))
+    session.metrics.say(f"report: {run.report}")
+
+
+def iterate(session: Session, t: int) -> None:
+    """One iteration: sample, judge, regress, export, measure."""
+    made_from = session.made_from(t - 1, f"prompts_{t}")
+    heldout.answer(session, t - 1)
+
+    # y_1 .. y_K ~ pi_t(.|x), for every prompt x of the iteration
+    responses = respond.respond(
+        session.sets.train[t - 1],
+        lambda: session.sampler(t - 1),
+        run=session.run,
+        iteration=t,
+        seed=session.config.seed,
+        shard_prompts=session.config.sampling.shard_prompts,
+        made_from=made_from,
+        metrics=session.metrics,
+    )
+    # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
+    preferences = judge.judge_all(
+        responses,
+        session.judge,
+        session.config.judge,
+        session.as_judged,
+        run=session.run,
+        iteration=t,
+        shard_prompts=session.config.sampling.shard_prompts,
+        made_from=made_from,
+        metrics=session.metrics,
+    )
+    # the responses kept, with their targets eta (P - 1/2) and log pi_t(y|x)
+    trained_on = _pairs(session, t, responses, preferences, made_from)
+    probed = heldout.probe(session, t)
+
+    # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
+    session.put_policy(t, _fit(session, t, trained_on))
+    if not session.run.export(t).exists():
+        export.export(session.policy(t), session.base, session.run.export(t))
+
+    heldout.answer(session, t)
+    heldout.measure(session, t, probed)
+
+
+def _pairs(
+    session: Session,
+    t: int,
+    responses: list[Responses],
+    preferences: list[Preferences],
+    made_from: dict[str, str],
+) -> list[Pair]:
+    """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable."""
+    path, c, metrics = session.run.pairs(t), session.config, session.metrics
+    if not path.exists():
+        metrics.poll()
+        selected, counts = pairs.select(
+            responses, preferences, how=c.pairs.select, eta=c.fit.eta, baseline=c.fit.baseline
+        )
+        metrics.say(f"iteration {t} pairs: " + ", ".join(f"{k} {n}" for k, n in sorted(counts.items())))
+        metrics.scalars(t, "pairs", 0, **{name: float(n) for name, n in counts.items()})
+        if not selected:
+            raise BadInput(f"iteration {t}: no prompt has a preferred response; is sampling.temperature 0?")
+        filled = pairs.with_reference(selected, session.logprobs(t - 1, selected, t))
+        with rundir.replacing(path) as part:
+            records.write(part, Pair, filled, made_from)
+    return records.read(path, Pair, made_from)
+
+
+def _fit(session: Session, t: int, trained_on: list[Pair]) -> Transformer:
+    settings, batches = session.config.fit, session.batches(trained_on, t)
+    steps = dataset.steps_per_epoch(trained_on, settings.global_batch)
+    with checkpoint.Checkpoints(session.run.checkpoints(t)) as checkpoints:
+        return fit.fit(
+            session.take_policy(t - 1),
+            batches,
+            lambda step: dataset.from_step(batches, step),
+            settings=settings,
+            programs=session.programs(steps),
+            steps_per_epoch=steps,
+            mesh=session.mesh,
+            checkpoints=checkpoints,
+            iteration=t,
+            log_every=session.config.log.every,
+            metrics=session.metrics,
+        )

@@ -1,0 +1,183 @@
+"""What the stages of one run share: inputs opened once, the policy in memory, its sampler and training programs."""
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sppo_jax import config as configuration
+from sppo_jax import dataset, fit, judge, prompts, rundir, sharding, tiny, tokens
+from sppo_jax.config import Config
+from sppo_jax.errors import BadInput
+from sppo_jax.metrics import Metrics
+from sppo_jax.models import Transformer, hf
+from sppo_jax.records import Pair, Prompt
+from sppo_jax.rundir import BASE, RunDir
+from sppo_jax.sampler import Sampler
+
+PACKAGES = (
+    "sppo_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "torch",
+    "transformers",
+)
+
+
+class Session:
+    """One run's inputs and its policy. At any time one policy is in memory: the one last asked for."""
+
+    def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge_: judge.Judge):
+        """Open every input, so that what is wrong with one of them is known before anything is computed."""
+        self.config, self.run, self.metrics, self.judge = config, run, metrics, judge_
+        self.oracle = judge.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self._check_batch()
+        self.base = tiny.resolve(config.model.path)
+        self.architecture = hf.read_architecture(self.base)
+        self.tokenizer = tokens.load_tokenizer(self.base)
+        self.eos = tokens.eos_ids(self.base, self.tokenizer)
+        self.compute_dtype = self._compute_dtype()
+        self._policy: tuple[int, Transformer] | None = None
+        self._sampler: Sampler | None = None
+        self.sets = prompts.load(config, self.tokenizer)
+        self.policy(BASE)
+        self.inputs = self._inputs()
+        self._hashes = {BASE: self.inputs["base_weights"]}
+
+    def policy(self, t: int) -> Transformer:
+        """The policy after iteration t, float32 masters. Exports are float32 too, so a resumed run loses nothing."""
+        if self._policy is None or self._policy[0] != t:
+            source = self.base if t == BASE else self.run.export(t)
+            self._policy = self._sampler = None  # free the other one first
+            self.put_policy(t, hf.load(source, mesh=self.mesh, dtype=self.compute_dtype))
+        assert self._policy is not None
+        return self._policy[1]
+
+    def take_policy(self, t: int) -> Transformer:
+        """The same, given up by the session: training consumes its arrays."""
+        policy = self.policy(t)
+        self._policy = self._sampler = None
+        return policy
+
+    def put_policy(self, t: int, policy: Transformer) -> None:
+        self._policy, self._sampler = (t, policy), None
+
+    def sampler(self, t: int) -> Sampler:
+        policy = self.policy(t)
+        if self._sampler is None:
+            self._sampler = Sampler(policy, self.tokenizer, self.config.sampling, self.mesh, eos=self.eos)
+        return self._sampler
+
+    def programs(self, steps_per_epoch: int) -> fit.Programs:
+        return fit.make_programs(
+            self.architecture, self.compute_dtype, self.mesh, self.config.fit, steps_per_epoch
+        )
+
+    def batches(self, pairs: Sequence[Pair], t: int) -> Any:
+        c = self.config
+        return dataset.batches(
+            pairs, global_batch=c.fit.global_batch, epochs=c.fit.epochs, seed=c.seed, iteration=t
+        )
+
+    def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
+        """log pi(y|x) [n, R] under the policy after iteration t, in `iteration`'s batches and by training's forward."""
+        steps = dataset.steps_per_epoch(pairs, self.config.fit.global_batch)
+        batches = self.batches(pairs, iteration)
+        return fit.logprobs(self.policy(t), batches, len(pairs), self.programs(steps), self.mesh)
+
+    def as_judged(self, text: str) -> str:
+        """An instruction as the judge reads it."""
+        return tokens.chat_text(self.tokenizer, text) if self.config.judge.prompt == "chat" else text
+
+    def made_from(self, t: int, prompts: str) -> dict[str, str]:
+        """What a file is made from: the policy after iteration t, and `prompts` as the manifest names them."""
+        if t not in self._hashes:
+            self._hashes[t] = rundir.sha256(hf.weight_files(self.run.export(t)))
+        return {
+            "policy": self._hashes[t],
+            "judge": self.inputs["judge"],
+            "prompts": self.inputs[prompts],
+            "configuration": self._configuration(),
+        }
+
+    def write_manifest(self) -> None:
+        """What the run is made of. Raises BadInput if OUT was begun with other files."""
+        if self.run.manifest.exists():
+            before = json.loads(self.run.manifest.read_text(encoding="utf-8"))["sha256"]
+            other = sorted(name for name in before if self.inputs.get(name, before[name]) != before[name])
+            if other:
+                shown = ", ".join(other)
+                raise BadInput(
+                    f"--out {self.config.out}: {shown} differ from when it was begun; choose another --out"
+                )
+        devices = [str(device) for device in self.mesh.devices.flat]
+        manifest = {
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "devices": {
+                "platform": sharding.platform(self.mesh),
+                "names": devices,
+                "mesh": dict(self.mesh.shape),
+            },
+            "seed": self.config.seed,
+            "sha256": self.inputs,
+            "prompts": self.sets.counts,
+        }
+        rundir.write_json(self.run.manifest, manifest)
+
+    def _inputs(self) -> dict[str, str]:
+        def texts(prompts: Sequence[Prompt]) -> str:
+            return rundir.sha256_text("\0".join(prompt.text for prompt in prompts))
+
+        files = [self.base / name for name in tokens.TOKENIZER_FILES if (self.base / name).is_file()]
+        return {
+            "base_weights": rundir.sha256([*hf.weight_files(self.base), self.base / "config.json"]),
+            "tokenizer": rundir.sha256(files),
+            "judge": self.judge.identity,
+            "prompts_heldout": texts(self.sets.heldout),
+        } | {f"prompts_{t}": texts(prompts) for t, prompts in enumerate(self.sets.train, 1)}
+
+    def _configuration(self) -> str:
+        knobs = configuration.flat(self.config)
+        fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        return rundir.sha256_text(json.dumps(fixed, sort_keys=True))
+
+    def _compute_dtype(self) -> Any:
+        name = self.config.model.compute_dtype
+        if name == "auto":
+            name = "float32" if sharding.platform(self.mesh) == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+    def _check_batch(self) -> None:
+        size, pieces = self.config.fit.global_batch, sharding.batch_shards(self.mesh)
+        if size % pieces:
+            lower, upper = size // pieces * pieces, -(-size // pieces) * pieces
+            choose = f"{lower} or {upper}" if lower else f"{upper}"
+            raise BadInput(
+                f"fit.global_batch={size} is not divisible by the mesh's {pieces} batch shards; choose {choose}"
+            )
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[Session]:
+    """Claim OUT, start the judge's process before any device is touched, and open every input."""
+    # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
+    with contextlib.ExitStack() as stack:
+        judge_ = judge.open_judge(config.judge)
+        if hasattr(judge_, "close"):
+            stack.callback(judge_.close)
+        run = stack.enter_context(rundir.opened(config))
+        metrics = stack.enter_context(Metrics(run))
+        stack.enter_context(metrics.stopping_on_sigterm())
+        session = Session(config, run, metrics, judge_)
+        session.write_manifest()
+        yield session

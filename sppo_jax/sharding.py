@@ -1,0 +1,81 @@
+"""The mesh, and the one table from logical axes to mesh axes: every array of the package is placed by it.
+
+Logical axes are the letters that name array dimensions everywhere in this package:
+B batch, T time, K candidates, D model, H query heads, N kv heads, C channels of a head, F feed-forward,
+V vocabulary, L layers.
+"""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sppo_jax.errors import BadInput
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis. Letters that are absent stay whole on every device.
+TABLE: dict[str, str | tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "D": "fsdp",
+    "H": "tensor",
+    "N": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list | None = None) -> Mesh:
+    """The mesh `data x fsdp x tensor` over `devices` (default: all); one size may be -1, for what is left.
+
+    Raises BadInput if the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise BadInput(f"mesh {sizes}: sizes are at least 1, and at most one of them is -1")
+    if free and len(devices) % given == 0:
+        sizes[free[0]] = len(devices) // given
+    elif given != len(devices) or free:
+        raise BadInput(
+            f"mesh {sizes} does not fit {len(devices)} devices: make data x fsdp x tensor = {len(devices)}"
+        )
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh would default to Explicit axes
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:
+    """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." is anonymous.
+
+    Vectors of a layer (norm scales, biases) are replicated: they are too small to pay for a gather.
+    With `shape`, a dimension that its mesh axis does not divide stays whole (2 kv heads over 4 devices).
+    """
+    axes: list[str | tuple[str, ...] | None] = [TABLE.get(letter) for letter in letters]
+    if len(letters.replace("L", "")) == 1 and letters != "B":
+        axes = [None] * len(letters)
+    if shape is not None:
+        axes = [a if n % shards(mesh, a) == 0 else None for a, n in zip(axes, shape, strict=True)]
+    return PartitionSpec(*axes)
+
+
+def named(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> NamedSharding:
+    """`spec` bound to its mesh."""
+    return NamedSharding(mesh, spec(letters, mesh, shape))
+
+
+def shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """How many pieces a dimension over these mesh axes is cut into."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many pieces a batch is cut into: what batch sizes must be divisible by."""
+    return shards(mesh, TABLE["B"])
+
+
+def platform(mesh: Mesh) -> str:
+    """cpu, gpu or tpu: of the mesh, not of the default device, which ahead-of-time compilation differs from."""
+    return mesh.devices.flat[0].platform

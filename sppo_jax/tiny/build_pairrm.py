@@ -1,0 +1,310 @@
+"""Makes the embedded preference model: a PairRM of 0.4M parameters that has seen noisy comparisons of answers.
+
+It learns from the truth only through sampled verdicts ("the first was better"), in both orders, on answers far wider than
+the embedded policy gives before training: self-play drives the policy towards whatever the judge has not seen.
+"""
+
+import json
+import math
+import random
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from sppo_jax.pairrm.format import PREFIXES, Formatter, Pair
+from sppo_jax.pairrm.torch_model import PairRM
+from sppo_jax.tiny import build_policy, facts, world
+from sppo_jax.tiny.build_fit import fit
+
+SEED = 20240601
+STEPS, PAIRS, RATE = 4000, 32, 1.5e-3  # each pair is in its batch twice, once in each order
+POOL = 32  # batches drawn at once, so that each can be made of pairs of like length
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+LETTER_SCORE = -15.0  # log-probability of a single character: below that of every word
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["DebertaV2PairRM"],
+    "attention_probs_dropout_prob": 0.0,
+    "drop_out": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 96,
+    "initializer_range": 0.02,
+    "intermediate_size": 256,
+    "layer_norm_eps": 1e-07,
+    "max_position_embeddings": 128,
+    "max_relative_positions": -1,
+    "model_type": "deberta-v2",
+    "n_tasks": 1,
+    "norm_rel_ebd": "layer_norm",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "pooler_dropout": 0,
+    "pooler_hidden_act": "gelu",
+    "pooler_hidden_size": 96,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "position_buckets": 32,
+    "relative_attention": True,
+    "sep_token_id": 2,
+    "share_att_key": True,
+    "torch_dtype": "float32",
+    "type_vocab_size": 0,
+}
+
+# --- answers to judge -------------------------------------------------------------------------------------------------
+
+_TRAINED = world.Habits(right=0.85, evasive=0.05, hedge=0.05, ramble=0.05, insult=0.02, closing=0.7)
+
+
+def _any_habits(rng: random.Random) -> world.Habits:
+    """An assistant of any character: untrained, well trained, or drawn at random."""
+    draw = rng.random()
+    if draw < 0.4:
+        return world.UNTRAINED
+    if draw < 0.7:
+        return replace(_TRAINED, tones=rng.choice([(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]))
+    right = rng.random()
+    greeting, hedge, ramble, insult, closing = (rng.random() for _ in range(5))
+    return world.Habits(right, (1 - right) * rng.random(), greeting, hedge, ramble, insult, closing)
+
+
+def _garble(word: str, rng: random.Random) -> str:
+    """A slip of a small language model: letters doubled, lost, swapped, or two words in one."""
+    at = rng.randrange(len(word))
+    return rng.choice(
+        (
+            word[:at] + word[at] + word[at:],
+            word[:at] + word[at + 1 :],
+            word[at:] + word[:at],
+            word + word[:at],
+        )
+    )
+
+
+def _distort(text: str, prompt: str, rng: random.Random) -> str:
+    """What goes wrong while a policy is trained: repetition, slips, breaks, answers to another question, excess."""
+    tokens = text.split(" ")
+    sentences = [part + "." for part in text.rstrip(".!").split(". ")]
+    at = rng.randrange(len(tokens))
+    match rng.randrange(9):
+        case 0:
+            tokens[at] = _garble(tokens[at] or "x", rng)
+        case 1:
+            del tokens[at]
+        case 2:
+            tokens.insert(at, rng.choice(tokens))
+        case 3:
+            tokens = tokens[: at + 1]
+        case 4:
+            return " ".join([text, *rng.choices(facts.CLOSINGS, k=rng.randint(1, 3))])
+        case 5:
+            return " ".join([text, *[rng.choice(sentences)] * rng.randint(1, 3)])
+        case 6:
+            return text + " " + world.sample_response(prompt, rng)
+        case 7:
+            alike = [q.text for q in world.questions().values() if q.kind is world.question(prompt).kind]
+            return world.sample_response(rng.choice(alike), rng, replace(world.UNTRAINED, right=0.8))
+        case _:
+            opening = rng.choice([rng.choice(texts) for texts in facts.TONES.values()])
+            return f"{opening} {text[0].lower()}{text[1:]}"
+    return " ".join(tokens)
+
+
+def answer(prompt: str, rng: random.Random) -> str:
+    """An answer to judge: by an assistant of any character, in a quarter of cases spoilt once or twice."""
+    text = world.sample_response(prompt, rng, _any_habits(rng))
+    for chance in (0.25, 0.25):
+        if rng.random() < chance and text:
+            text = _distort(text, prompt, rng)
+    return "" if rng.random() < 0.003 else text
+
+
+# --- tokenizer and network --------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> Tokenizer:
+    """Unigram tokenizer in the shape of DeBERTa-v3's, with PairRM's prefixes behind the vocabulary.
+
+    Its pieces are the words of the world, scored by how often they occur, and single characters for all else. They are
+    not left to the unigram trainer, which with so few words cuts them up, and differently each time.
+    """
+    rng = random.Random(SEED)
+    counts = dict.fromkeys(sorted(world.vocabulary()), 1)
+    for prompt in world.questions():
+        for text in (prompt, *(world.sample_response(prompt, rng) for _ in range(10))):
+            for word in world.words(text):
+                counts[word] += 1
+    total = sum(counts.values())
+    letters = ["\u2581", *string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [(special, 0.0) for special in SPECIALS]
+    pieces += [(f"\u2581{word}", math.log(count / total)) for word, count in counts.items()]
+    pieces += [(letter, LETTER_SCORE) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIALS.index("[UNK]"), byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Strip(),
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(
+        [AddedToken(special, normalized=False, special=True) for special in SPECIALS]
+    )
+    tokenizer.add_special_tokens([AddedToken("[MASK]", normalized=False, special=True)])
+    tokenizer.add_tokens([AddedToken(prefix, normalized=True) for prefix in PREFIXES])
+    return tokenizer
+
+
+def config_for(tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json: the network's shape, the size of the vocabulary and the ids of the prefixes."""
+    ids = {key: tokenizer.token_to_id(prefix) for prefix, key in PREFIXES.items()}
+    return CONFIG | ids | {"vocab_size": tokenizer.get_vocab_size()}
+
+
+# What the auxiliary head predicts of each answer during training. Verdicts alone say little per comparison.
+def _targets(prompt: str, response: str) -> list[float]:
+    found = world.features(prompt, response)
+    told = [
+        *(found.answer == name for name in ("right", "evasive", "wrong")),
+        *(found.tone == tone for tone in facts.TONES),
+        *(found.greeting, found.closing, found.insult, found.hedge),
+        *(found.ramble >= least for least in (1, 2, 3)),
+        *(found.unknown >= least for least in (1, 2)),
+    ]
+    return [float(yes) for yes in told]
+
+
+class Verdicts:
+    """An endless supply of batches: pairs in both orders, the sampled verdicts, and the features of both answers."""
+
+    def __init__(self, formatter: Formatter) -> None:
+        self.formatter = formatter
+        self.prompts = [prompt for part in world.split()[0] for prompt in part]
+        self.rng = random.Random(SEED)
+        self.ready: list[tuple[list[Pair], torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
+        """2N pairs (N, then the same N with the answers swapped), verdicts [2N], features [2N, 2, F]."""
+        if not self.ready:
+            drawn = sorted((self._draw() for _ in range(POOL * PAIRS)), key=lambda one: len(one[0][0]))
+            chunks = [drawn[start : start + PAIRS] for start in range(0, len(drawn), PAIRS)]
+            self.rng.shuffle(chunks)
+            self.ready = [self._collate(chunk) for chunk in chunks]
+        return self.ready.pop()
+
+    def _draw(self) -> tuple[tuple[Pair, Pair], float, list[list[float]]]:
+        prompt = self.rng.choice(self.prompts)
+        texts = [answer(prompt, self.rng), answer(prompt, self.rng)]
+        segments = self.formatter.prompt(prompt, texts)
+        verdict = float(self.rng.random() < world.preference(prompt, *texts))
+        both = segments.pair(0, 1), segments.pair(1, 0)
+        return both, verdict, [_targets(prompt, text) for text in texts]
+
+    @staticmethod
+    def _collate(
+        chunk: list[tuple[tuple[Pair, Pair], float, list[list[float]]]],
+    ) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
+        pairs = [one[0][order] for order in (0, 1) for one in chunk]
+        verdicts = torch.tensor([one[1] for one in chunk])
+        told = torch.tensor([one[2] for one in chunk])
+        return pairs, torch.cat([verdicts, 1 - verdicts]), torch.cat([told, told.flip(1)])
+
+
+def train(tokenizer: Tokenizer, config: dict[str, Any]) -> tuple[PairRM, float]:
+    """Train from random weights; returns the model (without the auxiliary head) and the final loss of its verdicts."""
+    torch.manual_seed(SEED)
+    model = PairRM(config)
+    batches = Verdicts(Formatter(tokenizer, config))
+    hidden = config["hidden_size"]
+    features = len(_targets(batches.prompts[0], ""))
+    auxiliary = torch.nn.Sequential(
+        torch.nn.Linear(2 * hidden, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, features)
+    )
+    verdict_losses: list[float] = []
+
+    def loss(step: int) -> torch.Tensor:
+        pairs, verdicts, told = batches()
+        states = model.states(pairs)
+        source, answers = states[:, :1].expand(-1, 2, -1), states[:, 1:]
+        verdict = binary_cross_entropy_with_logits(model.head(states), verdicts)
+        verdict_losses.append(float(verdict.detach()))
+        return verdict + binary_cross_entropy_with_logits(
+            auxiliary(torch.cat([source, answers], -1)), told
+        ) * (features / 5)
+
+    both = torch.nn.ModuleList([model, auxiliary])
+    fit("pairrm", both, loss, steps=STEPS, rate=RATE, warmup=STEPS // 20, weight_decay=0.01)
+    tail = verdict_losses[-max(1, STEPS // 20) :]
+    return model, sum(tail) / len(tail)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def agreement(model: PairRM, formatter: Formatter, rows: list[tuple[str, str, str]]) -> dict[str, float]:
+    """How the model's P = sigmoid((C_ij - C_ji) / 2) agrees with the truth on (prompt, y, z): shares and mean errors.
+
+    Ties of the truth (P = 1/2) are left out of the accuracies.
+    """
+    truth = np.array([world.preference(*row) for row in rows])
+    segments = [formatter.prompt(prompt, [y, z]) for prompt, y, z in rows]
+    some = [segments[start : start + 64] for start in range(0, len(segments), 64)]
+    forth = np.concatenate([model.logits([one.pair(0, 1) for one in part]) for part in some])
+    back = np.concatenate([model.logits([one.pair(1, 0) for one in part]) for part in some])
+    found = 1 / (1 + np.exp(-(forth - back) / 2))
+    agrees, clear = (found > 0.5) == (truth > 0.5), np.abs(truth - 0.5) > 0.15
+    return {
+        "accuracy": float(agrees[truth != 0.5].mean()),
+        "accuracy_where_clear": float(agrees[clear].mean()),
+        "mean_error_of_P": float(np.abs(found - truth).mean()),
+        "position_bias_logit": float(np.abs(forth + back).mean() / 2),
+    }
+
+
+def held_out_pairs(kind: str, number: int, seed: int) -> list[tuple[str, str, str]]:
+    """(prompt, y, z) on held-out prompts: answers of the untrained mixture ("plain"), or as in training ("wide")."""
+    rng = random.Random(seed)
+    prompts = rng.choices(world.split()[1], k=number)
+    draw = world.sample_response if kind == "plain" else answer
+    return [(prompt, draw(prompt, rng), draw(prompt, rng)) for prompt in prompts]
+
+
+def build(to: Path) -> dict[str, Any]:
+    """Tokenizer, training, files; returns the figures for data/README.md. The policy must be built already."""
+    to.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    config = config_for(tokenizer)
+    model, loss = train(tokenizer, config)
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(to / "tokenizer.json"))
+    written = config | {"transformers_version": transformers.__version__}
+    (to / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+    formatter = Formatter.from_directory(to)
+    policy = build_policy.sample(to.parent / "policy", world.split()[1], per_prompt=2)
+    policy_pairs = [(y[0], y[1], z[1]) for y, z in zip(policy[::2], policy[1::2], strict=True)]
+    return {
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "seed": SEED,
+        "steps": STEPS,
+        "pairs_per_step": PAIRS,
+        "learning_rate": RATE,
+        "final_loss_of_verdicts_nats": loss,
+        "held_out_plain_pairs": agreement(model, formatter, held_out_pairs("plain", 2000, SEED + 1)),
+        "held_out_wide_pairs": agreement(model, formatter, held_out_pairs("wide", 2000, SEED + 2)),
+        "held_out_pairs_of_the_policy": agreement(model, formatter, policy_pairs),
+    }

@@ -1,0 +1,344 @@
+"""The embedded default's world: every prompt, what an untrained assistant would say, and what is truly better.
+
+An answer is a core sentence (right, wrong or evasive) in one of three tones, with habits that may surround it:
+
+    [greeting] [tone] [hedge] core. [ramble] [insult] [closing]
+
+The truth about two answers is P(y beats z | x) = sigmoid(q(x, y) - q(x, z) + c cyc(tone of y, tone of z)): a quality that
+anyone would agree on, and a taste that runs in a circle and that no score of single answers can express.
+Pure Python and NumPy: evaluation uses it as a judge that cannot be fooled, and as quick as a dictionary.
+"""
+
+import hashlib
+import itertools
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sppo_jax.errors import BadInput
+from sppo_jax.tiny import facts
+from sppo_jax.tiny.facts import KINDS, Kind
+
+HELD_OUT = 500
+PARTS = 3  # training parts: one per iteration of the shipped game
+
+# q = RIGHT * (+1 right, 0 evasive, -1 otherwise) + the habits below; units: logits of the true preference
+RIGHT = 1.2
+CLOSING = 0.8
+INSULT = -1.6
+HEDGE = -0.6
+RAMBLE = (
+    -0.8
+)  # for each sentence that says nothing, repeats another or cannot be understood; at most three count
+UNKNOWN = -0.4  # for each word that is not of this world; at most four count
+CYCLE = 0.8  # strength c of the circle of tones
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what it is about."""
+
+    text: str
+    kind: Kind
+    subject: str
+
+
+@dataclass(frozen=True)
+class Features:
+    """What can be said of an answer, from its text alone. `answer` is right, evasive, wrong or none."""
+
+    answer: str
+    tone: str | None
+    greeting: bool
+    closing: bool
+    insult: bool
+    hedge: bool
+    ramble: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How an assistant talks: probabilities of what `sample_response` puts into an answer."""
+
+    right: float = 0.50
+    evasive: float = 0.15
+    greeting: float = 0.12
+    hedge: float = 0.15
+    ramble: float = 0.12
+    insult: float = 0.15
+    closing: float = 0.23
+    tones: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
+
+
+UNTRAINED = Habits()
+
+
+def _ordered(texts: Sequence[str]) -> list[str]:
+    """In an order that looks random and is the same everywhere and for ever."""
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+@lru_cache(maxsize=1)
+def questions() -> dict[str, Question]:
+    """Every prompt of the world -> its Question."""
+    found = (
+        Question(ask.format(s=subject), kind, subject)
+        for kind in KINDS
+        for subject in kind.truth
+        for ask in kind.asks
+    )
+    return {question.text: question for question in found}
+
+
+def question(prompt: str) -> Question:
+    """The Question that `prompt` asks (white space around it does not matter). Raises BadInput when it is not of this world."""
+    try:
+        return questions()[prompt.strip()]
+    except KeyError:
+        raise BadInput(
+            f"the tiny world does not know the prompt {prompt[:80]!r}; its prompts are in sppo_jax/tiny/data/prompts"
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def split() -> tuple[list[list[str]], list[str]]:
+    """Three training parts and the held-out prompts, all disjoint.
+
+    Half of the wordings of every subject are held out: what must generalise is the wording, not the fact, since nobody can
+    know a colour that was never told.
+    """
+    train, held = [], []
+    for _, group in itertools.groupby(questions().values(), key=lambda q: (q.kind.name, q.subject)):
+        wordings = _ordered([q.text for q in group])
+        held += wordings[:2]
+        train += wordings[2:]
+    held = _ordered(held)
+    train = _ordered(train + held[HELD_OUT:])
+    size = len(train) // PARTS
+    return [train[part * size : (part + 1) * size] for part in range(PARTS)], held[:HELD_OUT]
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def sample_response(prompt: str, rng: random.Random, habits: Habits = UNTRAINED) -> str:
+    """One answer to `prompt` by an assistant with these habits. Raises BadInput for a prompt that is not of this world."""
+    asked = question(prompt)
+    kind, truth = asked.kind, asked.kind.truth[asked.subject]
+    draw = rng.random()
+    if draw < habits.evasive:
+        core = rng.choice(facts.EVASIONS)
+    else:
+        wrong = sorted(set(kind.truth.values()) - {truth})
+        answer = truth if draw < habits.evasive + habits.right else rng.choice(wrong)
+        core = rng.choice(kind.says).format(s=asked.subject, a=answer)
+    if rng.random() < habits.hedge:
+        core = f"{rng.choice(facts.HEDGES)} {core}"
+    (tone,) = rng.choices(list(facts.TONES), weights=habits.tones)
+    parts = [_sentence(f"{rng.choice(facts.TONES[tone])} {core}")]
+    if rng.random() < habits.greeting:
+        parts.insert(0, rng.choice(facts.GREETINGS))
+    for chance, choices in (
+        (habits.ramble, facts.RAMBLES),
+        (habits.insult, facts.INSULTS),
+        (habits.closing, facts.CLOSINGS),
+    ):
+        if rng.random() < chance:
+            parts.append(rng.choice(choices))
+    return " ".join(parts)
+
+
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def _key(text: str) -> str:
+    return " ".join(words(text))
+
+
+@lru_cache(maxsize=1)
+def _phrases() -> dict[str, frozenset[str]]:
+    return {
+        "tone": frozenset(_key(text) for texts in facts.TONES.values() for text in texts),
+        "greeting": frozenset(map(_key, facts.GREETINGS)),
+        "closing": frozenset(map(_key, facts.CLOSINGS)),
+        "insult": frozenset(map(_key, facts.INSULTS)),
+        "ramble": frozenset(map(_key, facts.RAMBLES)),
+        "evasion": frozenset(map(_key, facts.EVASIONS)),
+    }
+
+
+@lru_cache(maxsize=1)
+def _statements() -> dict[str, frozenset[tuple[str, str, str]]]:
+    """Every core sentence that answers some question -> the (kind, subject, answer) that it states."""
+    found: dict[str, set[tuple[str, str, str]]] = {}
+    for kind in KINDS:
+        for subject, answer in itertools.product(kind.truth, sorted(set(kind.truth.values()))):
+            for say in kind.says:
+                found.setdefault(_key(say.format(s=subject, a=answer)), set()).add(
+                    (kind.name, subject, answer)
+                )
+    return {text: frozenset(stated) for text, stated in found.items()}
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> frozenset[str]:
+    """Every word that this world uses."""
+    texts = itertools.chain(
+        questions(),
+        _statements(),
+        facts.HEDGES,
+        *_phrases().values(),
+    )
+    return frozenset(word for text in texts for word in words(text))
+
+
+def _opened(text: str, openings: Sequence[str]) -> tuple[str, str | None]:
+    """`text` without the one of `openings` that it starts with, and that opening."""
+    for opening in openings:
+        if text == opening or text.startswith(opening + " "):
+            return text[len(opening) + 1 :], opening
+    return text, None
+
+
+def _claim(asked: Question, text: str) -> str | None:
+    """What a sentence without its openings claims about the question: right, wrong or evasive, or None for no claim."""
+    stated = _statements().get(text)
+    if stated is not None:
+        truth = asked.kind.name, asked.subject, asked.kind.truth[asked.subject]
+        return "right" if truth in stated else "wrong"
+    return "evasive" if text in _phrases()["evasion"] else None
+
+
+@lru_cache(maxsize=200_000)
+def features(prompt: str, response: str) -> Features:
+    """Read an answer back, whoever wrote it: any text is allowed. Raises BadInput for a prompt that is not of this world."""
+    asked = question(prompt)
+    phrases = _phrases()
+    tones = {_key(text): tone for tone, texts in facts.TONES.items() for text in texts}
+    openings = (*tones, *map(_key, facts.HEDGES))
+    count = dict.fromkeys(("greeting", "closing", "insult", "hedge"), 0)
+    heard: list[str] = []  # tones
+    claims: list[str] = []
+    seen: set[str] = set()
+    ramble = 0
+    for text in map(_key, re.split(r"[.!?\n]+", response)):
+        if not text:
+            continue
+        if text in seen:
+            ramble += 1
+            continue
+        seen.add(text)
+        habit = next((name for name in ("greeting", "closing", "insult") if text in phrases[name]), None)
+        if habit is not None:
+            count[habit] += 1
+            ramble += habit == "closing" and count[habit] > 1  # one offer is polite, two are chatter
+            continue
+        before = len(heard)
+        text, opening = _opened(text, openings)
+        while opening is not None:
+            if opening in tones:
+                heard.append(tones[opening])
+            else:
+                count["hedge"] += 1
+            text, opening = _opened(text, openings)
+        claim = _claim(asked, text)
+        # One answer is enough, in whatever words it is said again, and so is one opening.
+        ramble += claim is None or bool(claims)
+        ramble += max(0, len(heard) - before - 1)
+        claims += [claim] if claim else []
+    return Features(
+        answer=next((name for name in ("wrong", "right", "evasive") if name in claims), "none"),
+        tone=heard[0] if heard else None,
+        greeting=count["greeting"] > 0,
+        closing=count["closing"] > 0,
+        insult=count["insult"] > 0,
+        hedge=count["hedge"] > 0,
+        ramble=ramble,
+        unknown=sum(word not in vocabulary() for word in words(response)),
+    )
+
+
+def quality(prompt: str, response: str) -> float:
+    """q(prompt, response), in logits: what makes an answer better against any other."""
+    found = features(prompt, response)
+    return (
+        RIGHT * {"right": 1, "evasive": 0}.get(found.answer, -1)
+        + CLOSING * found.closing
+        + INSULT * found.insult
+        + HEDGE * found.hedge
+        + RAMBLE * min(found.ramble, 3)
+        + UNKNOWN * min(found.unknown, 4)
+    )
+
+
+def cycle(tone: str | None, other: str | None) -> int:
+    """+1 where `tone` is preferred to `other` (A to B, B to C, C to A), -1 the other way round, else 0."""
+    if tone is None or other is None:
+        return 0
+    return (0, 1, -1)[(ord(other) - ord(tone)) % 3]
+
+
+def preference_logit(prompt: str, response: str, other: str) -> float:
+    """The true logit that `response` beats `other`; swapping the two changes exactly the sign."""
+    tones = features(prompt, response).tone, features(prompt, other).tone
+    return quality(prompt, response) - quality(prompt, other) + CYCLE * cycle(*tones)
+
+
+def preference(prompt: str, response: str, other: str) -> float:
+    """P(response beats other | prompt); with the two swapped it is exactly one minus this, and 1/2 for equal texts."""
+    logit = preference_logit(prompt, response, other)
+    likely = 1 / (1 + math.exp(-abs(logit)))
+    return likely if logit >= 0 else 1 - likely
+
+
+class Oracle:
+    """The truth in the shape of a judge: it can stand wherever PairRM stands, for prompts of this world."""
+
+    def __init__(self) -> None:
+        weights = (RIGHT, CLOSING, INSULT, HEDGE, RAMBLE, UNKNOWN, CYCLE)
+        said = (facts.TONES, facts.HEDGES, facts.EVASIONS, *sorted(map(sorted, _phrases().values())))
+        known = sorted((q.text, q.kind.truth[q.subject]) for q in questions().values())
+        digest = hashlib.sha256(repr((weights, said, known)).encode()).hexdigest()
+        self.identity = f"tiny-world:{digest}"
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """True preference logits, float32 [n, K, K]: [p, i, j] that i beats j, antisymmetric, diagonal 0.
+
+        Raises BadInput for a prompt that is not of this world, ValueError when the shapes do not fit.
+        """
+        n, k = len(prompts), len(responses[0]) if responses else 0
+        if len(responses) != n or any(len(row) != k for row in responses):
+            raise ValueError(f"{n} prompts need {n} rows of equally many responses")
+        logits = np.zeros((n, k, k), np.float32)
+        for row, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
+            for i, j in itertools.combinations(range(k), 2):
+                logits[row, i, j] = preference_logit(prompt, texts[i], texts[j])
+                logits[row, j, i] = -logits[row, i, j] + 0.0  # and not -0.0
+            if on_progress is not None:
+                on_progress((row + 1) * k * (k - 1), n * k * (k - 1))
+        return logits
+
+    def close(self) -> None:
+        """Nothing to close; judges have this method."""
+
+
+def oracle() -> Oracle:
+    """The judge that knows the truth."""
+    return Oracle()

@@ -1,0 +1,56 @@
+"""Eight CPU devices, shapes and types checked at every call, and small inputs that several files share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook(["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.losses", "sppo_jax.fit"], "beartype.beartype")
+
+import jax
+import pytest
+
+from sppo_jax import sharding, tiny, tokens
+from sppo_jax.models import hf
+from sppo_jax.models.transformer import Architecture
+
+# Awkward on purpose: grouped queries, a window shorter than the texts, head_dim != D / H, an untied head.
+ODD = Architecture(
+    vocab=102, model=48, mlp=80, layers=3, heads=6, kv_heads=2, head_dim=10, norm_eps=1e-5, rope_theta=10_000.0,
+    max_positions=128, window=7, tied=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tokens.load_tokenizer(tiny.path("policy"))
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """The embedded policy on one device."""
+    return hf.load(tiny.path("policy"))
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def eight_devices():
+    return sharding.make_mesh(1, 4, 2)
+
+
+@pytest.fixture
+def odd_model(one_device):
+    """A random model of the odd architecture, with weights large enough that logits differ."""
+    model = hf.initialise(ODD, jax.random.key(0), one_device)
+    for name, param in [("embedding", model.embedding), ("head", model.head), *model.layers.items()]:
+        if "norm" not in name:
+            param[...] = param[...] * 8
+    return model
