@@ -36,18 +36,18 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
     sets, seen = PromptSets([], []), dict[int, str]()
     texts = _distinct(config.prompts.heldout, config, "heldout", seen, sets.counts)
     sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
-    source, rng = config.prompts.source, np.random.default_rng(config.seed)
+    if not sets.heldout:
+        raise BadInput(f"prompts.heldout={config.prompts.heldout} leaves no held-out prompts: give more rows")
+    source, limit = config.prompts.source, config.prompts.per_iteration
     if "{iteration}" in source:
         for t in range(1, config.iterations + 1):
             name = f"iteration {t}"
             texts = _distinct(source.replace("{iteration}", str(t)), config, name, seen, sets.counts)
             order = [texts[i] for i in np.random.default_rng((config.seed, t)).permutation(len(texts))]
-            limit = config.prompts.per_iteration
             sets.train.append(_tokenised(order, config, tokenizer, name, sets.counts, limit))
     else:
         texts = _distinct(source, config, "train", seen, sets.counts)
-        order = [texts[i] for i in rng.permutation(len(texts))]
-        limit = config.prompts.per_iteration
+        order = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
         pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations)
         sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
     for t, prompts in enumerate(sets.train, 1):

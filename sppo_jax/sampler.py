@@ -185,7 +185,7 @@ def _decode(
     steps: int,
     temperature: float,
     top_p: float,
-) -> tuple[tuple[Int[Array, "B S"], Int[Array, " B"], Float[Array, " B"]], list[KeyValue]]:
+) -> tuple[tuple[Int[Array, "B T"], Int[Array, " B"], Float[Array, " B"]], list[KeyValue]]:
     """Sample until every row has ended or has `steps` tokens: tokens, lengths (EOS included), log-prob sums."""
     model = nnx.merge(graph, weights)
     rows = keys_B.shape[0]
@@ -195,22 +195,22 @@ def _decode(
         return (step < steps) & ~jnp.all(done_B)
 
     def advance(state: tuple) -> tuple:
-        step, tokens_BS, length_B, done_B, total_B, logits_BV, cache = state
+        step, tokens_BT, length_B, done_B, total_B, logits_BV, cache = state
         key_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
         token_B = next_token(logits_BV, key_B, temperature=temperature, top_p=top_p)
         picked_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
         total_B += jnp.where(done_B, 0.0, picked_B)
-        tokens_BS = tokens_BS.at[:, step].set(jnp.where(done_B, 0, token_B))
+        tokens_BT = tokens_BT.at[:, step].set(jnp.where(done_B, 0, token_B))
         length_B += ~done_B
         done_B |= jnp.isin(token_B, eos)
         # A finished row overwrites its last column until the batch ends; nobody reads it.
         logits_BV, cache = model.decode(token_B, prompt_length_B + length_B - 1, cache)
-        return step + 1, tokens_BS, length_B, done_B, total_B, logits_BV, cache
+        return step + 1, tokens_BT, length_B, done_B, total_B, logits_BV, cache
 
     zero_B = jnp.zeros(rows, jnp.int32)
     start = (0, jnp.zeros((rows, steps), jnp.int32), zero_B, done_B, jnp.zeros(rows), logits_BV, cache)
-    _, tokens_BS, length_B, _, total_B, _, cache = jax.lax.while_loop(unfinished, advance, start)
-    return (tokens_BS, length_B, total_B), cache  # the cache goes out so that its memory can come in donated
+    _, tokens_BT, length_B, _, total_B, _, cache = jax.lax.while_loop(unfinished, advance, start)
+    return (tokens_BT, length_B, total_B), cache  # the cache goes out so that its memory can come in donated
 
 
 def next_token(
@@ -239,7 +239,7 @@ def in_nucleus(logits_BV: Float[Array, "B V"], top_p: float) -> Array:
     bits_BV = jax.lax.bitcast_convert_type(weight_BV, jnp.int32)
     needed_B = top_p * jnp.sum(weight_BV, axis=-1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low_B, high_B = bounds  # mass(>= low) suffices, mass(>= high) does not
         middle_B = low_B + (high_B - low_B) // 2
         mass_B = jnp.sum(jnp.where(bits_BV >= middle_B[:, None], weight_BV, 0.0), axis=-1)

@@ -85,9 +85,7 @@ def readme(figures: dict[str, dict[str, Any]], data: Path) -> str:
     for stage in STAGES:
         if stage in figures:
             lines += ["", f"## {stage}", "", "| figure | value |", "|---|---|"]
-            lines += [
-                f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in figures[stage].items()
-            ]
+            lines += [f"| `{name}` | {_shown(value)} |" for name, value in figures[stage].items()]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -289,7 +289,7 @@ def build(to: Path) -> dict[str, Any]:
     config = config_for(tokenizer)
     model, loss = train(tokenizer, config)
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "model.safetensors").write_bytes(safetensors.save(weights, metadata={"format": "pt"}))
     tokenizer.save(str(to / "tokenizer.json"))
     written = config | {"transformers_version": transformers.__version__}
     (to / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 
@@ -134,7 +134,7 @@ def save(model: transformers.MistralForCausalLM, tokenizer: Tokenizer, to: Path)
     """Write the checkpoint in the form it has on the hub."""
     to.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "model.safetensors").write_bytes(safetensors.save(weights, metadata={"format": "pt"}))
     tokenizer.save(str(to / "tokenizer.json"))
     names = {
         "bos_token": SPECIALS[BOS],

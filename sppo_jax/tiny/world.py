@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
@@ -336,7 +337,13 @@ class Oracle:
         return logits
 
     def close(self) -> None:
-        """Nothing to close; judges have this method."""
+        """Nothing to close; judges have this method, and can be used as context managers."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def oracle() -> Oracle:

@@ -1,0 +1,132 @@
+"""Configuration: what is refused, what every enum value does, what is dumped."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from sppo_jax import config
+from sppo_jax.errors import BadInput
+from sppo_jax.fit import make_loss
+from sppo_jax.preferences import probability_matrix
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def from_text(tmp_path, text, *overrides):
+    (tmp_path / "c.yaml").write_text(text)
+    return config.load([tmp_path / "c.yaml"], overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fit:\n  learning_rat: 1.0", r"unknown key 'fit.learning_rat'; did you mean 'fit.learning_rate'\?"),
+        ("learning_rate: 1.0", r"unknown key 'learning_rate'; did you mean 'fit.learning_rate'\?"),
+        ("fitt: {}", r"unknown key 'fitt'"),
+        ("fit: 3", "fit is a section of keys, found 3"),
+        ("fit:\n  epochs: many", "fit.epochs.*many"),
+        ("fit:\n  epochs: 1.5", "fit.epochs.*1.5"),
+        ("fit:\n  epochs: true", "fit.epochs needs a int, found true"),
+        ("fit:\n  epochs: null", "fit.epochs needs a int, found None"),
+        ("fit:\n  epochs: [1]", "fit.epochs needs a int"),
+        ("fit:\n  loss: spo", "fit.loss.*'spo'.*sppo"),
+        ("fit:\n  baseline: log_part", "fit.baseline.*log_part"),
+        ("judge:\n  estimator: borda", "judge.estimator.*borda"),
+        ("pairs:\n  select: some", "pairs.select.*some"),
+        ("- 1\n- 2", "expected sections and keys, found a list"),
+        ("fit: {epochs: 1", "not YAML"),
+    ],
+)
+def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, said):
+    with pytest.raises(BadInput, match=said) as caught:
+        from_text(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--seed=-1", "--sampling.responses=1", "--sampling.top_p=0", "--sampling.temperature=-1", "--fit.warmup=1",
+        "--fit.eta=0", "--fit.epochs=2", "--fit.baseline=3.0", "--fit.learning_rate=.nan", "--fit.learning_rate=.inf",
+        "--iterations=0", "--eval.prompts=0",
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused_by_name(override):
+    with pytest.raises(BadInput, match=override[2:].split("=")[0]):
+        config.load([], [override])
+
+
+def test_losses_of_pairs_are_refused_for_all_k_and_other_baselines():
+    with pytest.raises(BadInput, match=r"pairs\.select=all needs fit\.loss=sppo"):
+        config.load([], ["--pairs.select", "all", "--fit.loss", "dpo"])
+    with pytest.raises(BadInput, match=r"fit\.baseline"):
+        config.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
+        config.load(["nowhere.yaml"])
+
+
+@pytest.mark.parametrize("words", [["epochs", "3"], ["--fit.epochs"], ["--fit.epochs", "3", "stray"]])
+def test_flags_that_cannot_be_read_are_refused(words):
+    with pytest.raises(BadInput):
+        config.load([], words)
+
+
+def test_later_files_and_flags_override(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nfit: {eta: 5, learning_rate: 1e-6}")
+    (tmp_path / "b.yaml").write_text("fit: {eta: 7}")
+    loaded = config.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["--seed", "9"])
+    assert (loaded.seed, loaded.fit.eta, loaded.fit.learning_rate) == (9, 7.0, 1e-6)
+
+
+def test_dump_loads_back_to_the_same(tmp_path):
+    before = config.load([], ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7"])
+    assert from_text(tmp_path, config.dump(before)) == before
+
+
+def test_changed_keys_name_what_changes_results_only():
+    before = config.load()
+    after = config.load([], ["--fit.eta", "5", "--mesh.tensor", "2", "--iterations", "9", "--out", "x"])
+    assert config.changed_keys(before, after) == ["fit.eta"]
+
+
+def enums():
+    for section in dataclasses.fields(config.Config):
+        if dataclasses.is_dataclass(section.type):
+            for field in dataclasses.fields(section.type):
+                kinds = get_args(field.type) if get_origin(field.type) is not Literal else (field.type,)
+                for kind in kinds:
+                    if get_origin(kind) is Literal:
+                        yield from ((f"{section.name}.{field.name}", value) for value in get_args(kind))
+
+
+NEEDS = {"pairs.select": [], "fit.loss": [], "fit.baseline": []}
+
+
+@pytest.mark.parametrize(("key", "value"), list(enums()))
+def test_T26_every_enum_value_is_accepted_and_has_its_own_meaning(key, value):
+    loaded = config.load([], [f"--{key}", str(value)])
+    assert config.flat(loaded)[key] == value
+    if key == "fit.loss":
+        assert callable(make_loss(loaded.fit))
+    if key == "judge.estimator":
+        assert probability_matrix([[0, 1.0], [-1.0, 0]], value).shape == (2, 2)
+
+
+def test_T24_the_batch_size_is_the_global_one():
+    help_text = {key: text for key, _, _, text in config.knobs()}
+    assert "over all devices" in help_text["fit.global_batch"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_load(path):
+    config.load([CONFIGS / "quickstart.yaml", path])
+
+
+def test_configs_readme_is_in_step_with_the_dataclasses():
+    """If this fails: make config-docs."""
+    assert (CONFIGS / "README.md").read_text() == config.markdown()

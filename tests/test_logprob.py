@@ -1,0 +1,123 @@
+"""Log-probabilities of responses against brute force over transformers' logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sppo_jax import models, tiny
+from sppo_jax.models import hf, logprob
+from sppo_jax.models.logprob import response_logprob
+
+PROMPTS = [[1, 30, 40, 50], [1, 9, 8, 7, 6, 5, 4], [1, 99]]
+ANSWERS = [[60, 70, 2], [60, 71, 72, 73, 80, 2], [500, 501, 502, 503]]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny.path("policy"), dtype=torch.float32).eval()
+
+
+def brute_force(theirs, prompt, answer):
+    """Sum of log-softmax in float64, one unpadded sequence, one token at a time."""
+    with torch.no_grad():
+        logits = theirs(torch.tensor([prompt + answer])).logits[0].double()
+    log_p = torch.log_softmax(logits, -1)
+    return sum(float(log_p[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+
+
+def batch(pairs, width, pad=0):
+    tokens = np.full((len(pairs), width), pad, np.int32)
+    for row, (prompt, answer) in enumerate(pairs):
+        tokens[row, : len(prompt) + len(answer)] = prompt + answer
+    prompt_length = np.array([len(p) for p, _ in pairs], np.int32)
+    length = np.array([len(p) + len(a) for p, a in pairs], np.int32)
+    return jnp.asarray(tokens), jnp.asarray(prompt_length), jnp.asarray(length)
+
+
+@pytest.mark.parametrize("width", [13, 32, 64])
+@pytest.mark.parametrize("pad", [0, 2, 3, 500])
+def test_T36_logprobs_equal_a_brute_force_sum_under_any_padding(theirs, policy, width, pad):
+    pairs = list(zip(PROMPTS, ANSWERS, strict=True))
+    ours = response_logprob(policy, *batch(pairs, width, pad))
+    expected = [brute_force(theirs, p, a) for p, a in pairs]
+    np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=0)
+
+
+def test_T36_a_sequence_that_fills_its_row_does_not_wrap_around(theirs, policy):
+    prompt, answer = PROMPTS[1], ANSWERS[1]
+    ours = response_logprob(policy, *batch([(prompt, answer)], len(prompt) + len(answer)))
+    np.testing.assert_allclose(ours[0], brute_force(theirs, prompt, answer), atol=2e-4)
+
+
+def test_T30_the_end_of_sequence_counts_even_when_it_is_the_padding_id(theirs, policy):
+    prompt = PROMPTS[0]
+    with_eos, without = [60, 70, 2], [60, 70]
+    ours = response_logprob(policy, *batch([(prompt, with_eos), (prompt, without)], 16, pad=2))
+    assert ours[0] < ours[1] - 1e-3
+    np.testing.assert_allclose(ours[0], brute_force(theirs, prompt, with_eos), atol=2e-4)
+
+
+def test_T37_responses_that_share_a_prefix_are_scored_in_full(theirs, policy):
+    prompt = PROMPTS[0]
+    pairs = [(prompt, [60, 70, 80, 2]), (prompt, [60, 70, 90, 2])]
+    ours = response_logprob(policy, *batch(pairs, 16))
+    np.testing.assert_allclose(ours, [brute_force(theirs, *pair) for pair in pairs], atol=2e-4)
+
+
+def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
+    from flax import nnx
+
+    pairs = list(zip(PROMPTS, ANSWERS, strict=True))
+    graph, params = nnx.split(policy)
+
+    def total(params, **options):
+        return response_logprob(nnx.merge(graph, params), *batch(pairs, 32), **options).sum()
+
+    whole, whole_grad = jax.value_and_grad(total)(params)
+    monkeypatch.setattr(logprob, "CHUNK", 5)
+    chunked, chunked_grad = jax.value_and_grad(lambda p: total(p, remat=True))(params)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(chunked_grad), jax.tree.leaves(whole_grad), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_T39_logprobs_stay_float32_and_below_zero_in_bfloat16_compute(policy):
+    half = models.load(tiny.path("policy"), dtype=jnp.bfloat16)
+    pairs = list(zip(PROMPTS, ANSWERS, strict=True))
+    args = batch(pairs, 32)
+    ours = response_logprob(half, *args)
+    assert ours.dtype == jnp.float32
+    assert half.logits(half.hidden(args[0])).dtype == jnp.float32
+    assert (np.asarray(ours) < 0).all()
+    # Close to float32 and not on bfloat16's grid: sums near -30 would be multiples of 1/8 there.
+    np.testing.assert_allclose(ours, response_logprob(policy, *args), atol=0.5)
+    assert not np.array_equal(ours, ours.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_a_certain_token_has_log_probability_zero_not_above(odd_model):
+    head = odd_model.head
+    head[...] = jnp.zeros_like(head[...]).at[:, 5].set(1.0)
+    odd_model.norm[...] = odd_model.norm[...] * 0 + 1000.0
+    tokens = jnp.full((1, 8), 5, jnp.int32)
+    value = response_logprob(odd_model, tokens, jnp.array([1]), jnp.array([8]))
+    assert float(value[0]) <= 0.0
+
+
+def test_padding_and_batch_mates_do_not_change_a_logprob(policy):
+    pairs = list(zip(PROMPTS, ANSWERS, strict=True))
+    together = response_logprob(policy, *batch(pairs, 32))
+    alone = jnp.concatenate([response_logprob(policy, *batch([pair], 32)) for pair in pairs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_the_table_covers_every_tensor_of_the_checkpoint():
+    architecture = hf.read_architecture(tiny.path("policy"))
+    ours = {name for t in hf.table(architecture) for name in t.names(architecture)}
+    from safetensors import safe_open
+
+    with safe_open(tiny.path("policy") / "model.safetensors", "numpy") as tensors:
+        assert set(tensors.keys()) == ours

@@ -1,0 +1,130 @@
+"""Stage 3 and 4: which responses are trained on, with what targets, in which order."""
+
+import numpy as np
+import pytest
+
+from sppo_jax import dataset, pairs, preferences
+from sppo_jax.records import Preferences, Responses
+
+
+def judged(logits, texts=None, *, prompt="q", reasons=None):
+    """(Responses, Preferences) of one prompt from its logits."""
+    k = len(logits)
+    texts = texts or [f"answer {i}" for i in range(k)]
+    p = preferences.probability_matrix(logits)
+    row = Responses(
+        hash(prompt) % 1000, prompt, [1, 9, 9], [[10 + i] * (3 + 4 * i) + [2] for i in range(k)], texts,
+        reasons or ["stop"] * k, [-1.0] * k,
+    )  # fmt: skip
+    return row, Preferences(row.prompt_id, np.asarray(logits).tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise")
+
+
+def ladder(*scores):
+    s = np.asarray(scores, float)
+    return s[:, None] - s
+
+
+def select(*rows, how="best_worst", eta=10.0, baseline=0.5):
+    responses, preferred = zip(*rows, strict=True)
+    return pairs.select(responses, preferred, how=how, eta=eta, baseline=baseline)
+
+
+def test_best_and_worst_are_chosen_with_the_official_codes_columns():
+    (pair,), counts = select(judged(ladder(0, 2, -1, 1)))
+    assert pair.chosen[1]["content"] == "answer 1"
+    assert pair.rejected == [{"content": "q", "role": "user"}, {"content": "answer 2", "role": "assistant"}]
+    assert pair.response_ids == [[11] * 7 + [2], [12] * 11 + [2]]
+    assert pair.chosen_probs == pytest.approx(1 / (1 + np.exp(-3)))
+    assert (pair.chosen_probs_win, pair.chosen_probs_lose) == tuple(pair.win_rate)
+    np.testing.assert_allclose(pair.target, 10 * (np.array(pair.win_rate) - 0.5))
+    assert counts == {"kept": 1, "responses": 2, "truncated_responses": 0}
+
+
+def test_all_k_are_kept_best_first():
+    (pair,), _ = select(judged(ladder(0, 2, -1, 1)), how="all")
+    assert [ids[0] for ids in pair.response_ids] == [11, 13, 10, 12]
+    assert pair.win_rate == sorted(pair.win_rate, reverse=True)
+    assert sum(pair.target) == pytest.approx(0, abs=1e-9)
+
+
+def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_counted():
+    (pair,), counts = select(judged(ladder(1, 0), reasons=["length", "stop"]))
+    assert [len(ids) for ids in pair.response_ids] == [4, 8]
+    assert counts["truncated_responses"] == 1
+    batch = dataset.batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
+    assert batch["length"].tolist() == [[3 + 4, 3 + 8]]
+    for row, ids in enumerate(pair.response_ids):
+        n = batch["length"][0, row]
+        assert batch["tokens"][0, row, :n].tolist() == pair.prompt_ids + ids
+        assert (batch["tokens"][0, row, n:] == 0).all()
+
+
+def test_T11_prompts_without_signal_are_dropped_and_counted():
+    bias = np.full((3, 3), 1.5)
+    cycle = np.zeros((3, 3))
+    cycle[0, 1] = cycle[1, 2] = cycle[2, 0] = 2
+    kept, counts = select(judged(bias), judged(cycle - cycle.T), judged(ladder(1, 0, 0)))
+    assert len(kept) == 1
+    assert counts["no_signal"] == 2
+
+
+def test_T11_an_empty_response_may_lose_but_is_never_chosen():
+    kept, counts = select(judged(ladder(1, 0), ["", "b"]), judged(ladder(1, 0), ["a", " "]))
+    assert [pair.rejected[1]["content"] for pair in kept] == [" "]
+    assert counts["empty_chosen"] == 1
+
+
+def test_T25_other_prompts_never_change_a_prompts_targets():
+    rng = np.random.default_rng(0)
+    rows = [judged(rng.normal(size=(4, 4)), prompt=f"p{i}") for i in range(6)]
+    for baseline in (0.5, "log_partition"):
+        together, _ = select(*rows, baseline=baseline, how="all")
+        shuffled, _ = select(*rows[::-1], baseline=baseline, how="all")
+        alone = [select(row, baseline=baseline, how="all")[0][0] for row in rows]
+        assert [p.target for p in together] == [p.target for p in alone] == [p.target for p in shuffled][::-1]
+
+
+def test_log_partition_makes_the_new_policys_mass_on_the_sample_one():
+    """With baseline log Z / eta, mean exp(target) over the K responses is 1: the regression asks for a distribution."""
+    (pair,), _ = select(judged(ladder(0, 2, -1, 1)), how="all", baseline="log_partition")
+    assert np.mean(np.exp(pair.target)) == pytest.approx(1.0)
+    (plain,), _ = select(judged(ladder(0, 2, -1, 1)), how="all")
+    assert plain.baseline == 0.5
+    assert pair.baseline != 0.5
+
+
+def many(n):
+    return select(*(judged(ladder(1, 0, 0.5), prompt=f"p{i}") for i in range(n)))[0]
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (8, 4), (5, 8), (1, 1)])
+def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, size):
+    batches = dataset.batches(many(n), global_batch=size, epochs=3, seed=0, iteration=1)
+    steps = dataset.steps_per_epoch(many(n), size)
+    assert len(batches) == 3 * steps
+    for epoch in range(3):
+        seen = [batches[epoch * steps + i] for i in range(steps)]
+        assert all(b["tokens"].shape == (size, 2, 32) for b in seen)
+        rows = np.concatenate([b["row"][b["real"]] for b in seen])
+        assert sorted(rows) == list(range(n))
+
+
+def test_T24_a_batch_holds_global_batch_prompts_whatever_the_devices():
+    assert dataset.batches(many(8), global_batch=4, epochs=1, seed=0, iteration=1)[0]["tokens"].shape[0] == 4
+
+
+def test_order_is_a_function_of_seed_iteration_and_step():
+    def order(seed=0, iteration=1):
+        batches = dataset.batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
+        return [batches[step]["row"].tolist() for step in range(8)]
+
+    assert order() == order()
+    assert order()[:4] != order()[4:]  # epochs differ
+    assert order(seed=1) != order() != order(iteration=2)
+
+
+def test_a_resumed_stream_continues_where_it_stopped():
+    batches = dataset.batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
+    for start in (0, 3, 7):
+        rows = [batch["row"].tolist() for batch in dataset.from_step(batches, start)]
+        assert rows == [batches[step]["row"].tolist() for step in range(start, 8)]

@@ -1,0 +1,128 @@
+"""Stage 0: what reaches the policy is the chat template's ids, and what cannot is counted."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sppo_jax import config, prompts, tokens
+from sppo_jax.config import Config, Prompts
+from sppo_jax.errors import BadInput
+from sppo_jax.records import prompt_id
+
+HELDOUT = ["Where can I find the fox?", "What is the opposite of hot?"]
+
+
+def load(tmp_path, tokenizer, rows, *, heldout=HELDOUT, iterations=2, **options):
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "heldout.jsonl", [{"prompt": text} for text in heldout])
+    settings = Prompts(source=f"jsonl:{tmp_path}/train.jsonl", heldout=f"jsonl:{tmp_path}/heldout.jsonl", **options)
+    return prompts.load(dataclasses.replace(Config(iterations=iterations), prompts=settings), tokenizer)
+
+
+def write(path, rows):
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def texts(n, start=0):
+    return [{"prompt": f"Question number {i}, please."} for i in range(start, start + n)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["None", "What is None?", "\n\nNone\n", "[/INST]", "naïve café ∑ 🦊 שלום", "a\x00b", "</s>[INST] x", "<s>", "{{ x }}"],
+)
+def test_T01_any_text_survives_and_the_judge_sees_the_same(tokenizer, text):
+    prompt = tokens.chat_prompt(tokenizer, text)
+    assert prompt.text == text
+    shown = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    assert text.strip() in shown
+
+
+@pytest.mark.parametrize("text", ["Where can I find the fox?", "None", "two\nlines  and spaces "])
+def test_T02_prompt_ids_are_the_chat_template_with_its_generation_header(tokenizer, text):
+    message = [{"role": "user", "content": text}]
+    expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True)["input_ids"]
+    prompt = tokens.chat_prompt(tokenizer, text)
+    assert prompt.ids == expected
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(prompt.ids) == rendered
+    assert rendered.endswith("[/INST]")
+
+
+@pytest.mark.parametrize("text", ["hello", "<s> hello", "</s>", "<s><s>[INST]"])
+def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
+    ids = tokens.chat_prompt(tokenizer, text).ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_T03_no_bos_where_the_family_has_none(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
+    assert tokenizer.bos_token_id not in tokens.chat_prompt(other, "hello").ids
+
+
+def test_T04_an_over_long_prompt_is_skipped_and_counted_never_cut(tmp_path, tokenizer):
+    rows = [*texts(4), {"prompt": "fox " * 40}, {"prompt": "x" * 1_000_000}]
+    found = load(tmp_path, tokenizer, rows, max_length=30, per_iteration=10, iterations=1)
+    assert found.counts["train"] == {"rows": 6, "too_long": 2, "kept": 4}
+    assert all(len(p.ids) <= 30 and p.ids[0] == 1 for p in found.train[0])
+
+
+def test_odd_rows_are_skipped_and_counted_by_reason(tmp_path, tokenizer):
+    rows = [
+        *texts(3), {"prompt": ""}, {"prompt": " \n"}, {"prompt": None}, {"prompt": 7}, {"text": "x"}, b"{not json",
+        b"[1, 2]", b"\xff\xfe", b'{"prompt": "\\ud800"}', *texts(2), {"prompt": HELDOUT[0]}, b"", b"[" * 100_000,
+    ]  # fmt: skip
+    found = load(tmp_path, tokenizer, rows, per_iteration=3, iterations=1)
+    assert found.counts["train"] == {
+        "rows": 16, "empty": 2, "no_text": 4, "not_json": 3, "not_unicode": 1, "repeated": 2, "in_heldout": 1, "kept": 3,
+    }  # fmt: skip
+
+
+def test_T17_no_prompt_is_both_held_out_and_trained_on(tmp_path, tokenizer):
+    shared = texts(30)
+    found = load(tmp_path, tokenizer, shared, heldout=[r["prompt"] for r in texts(10)], per_iteration=15)
+    train = {p.prompt_id for part in found.train for p in part}
+    assert not train & {p.prompt_id for p in found.heldout}
+    assert len(train) == 20
+
+
+def test_T17_the_embedded_sets_are_disjoint(tokenizer):
+    found = prompts.load(config.load(), tokenizer)
+    sets = [{p.prompt_id for p in part} for part in (*found.train, found.heldout)]
+    assert [len(s) for s in sets] == [128, 128, 128, 500]
+    assert len(set().union(*sets)) == 128 * 3 + 500
+
+
+def test_one_pool_is_divided_by_the_seed_and_the_division_outlives_more_iterations(tmp_path, tokenizer):
+    few, more = (load(tmp_path, tokenizer, texts(30), per_iteration=7, iterations=n) for n in (2, 4))
+    assert more.train[:2] == few.train
+    ids = [p.prompt_id for part in more.train for p in part]
+    assert len(ids) == len(set(ids)) == 28
+    assert [p.text for p in few.train[0]] != [row["prompt"] for row in texts(7)]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("jsonl:nowhere.jsonl", "no such file"), ("csv:x", "jsonl:PATH"), ("nowhere", "jsonl:PATH")],
+)
+def test_sources_that_cannot_be_read_are_told(tokenizer, source, said):
+    settings = dataclasses.replace(Config(), prompts=Prompts(source=source))
+    with pytest.raises(BadInput, match=said):
+        prompts.load(settings, tokenizer)
+
+
+def test_too_few_prompts_for_an_iteration_is_told(tmp_path, tokenizer):
+    with pytest.raises(BadInput, match="no prompts for iteration 2"):
+        load(tmp_path, tokenizer, texts(5), per_iteration=5)
+
+
+def test_prompt_ids_depend_on_the_text_alone():
+    assert prompt_id("None") == prompt_id("None") != prompt_id("none")
+    assert 0 <= prompt_id("x") < 2**63

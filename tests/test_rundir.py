@@ -1,0 +1,105 @@
+"""The run directory: whole files or none, the right files or none."""
+
+import dataclasses
+import multiprocessing
+import os
+
+import pytest
+
+from sppo_jax import records, rundir
+from sppo_jax.config import Config, Fit
+from sppo_jax.errors import BadInput
+from sppo_jax.records import Responses
+from sppo_jax.rundir import replacing, shard_ranges
+
+ROW = Responses(1, "q", [1, 2], [[3], [4, 2]], ["a", "b"], ["length", "stop"], [-1.0, -2.5])
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 8, 9, 20_801])
+@pytest.mark.parametrize("size", [1, 3, 8, 64])
+def test_T13_shards_cover_every_prompt_exactly_once(total, size):
+    covered = [i for part in shard_ranges(total, size) for i in part]
+    assert covered == list(range(total))
+
+
+def test_T14_a_write_that_fails_leaves_nothing(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with pytest.raises(RuntimeError, match="torn"), replacing(path) as part:
+        part.write_text("half")
+        raise RuntimeError("torn")
+    assert list(path.parent.iterdir()) == []
+
+
+def test_T14_a_new_file_replaces_the_old_one_and_directories_too(tmp_path):
+    for text in ("old", "new"):
+        with replacing(tmp_path / "dir") as part:
+            part.mkdir()
+            (part / text).write_text(text)
+    assert [p.name for p in (tmp_path / "dir").iterdir()] == ["new"]
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records.write(tmp_path / "x", Responses, [ROW], {"policy": "p"})
+    assert records.read(tmp_path / "x", Responses, {"policy": "p"}) == [ROW]
+
+
+def test_T14_a_foreign_shard_is_refused_and_named(tmp_path):
+    records.write(tmp_path / "x", Responses, [ROW], {"policy": "p", "judge": "j"})
+    with pytest.raises(BadInput, match="x: was made with another policy"):
+        records.read(tmp_path / "x", Responses, {"policy": "q", "judge": "j"})
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_T14_a_torn_shard_is_refused(tmp_path, keep):
+    path = tmp_path / "x"
+    records.write(path, Responses, [ROW], {})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(BadInput, match="damaged"):
+        records.read(path, Responses)
+
+
+def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_path):
+    config = Config(out=str(tmp_path / "run"))
+    with rundir.opened(config):
+        pass
+    with rundir.opened(dataclasses.replace(config, iterations=5)):
+        pass
+    other = dataclasses.replace(config, seed=3, fit=Fit(eta=5.0))
+    with pytest.raises(BadInput, match=r"seed \(42 there, 3 now\), fit.eta \(1000.0 there, 5.0 now\)"), rundir.opened(other):
+        pass
+
+
+def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match=r"thesis\.tex"), rundir.opened(Config(out=str(tmp_path))):
+        pass
+
+
+def test_an_out_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="--out"), rundir.opened(Config(out=str(tmp_path / "file"))):
+        pass
+
+
+def hold(out, held, release):
+    with rundir.opened(Config(out=out)):
+        held.set()
+        release.wait(30)
+
+
+def test_two_runs_cannot_share_a_directory(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path), held, release))
+    other.start()
+    assert held.wait(60)
+    try:
+        with pytest.raises(BadInput, match=f"in use by process {other.pid}"), rundir.opened(Config(out=str(tmp_path))):
+            pass
+    finally:
+        release.set()
+        other.join()
+    with rundir.opened(Config(out=str(tmp_path))):  # free again, however the other ended
+        pass
+    assert os.getpid() != other.pid
