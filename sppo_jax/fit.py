@@ -63,7 +63,7 @@ def train_step(
         "margin": jnp.mean(margin_G, where=real_G),
         "accuracy": jnp.mean(margin_G > 0, where=real_G),
         "max_log_ratio": jnp.max(jnp.abs(ratio_GR), where=real_G[:, None], initial=0.0),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

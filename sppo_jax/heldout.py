@@ -56,13 +56,9 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
     """Write iteration t's eval.json, its last file; with the first one, the base's against itself."""
     policy, base, previous = (answer(session, i) for i in (t, BASE, t - 1))
     judges = {"judge": session.judge} | ({} if session.oracle is None else {"oracle": session.oracle})
-    rates = {
-        name: {
-            "base": evaluate.win_rate(who, policy, base),
-            "previous": evaluate.win_rate(who, policy, previous),
-        }
-        for name, who in judges.items()
-    }
+    rates = {name: {"base": evaluate.win_rate(who, policy, base)} for name, who in judges.items()}
+    for name, who in judges.items():  # in iteration 1 the previous policy is the base
+        rates[name]["previous"] = rates[name]["base"] if t == 1 else evaluate.win_rate(who, policy, previous)
     found: dict[str, Any] = {
         "iteration": t,
         "prompts": len(policy),

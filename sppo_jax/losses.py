@@ -7,18 +7,21 @@ last axis. `where` leaves out elements (padding of the last batch); its shape br
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+Values = Array | np.ndarray
 
-def log_ratio(logprob: Float[Array, "..."], ref_logprob: Float[Array, "..."]) -> Float[Array, "..."]:
+
+def log_ratio(logprob: Float[Values, "..."], ref_logprob: Float[Values, "..."]) -> Float[Array, "..."]:
     """log pi_theta(y|x) - log pi_t(y|x), constant in the reference."""
-    return logprob - jax.lax.stop_gradient(ref_logprob)
+    return jnp.asarray(logprob) - jax.lax.stop_gradient(jnp.asarray(ref_logprob))
 
 
 def sppo_loss(
-    logprob: Float[Array, "..."],
-    ref_logprob: Float[Array, "..."],
+    logprob: Float[Values, "..."],
+    ref_logprob: Float[Values, "..."],
     win_rate: ArrayLike,
     *,
     eta: float,
@@ -35,9 +38,9 @@ def sppo_loss(
 
 
 def sppo_single_loss(
-    logprob: Float[Array, "... 2"],
-    ref_logprob: Float[Array, "... 2"],
-    probability: Float[Array, "..."],
+    logprob: Float[Values, "... 2"],
+    ref_logprob: Float[Values, "... 2"],
+    probability: Float[Values, "..."],
     *,
     eta: float,
     where: ArrayLike | None = None,
@@ -46,13 +49,13 @@ def sppo_single_loss(
 
     The official code's `sppo_single`: only the pair's own probability is used, not the win rates.
     """
-    both = jnp.stack([probability, 1.0 - probability], axis=-1)
+    both = jnp.stack([jnp.asarray(probability), 1.0 - jnp.asarray(probability)], axis=-1)
     return sppo_loss(logprob, ref_logprob, both, eta=eta, where=_pairwise(where))
 
 
 def sppo_hard_loss(
-    logprob: Float[Array, "... 2"],
-    ref_logprob: Float[Array, "... 2"],
+    logprob: Float[Values, "... 2"],
+    ref_logprob: Float[Values, "... 2"],
     *,
     eta: float,
     where: ArrayLike | None = None,
@@ -66,8 +69,8 @@ def sppo_hard_loss(
 
 
 def dpo_loss(
-    logprob: Float[Array, "... 2"],
-    ref_logprob: Float[Array, "... 2"],
+    logprob: Float[Values, "... 2"],
+    ref_logprob: Float[Values, "... 2"],
     *,
     eta: float,
     where: ArrayLike | None = None,
@@ -77,8 +80,8 @@ def dpo_loss(
 
 
 def ipo_loss(
-    logprob: Float[Array, "... 2"],
-    ref_logprob: Float[Array, "... 2"],
+    logprob: Float[Values, "... 2"],
+    ref_logprob: Float[Values, "... 2"],
     *,
     eta: float,
     where: ArrayLike | None = None,
@@ -87,7 +90,7 @@ def ipo_loss(
     return _mean((_margin(logprob, ref_logprob) - eta / 2) ** 2, where)
 
 
-def _margin(logprob: Array, ref_logprob: Array) -> Array:
+def _margin(logprob: Values, ref_logprob: Values) -> Array:
     ratio = log_ratio(logprob, ref_logprob)
     return ratio[..., 0] - ratio[..., 1]
 

@@ -44,15 +44,18 @@ class PairRM(nn.Module):
         )
         self.pad_id = int(config.get("pad_token_id") or 0)
 
-    def states(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Last hidden states at the three prefix tokens, float32 [N, 3, hidden]; padding is masked and changes nothing."""
+    def hidden(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Last hidden states, float32 [N, T, hidden], T the longest of N; padding is masked and changes nothing."""
         longest = max(map(len, pairs))
         ids = np.full((len(pairs), longest), self.pad_id, np.int64)
         mask = np.zeros((len(pairs), longest), np.int64)
         for row, pair in enumerate(pairs):
             ids[row, : len(pair)] = pair.ids
             mask[row, : len(pair)] = 1
-        hidden = self.pretrained_model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state
+        return self.pretrained_model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state
+
+    def at_marks(self, hidden: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+        """The rows of `hidden` at the three prefix tokens, float32 [N, 3, hidden]."""
         marks = torch.tensor([pair.marks for pair in pairs])
         return hidden[torch.arange(len(pairs))[:, None], marks]
 
@@ -65,7 +68,7 @@ class PairRM(nn.Module):
 
     def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """C for N pairs, float32 [N]."""
-        return self.head(self.states(pairs))
+        return self.head(self.at_marks(self.hidden(pairs), pairs))
 
     @torch.inference_mode()
     def logits(self, pairs: Sequence[Pair]) -> np.ndarray:

@@ -1,0 +1,386 @@
+"""The whole game through the command line's own function, and as a process where processes are the point."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from sppo_jax import main, rundir
+from sppo_jax.errors import BadInput
+
+ORACLE = "sppo_jax.tiny.world:oracle"
+SMALL = {
+    "iterations": 1,
+    "seed": 0,
+    "mesh.fsdp": 1,
+    "prompts.per_iteration": 7,
+    "prompts.max_length": 64,
+    "sampling.max_new_tokens": 12,
+    "sampling.slots": 15,
+    "sampling.shard_prompts": 3,
+    "sampling.responses": 3,
+    "judge.backend": ORACLE,
+    "fit.eta": 10,
+    "fit.learning_rate": 1e-4,
+    "fit.global_batch": 4,
+    "fit.checkpoint_every": 1,
+    "eval.prompts": 6,
+    "eval.probe_prompts": 4,
+}
+
+
+def words(out, **options):
+    knobs = SMALL | {key.replace("__", "."): value for key, value in options.items()} | {"out": out}
+    return [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """In-process runs see one device unless they ask for eight."""
+    import jax
+
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """One run of two iterations, read by several tests."""
+    import jax
+
+    devices, out = jax.devices(), tmp_path_factory.mktemp("runs") / "played"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices[:1])
+        main.main(words(out, iterations=2))
+    return out
+
+
+def digest(out, t=1):
+    """What a run made: pairs and final parameters, by content."""
+    weights = load_file(out / f"iter_{t}/export/model.safetensors")
+    values = b"".join(name.encode() + x.tobytes() for name, x in sorted(weights.items()))
+    return pq.read_table(out / f"iter_{t}/pairs.parquet").to_pylist(), hashlib.sha256(values).hexdigest()
+
+
+def test_a_run_leaves_the_contracts_files_and_nothing_half_written(played):
+    expected = [
+        "config.yaml", "manifest.json", "metrics.jsonl", "report.html", "tensorboard",
+        *(f"iter_{t}/{stage}/shard-{i:05d}-of-00003.parquet" for t in (1, 2) for stage in ("responses", "preferences") for i in range(3)),
+        *(f"iter_{t}/{name}" for t in (1, 2) for name in ("pairs.parquet", "eval.json", "checkpoints", "export/config.json", "export/model.safetensors", "export/tokenizer.json")),
+    ]  # fmt: skip
+    assert [name for name in expected if not (played / name).exists()] == []
+    assert not list(played.rglob("*.part"))
+
+
+def test_the_manifest_names_what_the_run_was_made_from(played):
+    manifest = json.loads((played / "manifest.json").read_text())
+    assert set(manifest["sha256"]) == {"base_weights", "tokenizer", "judge", "prompts_heldout", "prompts_1", "prompts_2"}
+    assert manifest["versions"]["jax"]
+    assert manifest["prompts"]["iteration 1"]["kept"] == 7
+
+
+def test_the_export_is_what_the_policy_is_and_transformers_reads_it(played, tokenizer):
+    import jax.numpy as jnp
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sppo_jax import models
+
+    directory = played / "iter_2/export"
+    ids = AutoTokenizer.from_pretrained(directory)("Where can I find the fox?")["input_ids"]
+    assert ids == tokenizer("Where can I find the fox?")["input_ids"]
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    assert theirs.dtype == torch.float32
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(models.load(directory)(jnp.array([ids])), logits, atol=1e-4)
+    first, second = (load_file(played / f"iter_{t}/export/model.safetensors") for t in (1, 2))
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+def test_the_report_is_one_self_contained_file_with_six_pictures(played):
+    page = (played / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+    for word in ("Win rate", "Log-ratio", "Divergence", "Cycles", "before", "iteration"):
+        assert word in page
+
+
+def test_metrics_are_json_lines_with_their_place(played):
+    lines = [json.loads(line) for line in (played / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"respond", "judge", "pairs", "fit", "evaluate"}
+    assert all({"iteration", "stage", "step", "time"} <= set(line) for line in lines)
+    assert {"cycle_share", "tie_share", "position_bias", "entropy"} <= set(next(x for x in lines if x["stage"] == "judge"))
+
+
+def test_T06_T14_the_ids_trained_on_are_the_ids_sampled(played):
+    rows = [r for i in range(3) for r in pq.read_table(played / f"iter_1/responses/shard-{i:05d}-of-00003.parquet").to_pylist()]
+    sampled = {row["prompt_id"]: row for row in rows}
+    assert len(sampled) == 7
+    for pair in pq.read_table(played / "iter_1/pairs.parquet").to_pylist():
+        row = sampled[pair["prompt_id"]]
+        assert pair["prompt_ids"] == row["prompt_ids"]
+        assert all(ids in row["response_ids"] for ids in pair["response_ids"])
+        assert pair["chosen"][0]["content"] == row["prompt"]
+        assert pair["chosen"][1]["content"] in row["responses"]
+
+
+def test_the_same_run_twice_is_bitwise_the_same_and_a_third_command_only_reports(played, tmp_path, capsys):
+    main.main(words(tmp_path / "again", iterations=2))
+    assert digest(played, 2) == digest(tmp_path / "again", 2)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "again").rglob("*.parquet")}
+    capsys.readouterr()
+    main.main(words(tmp_path / "again", iterations=2))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "again").rglob("*.parquet")}
+    assert "respond" not in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_continued_with_more_iterations(played, tmp_path):
+    main.main(words(tmp_path / "run", iterations=1))
+    main.main(words(tmp_path / "run", iterations=2))
+    assert digest(tmp_path / "run", 2) == digest(played, 2)
+
+
+@pytest.mark.parametrize("k", [2, 5, 8])
+def test_T12_any_number_of_responses_and_sizes_that_divide_nothing(tmp_path, k):
+    main.main(words(tmp_path / "run", sampling__responses=k, sampling__slots=2 * k + 1, prompts__per_iteration=5))
+    rows = pq.read_table(tmp_path / "run/iter_1/preferences/shard-00000-of-00002.parquet").to_pylist()
+    assert np.shape(rows[0]["probability"]) == (k, k)
+    assert (tmp_path / "run/iter_1/eval.json").exists()
+
+
+@pytest.mark.parametrize("options", [
+    {"pairs__select": "all", "fit__baseline": "log_partition"},
+    {"judge__estimator": "score", "judge__prompt": "raw", "fit__loss": "dpo"},
+])  # fmt: skip
+def test_other_choices_run_to_the_end(tmp_path, options):
+    main.main(words(tmp_path / "run", **options))
+    pair = pq.read_table(tmp_path / "run/iter_1/pairs.parquet").to_pylist()[0]
+    assert len(pair["response_ids"]) == (3 if "pairs__select" in options else 2)
+
+
+def test_T08_the_judge_gets_the_raw_instruction_or_the_template_when_asked(tmp_path, monkeypatch):
+    from sppo_jax.tiny import world
+
+    seen = []
+    real = world.oracle()
+
+    class Spy:
+        identity = "spy"
+
+        def compare(self, prompts, responses, on_progress=None):
+            seen.extend(prompts)
+            plain = [p.replace("<s>", "").replace("[INST]", "").replace("[/INST]", "").strip() for p in prompts]
+            return real.compare(plain, responses)
+
+    monkeypatch.setattr(world, "oracle", Spy)
+    main.main(words(tmp_path / "raw"))
+    assert not any("[INST]" in prompt for prompt in seen)
+    seen.clear()
+    main.main(words(tmp_path / "chat", judge__prompt="chat"))
+    assert any(prompt.startswith("<s>") and prompt.endswith("[/INST]") for prompt in seen)
+
+
+def test_T15_a_whole_run_with_the_network_blocked_and_the_real_judge(tmp_path, monkeypatch, capsys):
+    def refuse(*_args, **_options):
+        raise AssertionError("the network was asked for")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    main.main(words(tmp_path / "run", judge__backend="torch", eval__oracle=ORACLE))
+    shown = capsys.readouterr().out
+    assert "win rate, oracle" in shown
+    assert "\x1b" not in shown  # plain lines where there is no terminal
+    found = json.loads((tmp_path / "run/iter_1/eval.json").read_text())
+    assert set(found["win_rate"]) == {"judge", "oracle"}
+
+
+def test_T14_a_missing_shard_is_redone_and_a_foreign_or_torn_one_refused(tmp_path, played):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(played, run)
+    for name in ("iter_2/eval.json", "iter_2/pairs.parquet", "iter_2/responses/shard-00001-of-00003.parquet"):
+        (run / name).unlink()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(played), str(run)))
+    main.main(words(run, iterations=2))
+    assert digest(run, 2) == digest(played, 2)
+
+    shard = run / "iter_2/preferences/shard-00001-of-00003.parquet"
+    (run / "iter_2/eval.json").unlink()
+    shutil.copy(run / "iter_1/preferences/shard-00001-of-00003.parquet", shard)
+    with pytest.raises(BadInput, match=r"shard-00001-of-00003\.parquet: was made with another policy and prompts"):
+        main.main(words(run, iterations=2))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(BadInput, match="damaged"):
+        main.main(words(run, iterations=2))
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(words_, tmp_path, devices=1, name="log"):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+    log = (tmp_path / name).open("w")
+    return subprocess.Popen(
+        [sys.executable, "-m", "sppo_jax.main", *words_], stdout=log, stderr=subprocess.STDOUT, env=env
+    )
+
+
+def finish(process, tmp_path, name="log", code=0):
+    assert process.wait(300) == code, (tmp_path / name).read_text()
+    return (tmp_path / name).read_text()
+
+
+def wait_for(path, process, pattern=None):
+    for _ in range(3000):
+        if process.poll() is not None:
+            return
+        if path.exists() and (pattern is None or pattern in path.read_text()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+def test_T16_killed_in_three_places_and_started_again_gives_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(words(whole), tmp_path), tmp_path)
+    for milestone in ("iter_1/responses/shard-00001-of-00003.parquet", "iter_1/pairs.parquet", "iter_1/checkpoints/1"):
+        process = start(words(killed), tmp_path)
+        wait_for(killed / milestone, process)
+        process.kill()
+        process.wait()
+        assert not (killed / "iter_1/eval.json").exists()
+    finish(start(words(killed), tmp_path), tmp_path)
+    assert digest(whole) == digest(killed)
+
+
+def test_sigterm_checkpoints_and_exits_with_143(tmp_path):
+    out = tmp_path / "run"
+    options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
+    process = start(words(out, **options), tmp_path)
+    wait_for(out / "metrics.jsonl", process, '"stage": "fit"')
+    process.send_signal(signal.SIGTERM)
+    assert "run the same command again to resume" in finish(process, tmp_path, code=143)
+    saved = [int(p.name) for p in (out / "iter_1/checkpoints").iterdir() if p.name.isdigit()]
+    assert saved
+    assert saved[0] < 400
+
+
+def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
+    responses = []
+    for devices, mesh in ((1, {}), (8, {"mesh__fsdp": 4, "mesh__tensor": 2})):
+        out = tmp_path / f"run{devices}"
+        options = mesh | {"sampling__temperature": 0, "sampling__responses": 2, "fit__global_batch": 4}
+        # Greedy responses are all alike, so there is nothing to train on, which is told in one line.
+        log = finish(start(words(out, **options), tmp_path, devices), tmp_path, code=2)
+        assert log.splitlines()[-1].startswith("error: iteration 1: no prompt has a preferred response")
+        shards = sorted((out / "iter_1/responses").iterdir())
+        responses.append([row["response_ids"] for path in shards for row in pq.read_table(path).to_pylist()])
+    assert responses[0] == responses[1]
+
+
+def test_eight_devices_play_the_whole_game(tmp_path):
+    log = finish(start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), tmp_path, 8), tmp_path)
+    assert "report:" in log
+
+
+@pytest.mark.parametrize(
+    ("words_", "said"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--fit.learning_rat", "1"], "did you mean 'fit.learning_rate'?"),
+        (["--judge.backend", "borda"], "judge.backend=borda is not known"),
+        (["--judge.path", "nowhere"], "nowhere"),
+        (["--eval.oracle", "sppo_jax.nothing:x"], "sppo_jax.nothing"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, said):
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "sppo_jax.main", "--out", str(out), *words_], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model__path": "nowhere"}, "nowhere/config.json: No such file"),
+        ({"mesh__tensor": 3}, "does not fit 1 devices"),
+        ({"prompts__source": "jsonl:nowhere.jsonl"}, "no such file"),
+        ({"fit__global_batch": 6, "mesh__fsdp": 4, "mesh__tensor": 2}, "choose 4 or 8"),
+    ],
+)
+def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said, one_device):
+    if "mesh__fsdp" in options:
+        one_device.undo()
+    with pytest.raises(BadInput, match=said):
+        main.main(words(tmp_path / "run", **options))
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_another_configuration_or_other_weights_in_the_same_directory_are_refused(tmp_path, played):
+    with pytest.raises(BadInput, match=r"fit\.eta"):
+        main.main(words(played, iterations=2, fit__eta=5))
+    manifest = json.loads((played / "manifest.json").read_text())
+    changed = manifest | {"sha256": manifest["sha256"] | {"base_weights": "0" * 64}}
+    rundir.write_json(played / "manifest.json", changed)
+    with pytest.raises(BadInput, match="base_weights differ"):
+        main.main(words(played, iterations=2))
+    rundir.write_json(played / "manifest.json", manifest)
+
+
+def test_a_judge_that_dies_in_the_middle_is_one_line_and_the_run_resumes(tmp_path):
+    out = tmp_path / "run"
+    process = start(words(out, judge__backend="torch", sampling__shard_prompts=1), tmp_path)
+    wait_for(out / "iter_1/responses/shard-00001-of-00007.parquet", process)
+    child = next(
+        int(pid) for pid in os.listdir("/proc")
+        if pid.isdigit() and sidecar_of(pid) == process.pid
+    )  # fmt: skip
+    os.kill(child, signal.SIGKILL)
+    log = finish(process, tmp_path, code=2)
+    assert log.splitlines()[-1].startswith("error: PairRM's sidecar ended")
+    assert "again to resume" in log.splitlines()[-1]
+    finish(start(words(out, judge__backend="torch", sampling__shard_prompts=1), tmp_path), tmp_path)
+
+
+def sidecar_of(pid):
+    """The parent of a sidecar process, else None."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            if "sppo_jax.pairrm.sidecar" not in file.read():
+                return None
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def test_help_lists_every_knob(capsys):
+    main.main(["--help"])
+    shown = capsys.readouterr().out
+    from sppo_jax import config
+
+    assert all(f"--{key} " in shown for key, *_ in config.knobs())
+    assert dataclasses.is_dataclass(config.Config)

@@ -1,0 +1,214 @@
+"""Stage 5: the log-ratio starts at exactly zero, the loss where it was predicted, and layouts agree."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sppo_jax import dataset, fit, models, pairs, preferences, tiny
+from sppo_jax.checkpoint import Checkpoints
+from sppo_jax.config import Fit
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.metrics import Metrics
+from sppo_jax.models import hf
+from sppo_jax.records import Preferences, Responses
+from sppo_jax.rundir import RunDir
+
+SETTINGS = Fit(eta=10.0, learning_rate=2e-5, epochs=2, schedule_epochs=2, global_batch=4, max_grad_norm=1.0)
+
+
+def pairs_of(n, how="best_worst", k=3, seed=0, eta=10.0):
+    """n judged prompts of random tokens."""
+    rng = np.random.default_rng(seed)
+    responses, preferred = [], []
+    for i in range(n):
+        ids = [rng.integers(10, 760, rng.integers(3, 14)).tolist() + [2] for _ in range(k)]
+        prompt = [1, *rng.integers(10, 760, rng.integers(3, 9)).tolist()]
+        p = preferences.probability_matrix(rng.normal(size=(k, k)) * 2)
+        responses.append(Responses(i, f"p{i}", prompt, ids, [f"r{j}" for j in range(k)], ["stop"] * k, [0.0] * k))
+        preferred.append(Preferences(i, p.tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise"))
+    return pairs.select(responses, preferred, how=how, eta=eta, baseline=0.5)[0]
+
+
+def prepare(rows, settings, mesh, dtype=jnp.float32):
+    """(model, pairs with reference, batches, programs, steps) on a mesh."""
+    model = models.load(tiny.path("policy"), mesh=mesh, dtype=dtype)
+    steps = dataset.steps_per_epoch(rows, settings.global_batch)
+    programs = fit.make_programs(model.architecture, model.compute_dtype, mesh, settings, steps)
+    of = {"global_batch": settings.global_batch, "seed": 0, "iteration": 1}
+    ref = fit.logprobs(model, dataset.batches(rows, epochs=1, **of), len(rows), programs, mesh)
+    filled = pairs.with_reference(rows, ref)
+    return model, filled, dataset.batches(filled, epochs=settings.epochs, **of), programs, steps
+
+
+def steps_of(batches, model, programs, mesh, count=None):
+    """Metrics of plain steps without files, and the last state."""
+    from flax import nnx
+
+    _, params = nnx.split(model)
+    state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))
+    found = []
+    for step in range(count or len(batches)):
+        state, metrics = programs.step(state, fit.place(batches[step], mesh))
+        found.append({name: float(value) for name, value in metrics.items()})
+    return found, state
+
+
+def train(tmp_path, rows, settings, mesh, *, stop_at=None, stream_log=None):
+    """The real loop with its checkpoints and metrics; `stop_at`: SIGTERM arrives during that step."""
+    model, _, batches, programs, steps = prepare(rows, settings, mesh)
+    tmp_path.mkdir(exist_ok=True)
+    with Metrics(RunDir(tmp_path)) as metrics, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+
+        def stream(start):
+            for step, batch in enumerate(dataset.from_step(batches, start), start):
+                if stream_log is not None:
+                    stream_log.append(step)
+                if step == stop_at:
+                    metrics._stop = True
+                yield batch
+
+        return fit.fit(
+            model, batches, stream, settings=settings, programs=programs, steps_per_epoch=steps, mesh=mesh,
+            checkpoints=checkpoints, iteration=1, log_every=1, metrics=metrics,
+        )  # fmt: skip
+
+
+def leaves(model):
+    from flax import nnx
+
+    return [np.asarray(x) for x in jax.tree.leaves(nnx.split(model)[1])]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
+def test_T39_log_ratio_is_exactly_zero_at_step_zero_and_the_loss_is_the_predicted_one(dtype, mesh, request):
+    mesh = request.getfixturevalue(mesh)
+    settings = dataclasses.replace(SETTINGS, global_batch=8)
+    model, filled, batches, programs, steps = prepare(pairs_of(19), settings, mesh, dtype)
+    whole, first = fit.expected_initial_loss(batches, steps, settings)
+    (metrics,), _ = steps_of(batches, model, programs, mesh, 1)
+    assert metrics["max_log_ratio"] == 0.0
+    assert metrics["loss"] == pytest.approx(first, rel=1e-6)
+    assert whole == pytest.approx(np.mean(np.square([pair.target for pair in filled])), rel=1e-6)
+
+
+def test_every_reference_is_finite_negative_and_belongs_to_its_pair(one_device):
+    _, filled, *_ = prepare(pairs_of(7), SETTINGS, one_device)
+    again = prepare(pairs_of(7)[::-1], SETTINGS, one_device)[1]
+    for a, b in zip(filled, again[::-1], strict=True):
+        np.testing.assert_allclose(a.ref_logprob, b.ref_logprob, atol=1e-5)
+        assert max(a.ref_logprob) < 0
+
+
+@pytest.mark.parametrize("how", ["best_worst", "all"])
+def test_one_and_eight_devices_give_the_same_losses_over_twenty_steps(how, one_device, eight_devices):
+    settings = dataclasses.replace(SETTINGS, epochs=4, schedule_epochs=4)
+    losses = []
+    for mesh in (one_device, eight_devices):
+        model, _, batches, programs, _ = prepare(pairs_of(20, how), settings, mesh)
+        assert len(batches) == 20
+        found, _ = steps_of(batches, model, programs, mesh)
+        losses.append([m["loss"] for m in found])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+    assert len(set(losses[0])) == 20
+
+
+def test_a_filled_up_batch_weighs_its_real_rows_only(one_device):
+    """Five pairs in a batch of eight give the loss and gradient of a batch of five."""
+    rows = pairs_of(5)
+    found = []
+    for size in (5, 8):
+        settings = dataclasses.replace(SETTINGS, global_batch=size, warmup=0.0)
+        model, _, batches, programs, _ = prepare(rows, settings, one_device)
+        metrics, _ = steps_of(batches, model, programs, one_device, 1)
+        found.append((metrics[0]["loss"], metrics[0]["grad_norm"]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sppo", "sppo_single", "sppo_hard", "dpo", "ipo"])
+def test_T26_every_loss_trains_from_its_own_predicted_start(loss, one_device):
+    settings = dataclasses.replace(SETTINGS, loss=loss)
+    model, _, batches, programs, steps = prepare(pairs_of(8), settings, one_device)
+    _, first = fit.expected_initial_loss(batches, steps, settings)
+    known = {"sppo_hard": 25.0, "ipo": 25.0, "dpo": math.log(2)}
+    assert first == pytest.approx(known.get(loss, first), rel=1e-6)
+    metrics, _ = steps_of(batches, model, programs, one_device)
+    assert metrics[0]["loss"] == pytest.approx(first, rel=1e-6)
+    assert metrics[-1]["margin"] > 0.1
+    assert metrics[-1]["accuracy"] > 0.5
+
+
+def test_T32_the_training_losss_gradient_ignores_the_reference_in_the_batch(one_device):
+    model, _, batches, _, _ = prepare(pairs_of(4), SETTINGS, one_device)
+    batch = dict(batches[0])
+    loss = fit.make_loss(SETTINGS)
+    logprob = jnp.asarray(batch["ref_logprob"]) + 0.3
+    grad = jax.grad(lambda ref: loss(logprob, batch | {"ref_logprob": ref}))(jnp.asarray(batch["ref_logprob"]))
+    np.testing.assert_array_equal(grad, 0.0)
+    del model
+
+
+def test_T38_masters_and_optimiser_state_are_float32_under_bfloat16_compute(one_device):
+    model, _, batches, programs, _ = prepare(pairs_of(4), SETTINGS, one_device, jnp.bfloat16)
+    _, state = steps_of(batches, model, programs, one_device, 1)
+    kinds = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert kinds == {jnp.dtype("float32")}
+
+
+def test_optimiser_state_is_born_sharded_like_the_parameters(eight_devices):
+    model, _, batches, programs, _ = prepare(pairs_of(8), dataclasses.replace(SETTINGS, global_batch=8), eight_devices)
+    _, state = steps_of(batches, model, programs, eight_devices, 1)
+    q = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.shape == (4, 128, 4, 32)]
+    assert len(q) == 2
+    assert all(x.sharding.shard_shape(x.shape) == (4, 32, 2, 32) for x in q)
+
+
+def test_T16_stopped_in_the_middle_and_started_again_gives_the_same_parameters(tmp_path, one_device):
+    rows = pairs_of(10)
+    whole = train(tmp_path / "whole", rows, SETTINGS, one_device)
+    with pytest.raises(Terminated):
+        train(tmp_path / "parts", rows, SETTINGS, one_device, stop_at=3)
+    steps = []
+    resumed = train(tmp_path / "parts", rows, SETTINGS, one_device, stream_log=steps)
+    assert min(steps) == 4
+    for a, b in zip(leaves(whole), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    steps = []
+    again = train(tmp_path / "parts", rows, SETTINGS, one_device, stream_log=steps)
+    assert steps == []
+    np.testing.assert_array_equal(leaves(again)[0], leaves(whole)[0])
+
+
+def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, one_device, eight_devices):
+    rows, settings = pairs_of(16), dataclasses.replace(SETTINGS, global_batch=8)
+    whole = train(tmp_path / "whole", rows, settings, one_device)
+    with pytest.raises(Terminated):
+        train(tmp_path / "parts", rows, settings, one_device, stop_at=1)
+    moved = train(tmp_path / "parts", rows, settings, eight_devices)
+    for a, b in zip(leaves(whole), leaves(moved), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, one_device):
+    from tests.conftest import ODD
+
+    train(tmp_path, pairs_of(4), SETTINGS, one_device)
+    odd = hf.initialise(ODD, jax.random.key(0), one_device)
+    from flax import nnx
+
+    _, params = nnx.split(odd)
+    programs = fit.make_programs(odd.architecture, odd.compute_dtype, one_device, SETTINGS, 1)
+    state = fit.TrainState(
+        jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
+    )
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints, pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoints.restore(checkpoints.latest(), state)
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, one_device):
+    with pytest.raises(BadInput, match=r"lower fit\.learning_rate"):
+        train(tmp_path, pairs_of(8), dataclasses.replace(SETTINGS, learning_rate=1e38, warmup=0.0), one_device)
