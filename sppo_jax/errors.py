@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-BAD_INPUT, TERMINATED = 2, 143  # exit codes
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
 
 
 class BadInput(Exception):
@@ -24,6 +24,9 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
     except BadInput as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Terminated:
         print(
             "stopped by SIGTERM with all work on disk; run the same command again to resume", file=sys.stderr

@@ -1,6 +1,6 @@
 """Stage 7: the new policy on held-out prompts: win rates, log-ratios of winners and losers, divergence, length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,22 @@ from sppo_jax.records import Pair, Responses
 
 
 def win_rate(
-    judge: Any, policy: Sequence[Responses], against: Sequence[Responses], *, k: int = 0
+    judge: Any,
+    policy: Sequence[Responses],
+    against: Sequence[Responses],
+    *,
+    k: int = 0,
+    as_shown: Callable[[str], str] = str,
 ) -> dict[str, float]:
     """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error.
 
-    The policy's first response against the opponent's k-th; prompts in the same order. `judge` has `compare`.
+    The policy's first response against the opponent's k-th; prompts in the same order. `judge` has `compare`;
+    `as_shown` maps an instruction to what it reads.
     """
     if [row.prompt_id for row in policy] != [row.prompt_id for row in against]:
         raise ValueError("win rates compare answers to the same prompts")
     both = [[mine.responses[0], theirs.responses[k]] for mine, theirs in zip(policy, against, strict=True)]
-    logits = judge.compare([row.prompt for row in policy], both)
+    logits = judge.compare([as_shown(row.prompt) for row in policy], both)
     p = probability_matrix(logits)[:, 0, 1]
     return {"mean": float(p.mean()), "stderr": float(p.std(ddof=1) / np.sqrt(len(p))) if len(p) > 1 else 0.0}
 

@@ -56,9 +56,16 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
     """Write iteration t's eval.json, its last file; with the first one, the base's against itself."""
     policy, base, previous = (answer(session, i) for i in (t, BASE, t - 1))
     judges = {"judge": session.judge} | ({} if session.oracle is None else {"oracle": session.oracle})
-    rates = {name: {"base": evaluate.win_rate(who, policy, base)} for name, who in judges.items()}
-    for name, who in judges.items():  # in iteration 1 the previous policy is the base
-        rates[name]["previous"] = rates[name]["base"] if t == 1 else evaluate.win_rate(who, policy, previous)
+
+    def rate(
+        name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
+    ) -> dict[str, float]:
+        shown = session.as_judged if name == "judge" else str
+        return evaluate.win_rate(judges[name], mine, against, k=k, as_shown=shown)
+
+    rates = {name: {"base": rate(name, base)} for name in judges}
+    for name in judges:  # in iteration 1 the previous policy is the base
+        rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
     found: dict[str, Any] = {
         "iteration": t,
         "prompts": len(policy),
@@ -67,7 +74,7 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
         "log_ratio": evaluate.log_ratios(probed, session.logprobs(t, probed, t)),
     }
     if t == 1:
-        zero = {name: {"base": evaluate.win_rate(who, base, base, k=1)} for name, who in judges.items()}
+        zero = {name: {"base": rate(name, base, mine=base, k=1)} for name in judges}
         at_base = {
             "iteration": BASE,
             "prompts": len(base),

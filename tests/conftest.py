@@ -9,7 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from jaxtyping import install_import_hook
 
-hook = install_import_hook(["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.losses", "sppo_jax.fit"], "beartype.beartype")
+hook = install_import_hook(
+    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.losses", "sppo_jax.fit"], "beartype.beartype"
+)
 
 import jax
 import pytest

@@ -86,7 +86,14 @@ def test_a_run_leaves_the_contracts_files_and_nothing_half_written(played):
 
 def test_the_manifest_names_what_the_run_was_made_from(played):
     manifest = json.loads((played / "manifest.json").read_text())
-    assert set(manifest["sha256"]) == {"base_weights", "tokenizer", "judge", "prompts_heldout", "prompts_1", "prompts_2"}
+    assert set(manifest["sha256"]) == {
+        "base_weights",
+        "tokenizer",
+        "judge",
+        "prompts_heldout",
+        "prompts_1",
+        "prompts_2",
+    }
     assert manifest["versions"]["jax"]
     assert manifest["prompts"]["iteration 1"]["kept"] == 7
 
@@ -122,11 +129,17 @@ def test_metrics_are_json_lines_with_their_place(played):
     lines = [json.loads(line) for line in (played / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"respond", "judge", "pairs", "fit", "evaluate"}
     assert all({"iteration", "stage", "step", "time"} <= set(line) for line in lines)
-    assert {"cycle_share", "tie_share", "position_bias", "entropy"} <= set(next(x for x in lines if x["stage"] == "judge"))
+    assert {"cycle_share", "tie_share", "position_bias", "entropy"} <= set(
+        next(x for x in lines if x["stage"] == "judge")
+    )
 
 
 def test_T06_T14_the_ids_trained_on_are_the_ids_sampled(played):
-    rows = [r for i in range(3) for r in pq.read_table(played / f"iter_1/responses/shard-{i:05d}-of-00003.parquet").to_pylist()]
+    rows = [
+        r
+        for i in range(3)
+        for r in pq.read_table(played / f"iter_1/responses/shard-{i:05d}-of-00003.parquet").to_pylist()
+    ]
     sampled = {row["prompt_id"]: row for row in rows}
     assert len(sampled) == 7
     for pair in pq.read_table(played / "iter_1/pairs.parquet").to_pylist():
@@ -155,7 +168,9 @@ def test_a_finished_run_can_be_continued_with_more_iterations(played, tmp_path):
 
 @pytest.mark.parametrize("k", [2, 5, 8])
 def test_T12_any_number_of_responses_and_sizes_that_divide_nothing(tmp_path, k):
-    main.main(words(tmp_path / "run", sampling__responses=k, sampling__slots=2 * k + 1, prompts__per_iteration=5))
+    main.main(
+        words(tmp_path / "run", sampling__responses=k, sampling__slots=2 * k + 1, prompts__per_iteration=5)
+    )
     rows = pq.read_table(tmp_path / "run/iter_1/preferences/shard-00000-of-00002.parquet").to_pylist()
     assert np.shape(rows[0]["probability"]) == (k, k)
     assert (tmp_path / "run/iter_1/eval.json").exists()
@@ -182,7 +197,9 @@ def test_T08_the_judge_gets_the_raw_instruction_or_the_template_when_asked(tmp_p
 
         def compare(self, prompts, responses, on_progress=None):
             seen.extend(prompts)
-            plain = [p.replace("<s>", "").replace("[INST]", "").replace("[/INST]", "").strip() for p in prompts]
+            plain = [
+                p.replace("<s>", "").replace("[INST]", "").replace("[/INST]", "").strip() for p in prompts
+            ]
             return real.compare(plain, responses)
 
     monkeypatch.setattr(world, "oracle", Spy)
@@ -223,7 +240,9 @@ def test_T14_a_missing_shard_is_redone_and_a_foreign_or_torn_one_refused(tmp_pat
     shard = run / "iter_2/preferences/shard-00001-of-00003.parquet"
     (run / "iter_2/eval.json").unlink()
     shutil.copy(run / "iter_1/preferences/shard-00001-of-00003.parquet", shard)
-    with pytest.raises(BadInput, match=r"shard-00001-of-00003\.parquet: was made with another policy and prompts"):
+    with pytest.raises(
+        BadInput, match=r"shard-00001-of-00003\.parquet: was made with another policy and prompts"
+    ):
         main.main(words(run, iterations=2))
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(BadInput, match="damaged"):
@@ -234,7 +253,10 @@ def test_T14_a_missing_shard_is_redone_and_a_foreign_or_torn_one_refused(tmp_pat
 
 
 def start(words_, tmp_path, devices=1, name="log"):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONUNBUFFERED": "1",
+    }
     log = (tmp_path / name).open("w")
     return subprocess.Popen(
         [sys.executable, "-m", "sppo_jax.main", *words_], stdout=log, stderr=subprocess.STDOUT, env=env
@@ -259,7 +281,11 @@ def wait_for(path, process, pattern=None):
 def test_T16_killed_in_three_places_and_started_again_gives_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(words(whole), tmp_path), tmp_path)
-    for milestone in ("iter_1/responses/shard-00001-of-00003.parquet", "iter_1/pairs.parquet", "iter_1/checkpoints/1"):
+    for milestone in (
+        "iter_1/responses/shard-00001-of-00003.parquet",
+        "iter_1/pairs.parquet",
+        "iter_1/checkpoints/1",
+    ):
         process = start(words(killed), tmp_path)
         wait_for(killed / milestone, process)
         process.kill()
@@ -312,7 +338,10 @@ def test_eight_devices_play_the_whole_game(tmp_path):
 def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, said):
     out = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-m", "sppo_jax.main", "--out", str(out), *words_], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sppo_jax.main", "--out", str(out), *words_],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()

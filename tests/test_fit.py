@@ -28,8 +28,12 @@ def pairs_of(n, how="best_worst", k=3, seed=0, eta=10.0):
         ids = [rng.integers(10, 760, rng.integers(3, 14)).tolist() + [2] for _ in range(k)]
         prompt = [1, *rng.integers(10, 760, rng.integers(3, 9)).tolist()]
         p = preferences.probability_matrix(rng.normal(size=(k, k)) * 2)
-        responses.append(Responses(i, f"p{i}", prompt, ids, [f"r{j}" for j in range(k)], ["stop"] * k, [0.0] * k))
-        preferred.append(Preferences(i, p.tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise"))
+        responses.append(
+            Responses(i, f"p{i}", prompt, ids, [f"r{j}" for j in range(k)], ["stop"] * k, [0.0] * k)
+        )
+        preferred.append(
+            Preferences(i, p.tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise")
+        )
     return pairs.select(responses, preferred, how=how, eta=eta, baseline=0.5)[0]
 
 
@@ -52,7 +56,7 @@ def steps_of(batches, model, programs, mesh, count=None):
     state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))
     found = []
     for step in range(count or len(batches)):
-        state, metrics = programs.step(state, fit.place(batches[step], mesh))
+        state, metrics = programs.train_step(state, fit.place(batches[step], mesh))
         found.append({name: float(value) for name, value in metrics.items()})
     return found, state
 
@@ -147,7 +151,9 @@ def test_T32_the_training_losss_gradient_ignores_the_reference_in_the_batch(one_
     batch = dict(batches[0])
     loss = fit.make_loss(SETTINGS)
     logprob = jnp.asarray(batch["ref_logprob"]) + 0.3
-    grad = jax.grad(lambda ref: loss(logprob, batch | {"ref_logprob": ref}))(jnp.asarray(batch["ref_logprob"]))
+    grad = jax.grad(lambda ref: loss(logprob, batch | {"ref_logprob": ref}))(
+        jnp.asarray(batch["ref_logprob"])
+    )
     np.testing.assert_array_equal(grad, 0.0)
     del model
 
@@ -155,12 +161,18 @@ def test_T32_the_training_losss_gradient_ignores_the_reference_in_the_batch(one_
 def test_T38_masters_and_optimiser_state_are_float32_under_bfloat16_compute(one_device):
     model, _, batches, programs, _ = prepare(pairs_of(4), SETTINGS, one_device, jnp.bfloat16)
     _, state = steps_of(batches, model, programs, one_device, 1)
-    kinds = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)}
+    kinds = {
+        x.dtype
+        for x in jax.tree.leaves((state.params, state.opt_state))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
     assert kinds == {jnp.dtype("float32")}
 
 
 def test_optimiser_state_is_born_sharded_like_the_parameters(eight_devices):
-    model, _, batches, programs, _ = prepare(pairs_of(8), dataclasses.replace(SETTINGS, global_batch=8), eight_devices)
+    model, _, batches, programs, _ = prepare(
+        pairs_of(8), dataclasses.replace(SETTINGS, global_batch=8), eight_devices
+    )
     _, state = steps_of(batches, model, programs, eight_devices, 1)
     q = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.shape == (4, 128, 4, 32)]
     assert len(q) == 2
@@ -205,10 +217,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, one_device):
     state = fit.TrainState(
         jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
     )
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints, pytest.raises(BadInput, match="not a checkpoint"):
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(BadInput, match="not a checkpoint"),
+    ):
         checkpoints.restore(checkpoints.latest(), state)
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, one_device):
     with pytest.raises(BadInput, match=r"lower fit\.learning_rate"):
-        train(tmp_path, pairs_of(8), dataclasses.replace(SETTINGS, learning_rate=1e38, warmup=0.0), one_device)
+        train(
+            tmp_path, pairs_of(8), dataclasses.replace(SETTINGS, learning_rate=1e38, warmup=0.0), one_device
+        )

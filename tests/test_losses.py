@@ -66,7 +66,9 @@ def test_left_out_rows_change_neither_value_nor_gradient(name):
     where = {"sppo": jnp.array([[True], [False]])}.get(name, jnp.array([True, False]))
     call = {
         "sppo": lambda lp, **k: losses.sppo_loss(lp, REF, RATES, eta=10.0, **k),
-        "sppo_single": lambda lp, **k: losses.sppo_single_loss(lp, REF, jnp.array([0.8, 0.55]), eta=10.0, **k),
+        "sppo_single": lambda lp, **k: losses.sppo_single_loss(
+            lp, REF, jnp.array([0.8, 0.55]), eta=10.0, **k
+        ),
         "sppo_hard": lambda lp, **k: losses.sppo_hard_loss(lp, REF, eta=10.0, **k),
         "dpo": lambda lp, **k: losses.dpo_loss(lp, REF, eta=10.0, **k),
         "ipo": lambda lp, **k: losses.ipo_loss(lp, REF, eta=10.0, **k),

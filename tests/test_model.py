@@ -76,12 +76,6 @@ def test_published_configs_with_top_level_rope_theta_are_read(checkpoint, copy):
     assert hf.read_architecture(copy).rope_theta == 1e6
 
 
-def test_remat_changes_nothing_but_memory(odd_model):
-    tokens, valid = (jnp.asarray(x) for x in padded("right"))
-    plain, remat = (odd_model.hidden(tokens, valid, remat=r) for r in (False, True))
-    np.testing.assert_array_equal(plain, remat)
-
-
 @pytest.mark.parametrize("limit", [hf.SHARD_BYTES, 20_000])
 def test_export_reloads_in_transformers_bit_for_bit(checkpoint, tmp_path, monkeypatch, limit, eight_devices):
     monkeypatch.setattr(hf, "SHARD_BYTES", limit)  # 20 kB: many files and an index
@@ -117,7 +111,11 @@ def test_T19_the_family_is_read_from_config_json_not_from_the_path(checkpoint, t
 
 def test_options_that_are_not_computed_are_refused_by_name(copy):
     config = json.loads((copy / "config.json").read_text())
-    for key, value in (("hidden_act", "gelu"), ("rope_parameters", {"rope_type": "yarn"}), ("attention_bias", True)):
+    for key, value in (
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("attention_bias", True),
+    ):
         (copy / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(BadInput, match=r"gelu|yarn|attention_bias"):
             models.load(copy)
@@ -136,7 +134,10 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ("change", "said"),
     [
         (lambda t: t.pop(NAME), f"1 tensors are missing, first {NAME}"),
-        (lambda t: t.update({NAME: t[NAME][:-1].copy()}), f"{NAME} has shape .79, 48., config.json makes it .80, 48."),
+        (
+            lambda t: t.update({NAME: t[NAME][:-1].copy()}),
+            f"{NAME} has shape .79, 48., config.json makes it .80, 48.",
+        ),
         (lambda t: t.update({"model.layers.0.extra": t[NAME].copy()}), "unknown.*model.layers.0.extra"),
         (lambda t: t[NAME].__setitem__((3, 4), np.nan), f"{NAME} holds NaN"),
     ],

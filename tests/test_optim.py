@@ -38,7 +38,8 @@ def test_rmsprop_equals_torch_over_twenty_steps_with_the_schedule(clip):
 
 
 @pytest.mark.parametrize(
-    ("schedule_epochs", "at_warmup_end", "at_last_step"), [(1, 5e-7, 5e-7 / 281), (18, 5e-7, 5e-7 * 311 / 561)]
+    ("schedule_epochs", "at_warmup_end", "at_last_step"),
+    [(1, 5e-7, 5e-7 / 281), (18, 5e-7, 5e-7 * 311 / 561)],
 )
 def test_T20_schedule_of_the_released_scripts_and_of_the_paper(schedule_epochs, at_warmup_end, at_last_step):
     """312 updates an epoch. 1/1 peaks after 31 and decays to 0; 18/1 stops in warm-up, at 2.8e-7."""

@@ -322,3 +322,14 @@ def test_frames_refuse_what_is_no_frame() -> None:
             wire.read_frame(io.BytesIO(broken))
     with pytest.raises(wire.FrameError, match="over the limit"):
         wire.encode({"text": "x" * wire.MAX_FRAME})
+
+
+@pytest.mark.skipif(
+    "PAIRRM_PATH" not in os.environ, reason="set PAIRRM_PATH to a copy of llm-blender/PairRM-hf"
+)
+def test_published_weights_give_the_published_logits() -> None:
+    with pairrm.load(os.environ["PAIRRM_PATH"]) as judge:
+        logits = judge.compare(
+            ["hello!", "I love you!"], [["hi!", "f**k off!"], ["I hate you!", "I love you, too!"]]
+        )
+    np.testing.assert_allclose(logits[:, 0, 1], [1.9003, -1.2547], rtol=0, atol=5e-3)

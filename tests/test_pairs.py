@@ -16,7 +16,9 @@ def judged(logits, texts=None, *, prompt="q", reasons=None):
         hash(prompt) % 1000, prompt, [1, 9, 9], [[10 + i] * (3 + 4 * i) + [2] for i in range(k)], texts,
         reasons or ["stop"] * k, [-1.0] * k,
     )  # fmt: skip
-    return row, Preferences(row.prompt_id, np.asarray(logits).tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise")
+    return row, Preferences(
+        row.prompt_id, np.asarray(logits).tolist(), p.tolist(), preferences.win_rates(p).tolist(), "pairwise"
+    )
 
 
 def ladder(*scores):

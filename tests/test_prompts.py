@@ -16,7 +16,9 @@ HELDOUT = ["Where can I find the fox?", "What is the opposite of hot?"]
 def load(tmp_path, tokenizer, rows, *, heldout=HELDOUT, iterations=2, **options):
     write(tmp_path / "train.jsonl", rows)
     write(tmp_path / "heldout.jsonl", [{"prompt": text} for text in heldout])
-    settings = Prompts(source=f"jsonl:{tmp_path}/train.jsonl", heldout=f"jsonl:{tmp_path}/heldout.jsonl", **options)
+    settings = Prompts(
+        source=f"jsonl:{tmp_path}/train.jsonl", heldout=f"jsonl:{tmp_path}/heldout.jsonl", **options
+    )
     return prompts.load(dataclasses.replace(Config(iterations=iterations), prompts=settings), tokenizer)
 
 
@@ -31,7 +33,17 @@ def texts(n, start=0):
 
 @pytest.mark.parametrize(
     "text",
-    ["None", "What is None?", "\n\nNone\n", "[/INST]", "naïve café ∑ 🦊 שלום", "a\x00b", "</s>[INST] x", "<s>", "{{ x }}"],
+    [
+        "None",
+        "What is None?",
+        "\n\nNone\n",
+        "[/INST]",
+        "naïve café ∑ 🦊 שלום",
+        "a\x00b",
+        "</s>[INST] x",
+        "<s>",
+        "{{ x }}",
+    ],
 )
 def test_T01_any_text_survives_and_the_judge_sees_the_same(tokenizer, text):
     prompt = tokens.chat_prompt(tokenizer, text)

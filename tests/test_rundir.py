@@ -66,7 +66,10 @@ def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_pat
     with rundir.opened(dataclasses.replace(config, iterations=5)):
         pass
     other = dataclasses.replace(config, seed=3, fit=Fit(eta=5.0))
-    with pytest.raises(BadInput, match=r"seed \(42 there, 3 now\), fit.eta \(1000.0 there, 5.0 now\)"), rundir.opened(other):
+    with (
+        pytest.raises(BadInput, match=r"seed \(42 there, 3 now\), fit.eta \(1000.0 there, 5.0 now\)"),
+        rundir.opened(other),
+    ):
         pass
 
 
@@ -95,7 +98,10 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
     other.start()
     assert held.wait(60)
     try:
-        with pytest.raises(BadInput, match=f"in use by process {other.pid}"), rundir.opened(Config(out=str(tmp_path))):
+        with (
+            pytest.raises(BadInput, match=f"in use by process {other.pid}"),
+            rundir.opened(Config(out=str(tmp_path))),
+        ):
             pass
     finally:
         release.set()

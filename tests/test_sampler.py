@@ -80,7 +80,9 @@ def test_T18_a_response_depends_on_seed_iteration_prompt_and_k_alone(
     sampler, sampled, asked, tokenizer, case, eight_devices
 ):
     if case == "alone":
-        found = [sampler.generate([prompt], seed=3, iteration=1)[0] for prompt in (asked[0], asked[7], asked[-1])]
+        found = [
+            sampler.generate([prompt], seed=3, iteration=1)[0] for prompt in (asked[0], asked[7], asked[-1])
+        ]
         expected = [sampled[0], sampled[7], sampled[-1]]
     elif case == "reversed":
         found, expected = sampler.generate(asked[::-1], seed=3, iteration=1)[::-1], sampled
@@ -128,7 +130,9 @@ def test_T31_k_samples_differ_at_temperature_one_and_agree_at_zero(policy, token
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_T43_T27_sampled_logprobs_equal_the_trainers_at_temperature_one(policy, tokenizer, asked, temperature):
+def test_T43_T27_sampled_logprobs_equal_the_trainers_at_temperature_one(
+    policy, tokenizer, asked, temperature
+):
     hot = Sampler(policy, tokenizer, dataclasses.replace(TEMPERATE, temperature=temperature))
     for row in hot.generate(asked[:6], seed=0):
         n = len(row.prompt_ids)
@@ -148,7 +152,9 @@ def test_a_prompt_without_room_is_refused(policy, tokenizer, asked):
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 def test_the_nucleus_is_exactly_the_sorted_one(top_p):
-    logits = np.random.default_rng(0).normal(size=(64, 777)).astype(np.float32) * np.linspace(0.1, 8, 64)[:, None]
+    logits = (
+        np.random.default_rng(0).normal(size=(64, 777)).astype(np.float32) * np.linspace(0.1, 8, 64)[:, None]
+    )
     found = np.asarray(in_nucleus(jnp.asarray(logits, jnp.float32), top_p))
     p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)

@@ -15,9 +15,13 @@ from sppo_jax.losses import sppo_loss
 from sppo_jax.preferences import probability_matrix, win_rates
 
 # Rock, paper, scissors (.99 so that logits are finite), and a fourth action that loses .2/.8 to each.
-CYCLE = np.array([[0.5, 0.99, 0.01, 0.8], [0.01, 0.5, 0.99, 0.8], [0.99, 0.01, 0.5, 0.8], [0.2, 0.2, 0.2, 0.5]])
+CYCLE = np.array(
+    [[0.5, 0.99, 0.01, 0.8], [0.01, 0.5, 0.99, 0.8], [0.99, 0.01, 0.5, 0.8], [0.2, 0.2, 0.2, 0.5]]
+)
 # An uneven cycle, whose von Neumann winner is (1, 2, 4, 0) / 7.
-UNEVEN = np.array([[0.5, 0.9, 0.3, 0.75], [0.1, 0.5, 0.6, 0.65], [0.7, 0.4, 0.5, 0.6], [0.25, 0.35, 0.4, 0.5]])
+UNEVEN = np.array(
+    [[0.5, 0.9, 0.3, 0.75], [0.1, 0.5, 0.6, 0.65], [0.7, 0.4, 0.5, 0.6], [0.25, 0.35, 0.4, 0.5]]
+)
 START = np.array([0.5, 0.25, 0.05, 0.2])  # off-centre: the uniform start hides failure by symmetry
 UNITS = 400  # responses in the sample that stands for pi where an estimator is not linear in the opponents
 
@@ -47,7 +51,9 @@ def play(game, rounds, estimator="pairwise", fixed=None):
         pi = np.exp(log_pi)
         total += pi
         rate = weighted_win_rates(game, pi, estimator) if fixed is None else fixed
-        moved = log_pi + np.asarray(descent(jnp.asarray(log_pi, jnp.float32), jnp.asarray(rate, jnp.float32), eta))
+        moved = log_pi + np.asarray(
+            descent(jnp.asarray(log_pi, jnp.float32), jnp.asarray(rate, jnp.float32), eta)
+        )
         log_pi = moved - np.log(np.exp(moved).sum())
     return total / rounds, np.exp(log_pi)
 

@@ -14,8 +14,6 @@ def response_logprob(
     tokens_BT: Int[Array, "B T"],
     prompt_length_B: Int[Array, " B"],
     length_B: Int[Array, " B"],
-    *,
-    remat: bool = False,
 ) -> Float[Array, " B"]:
     """sum over t in [prompt_length, length) of log p(token_t | token_<t), in nats, at temperature 1.
 
@@ -23,7 +21,7 @@ def response_logprob(
     padding id that equals the end of sequence is no trouble. Logits and logsumexp are float32.
     """
     place_T = jnp.arange(tokens_BT.shape[1])
-    hidden_BTD = model.hidden(tokens_BT, place_T < length_B[:, None], remat=remat)
+    hidden_BTD = model.hidden(tokens_BT, place_T < length_B[:, None])
     # Position t predicts token t+1; the last position predicts nothing and is cut, not wrapped around.
     hidden_BTD, label_BT, place_T = hidden_BTD[:, :-1], tokens_BT[:, 1:], place_T[1:]
     scored_BT = (place_T >= prompt_length_B[:, None]) & (place_T < length_B[:, None])

@@ -65,13 +65,9 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens_BT, valid_BT))
 
     def hidden(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        valid_BT: Bool[Array, "B T"] | None = None,
-        *,
-        remat: bool = False,
+        self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The normalised last hidden state. `remat` recomputes layers in the backward pass to save memory."""
+        """The normalised last hidden state. The backward pass keeps each layer's input and computes the rest again."""
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         rope = self._rope(jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0))
         mask = causal_mask(valid_BT, self.architecture.window)
@@ -79,9 +75,7 @@ class Transformer(nnx.Module):
         def layer(x_BTD: Array, w: Weights) -> tuple[Array, None]:
             return self._block(w, x_BTD, rope, lambda q, k, v: attend(q, k, v, mask)), None
 
-        x_BTD, _ = jax.lax.scan(
-            jax.checkpoint(layer) if remat else layer, self.embed(tokens_BT), self.stacked()
-        )
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), self.stacked())
         return self._rms_norm(x_BTD, self.norm[...])
 
     def prefill(
