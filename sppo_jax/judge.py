@@ -105,7 +105,7 @@ def judge_all(
 
                 shard = [responses[n] for n in ranges[i]]
                 rows = prefer(shard, judge, settings, as_shown, on_progress)
-                on_progress(len(shard) * k * (k - 1), 0)
+                advance(len(shard) * k * (k - 1) - before)  # for judges that report no progress
                 _write(paths[i], rows, made_from)
     found = [row for path in paths for row in records.read(path, Preferences, made_from)]
     if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:

@@ -57,6 +57,8 @@ class Metrics:
 
         def advance(n: int = 1, **facts: Any) -> None:
             nonlocal done, shown
+            if n == 0:
+                return
             done += n
             now = time.monotonic()
             if done < total and now - shown < PLAIN_SECONDS:
