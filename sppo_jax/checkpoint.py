@@ -9,6 +9,14 @@ import orbax.checkpoint as ocp
 from sppo_jax.errors import BadInput
 
 
+def begun(directory: Path) -> bool:
+    """Is there a complete checkpoint to resume from?"""
+    if not directory.is_dir():
+        return False
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.latest() is not None
+
+
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
@@ -31,9 +39,11 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            first = str(error).splitlines()[0]
-            raise BadInput(f"{self.directory}/{step}: not a checkpoint of this model: {first}") from None
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise BadInput(
+                f"{self.directory}/{step}: damaged, or not a checkpoint of this model: {reason}"
+            ) from None
 
     def keep_only(self, step: int) -> None:
         """Delete every other checkpoint: nobody resumes a finished iteration from its middle."""

@@ -16,6 +16,7 @@ def win_rate(
     *,
     k: int = 0,
     as_shown: Callable[[str], str] = str,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error.
 
@@ -25,7 +26,7 @@ def win_rate(
     if [row.prompt_id for row in policy] != [row.prompt_id for row in against]:
         raise ValueError("win rates compare answers to the same prompts")
     both = [[mine.responses[0], theirs.responses[k]] for mine, theirs in zip(policy, against, strict=True)]
-    logits = judge.compare([as_shown(row.prompt) for row in policy], both)
+    logits = judge.compare([as_shown(row.prompt) for row in policy], both, on_progress)
     p = probability_matrix(logits)[:, 0, 1]
     return {"mean": float(p.mean()), "stderr": float(p.std(ddof=1) / np.sqrt(len(p))) if len(p) > 1 else 0.0}
 

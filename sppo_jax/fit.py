@@ -159,8 +159,18 @@ def make_programs(
     )
 
 
-def logprobs(model: Transformer, batches: Batches, count: int, programs: Programs, mesh: Mesh) -> np.ndarray:
-    """log pi(y|x) of `count` pairs' responses [count, R], from one pass over `batches`' first epoch."""
+def logprobs(
+    model: Transformer,
+    batches: Batches,
+    count: int,
+    programs: Programs,
+    mesh: Mesh,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """log pi(y|x) of `count` pairs' responses [count, R], from one pass over `batches`' first epoch.
+
+    `on_progress` hears how many pairs each batch added.
+    """
     _, params = nnx.split(model)
     out: np.ndarray | None = None
     for step in range(-(-count // len(batches[0]["row"]))):
@@ -169,6 +179,8 @@ def logprobs(model: Transformer, batches: Batches, count: int, programs: Program
         if out is None:
             out = np.full((count, values.shape[1]), np.nan)
         out[batch["row"][batch["real"]]] = values[batch["real"]]
+        if on_progress is not None:
+            on_progress(int(batch["real"].sum()))
     assert out is not None
     assert np.isfinite(out).all(), "a pair was left out of the first epoch"
     return out

@@ -4,6 +4,7 @@ from typing import Any
 
 from sppo_jax import evaluate, judge, pairs, records, rundir
 from sppo_jax.errors import BadInput
+from sppo_jax.metrics import from_totals
 from sppo_jax.records import Pair, Responses
 from sppo_jax.rundir import BASE
 from sppo_jax.session import Session
@@ -25,7 +26,10 @@ def answer(session: Session, t: int) -> list[Responses]:
             )
         with rundir.replacing(path) as part:
             records.write(part, Responses, found, made_from)
-    return records.read(path, Responses, made_from)
+    answers = records.read(path, Responses, made_from)
+    if [row.prompt_id for row in answers] != [prompt.prompt_id for prompt in session.sets.heldout]:
+        raise BadInput(f"{path}: answers other prompts than asked; delete it and run again")
+    return answers
 
 
 def probe(session: Session, t: int) -> list[Pair]:
@@ -42,7 +46,11 @@ def probe(session: Session, t: int) -> list[Pair]:
             found = session.sampler(t - 1).generate(
                 asked, seed=c.seed, iteration=t, on_progress=lambda done, _: advance(done)
             )
-        judged = judge.prefer(found, session.judge, c.judge, session.as_judged)
+        comparisons = len(found) * c.sampling.responses * (c.sampling.responses - 1)
+        with session.metrics.progress(
+            f"iteration {t} probe judge", comparisons, "pairs", minor=True
+        ) as advance:
+            judged = judge.prefer(found, session.judge, c.judge, session.as_judged, from_totals(advance))
         selected, _ = pairs.select(found, judged, how="all", eta=c.fit.eta, baseline=0.5)
         if not selected:
             raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
@@ -61,7 +69,12 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
         name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
     ) -> dict[str, float]:
         shown = session.as_judged if name == "judge" else str
-        return evaluate.win_rate(judges[name], mine, against, k=k, as_shown=shown)
+        label = f"iteration {t} win rate, {name}"
+        with session.metrics.progress(label, 2 * len(mine), "pairs", minor=True) as advance:
+            on_progress = from_totals(advance)
+            return evaluate.win_rate(
+                judges[name], mine, against, k=k, as_shown=shown, on_progress=on_progress
+            )
 
     rates = {name: {"base": rate(name, base)} for name in judges}
     for name in judges:  # in iteration 1 the previous policy is the base

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from sppo_jax import config as configuration
 from sppo_jax import pairrm, preferences, records, tiny
 from sppo_jax.errors import BadInput
-from sppo_jax.metrics import Metrics
+from sppo_jax.metrics import Metrics, from_totals
 from sppo_jax.records import Preferences, Responses
 from sppo_jax.rundir import RunDir, replacing, shard_ranges
 
@@ -33,26 +32,56 @@ class Judge(Protocol):
         ...
 
 
-def open_judge(judge: configuration.Judge) -> Judge:
+class Checked:
+    """A judge whose answers are looked at before anyone learns from them."""
+
+    def __init__(self, judge: Judge, key: str):
+        self._judge, self._key = judge, key
+
+    @property
+    def identity(self) -> str:
+        return self._judge.identity
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """As the judge's own; raises BadInput unless it is finite and [n, K, K]."""
+        logits = np.asarray(self._judge.compare(prompts, responses, on_progress))
+        n, k = len(prompts), len(responses[0]) if responses else 0
+        if logits.shape != (n, k, k):
+            raise BadInput(f"{self._key}: compare gave an array {logits.shape}, needed {(n, k, k)}")
+        if bad := np.flatnonzero(~np.isfinite(logits).all(axis=(1, 2))).tolist():
+            raise BadInput(f"{self._key}: a score of prompt {prompts[bad[0]][:80]!r} is not a finite number")
+        return logits
+
+    def close(self) -> None:
+        if hasattr(self._judge, "close"):
+            self._judge.close()
+
+
+def open_judge(judge: configuration.Judge) -> Checked:
     """The judge that the configuration names. PairRM starts in its own process and loads meanwhile."""
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)
     if judge.backend not in pairrm.BACKENDS:
         known = ", ".join(pairrm.BACKENDS)
         raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
-    return pairrm.load(tiny.resolve(judge.path), judge.backend)
+    return Checked(pairrm.load(tiny.resolve(judge.path), judge.backend), "judge.backend")
 
 
-def from_attribute(key: str, name: str) -> Judge:
+def from_attribute(key: str, name: str) -> Checked:
     """Call the factory `module:attribute` without arguments; what it returns is a judge."""
     module, _, attribute = name.partition(":")
     try:
         made: Any = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"{key}={name}: {error}") from None
-    if not hasattr(made, "compare") or not hasattr(made, "identity"):
-        raise BadInput(f"{key}={name}: what it makes has no compare and identity")
-    return made
+    except Exception as error:  # the user's own code
+        raise BadInput(f"{key}={name}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not callable(getattr(made, "compare", None)) or not isinstance(getattr(made, "identity", None), str):
+        raise BadInput(f"{key}={name}: what it makes has no method compare and no text identity")
+    return Checked(made, key)
 
 
 def prefer(
@@ -96,27 +125,22 @@ def judge_all(
         with metrics.progress(f"iteration {iteration} judge", pairs, "pairs") as advance:
             for i in missing:
                 metrics.poll()
-                before = 0
-
-                def on_progress(done: int, _total: int) -> None:
-                    nonlocal before
-                    advance(done - before)
-                    before = done
-
-                shard = [responses[n] for n in ranges[i]]
+                shard, on_progress = [responses[n] for n in ranges[i]], from_totals(advance)
                 rows = prefer(shard, judge, settings, as_shown, on_progress)
-                advance(len(shard) * k * (k - 1) - before)  # for judges that report no progress
-                _write(paths[i], rows, made_from)
-    found = [row for path in paths for row in records.read(path, Preferences, made_from)]
+                on_progress(len(shard) * k * (k - 1), pairs)  # for judges that report nothing
+                with replacing(paths[i]) as part:
+                    records.write(part, Preferences, rows, _judged(made_from, shard))
+    found: list[Preferences] = []
+    for path, members in zip(paths, ranges, strict=True):
+        found += records.read(path, Preferences, _judged(made_from, [responses[n] for n in members]))
     if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:
         raise BadInput(f"{paths[0].parent}: judged other prompts than were answered; delete it and run again")
     metrics.scalars(iteration, "judge", 0, **_diagnostics(responses, found))
     return found
 
 
-def _write(path: Path, rows: list[Preferences], made_from: dict[str, str]) -> None:
-    with replacing(path) as part:
-        records.write(part, Preferences, rows, made_from)
+def _judged(made_from: dict[str, str], responses: Sequence[Responses]) -> dict[str, str]:
+    return made_from | {"responses": records.digest(responses)}
 
 
 def _diagnostics(responses: Sequence[Responses], found: Sequence[Preferences]) -> dict[str, float]:

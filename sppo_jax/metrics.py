@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,16 +23,20 @@ class Metrics:
     """Where a run tells what it does. Close it, or use it as a context manager."""
 
     def __init__(self, run: RunDir):
-        from tensorboard.summary import DirectoryOutput, Writer
-
-        self._file = run.metrics.open("a", encoding="utf-8")
-        self._events = Writer(DirectoryOutput(str(run.tensorboard)))
+        self._run = run
+        self._file: TextIO | None = None
+        self._events: Any = None
         # A pipe or file has no width of its own: don't fold log lines at 80 columns.
         self._console = Console(soft_wrap=True, highlight=False, markup=False)
         self._stop = False
 
     def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
         """One line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
+        if (
+            self._file is None
+        ):  # not before there is something to say: a run that cannot begin leaves no files
+            self._open()
+        assert self._file is not None
         now = time.time()
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
         self._file.write(json.dumps(_finite(line)) + "\n")
@@ -40,18 +44,35 @@ class Metrics:
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
 
+    def _open(self) -> None:
+        from tensorboard.summary import DirectoryOutput, Writer
+
+        torn = self._run.metrics.exists() and not self._run.metrics.read_bytes().endswith(b"\n")
+        self._file = self._run.metrics.open("a", encoding="utf-8")
+        self._file.write("\n" if torn else "")  # a line cut by a crash must not swallow the next
+        self._events = Writer(DirectoryOutput(str(self._run.tensorboard)))
+
     def say(self, text: str) -> None:
         """A line for people."""
         self._console.print(text)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate."""
-        with (self._bar if self._console.is_terminal else self._lines)(label, total, unit) as advance:
-            yield advance
+    def progress(
+        self, label: str, total: int, unit: str, *, minor: bool = False
+    ) -> Iterator[Callable[..., None]]:
+        """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate.
+
+        Of a `minor` stage that is soon over, a log says nothing.
+        """
+        if self._console.is_terminal:
+            with self._bar(label, total, unit) as advance:
+                yield advance
+        else:
+            with self._lines(label, total, unit, minor) as advance:
+                yield advance
 
     @contextlib.contextmanager
-    def _lines(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    def _lines(self, label: str, total: int, unit: str, minor: bool) -> Iterator[Callable[..., None]]:
         start = shown = time.monotonic()
         done = 0
 
@@ -61,7 +82,7 @@ class Metrics:
                 return
             done += n
             now = time.monotonic()
-            if done < total and now - shown < PLAIN_SECONDS:
+            if (done < total or (minor and shown == start)) and now - shown < PLAIN_SECONDS:
                 return
             shown = now
             rate = done / max(now - start, 1e-9)
@@ -114,8 +135,9 @@ class Metrics:
             raise Terminated
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
         sys.stdout.flush()
 
     def __enter__(self) -> "Metrics":
@@ -125,12 +147,24 @@ class Metrics:
         self.close()
 
 
+def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:
+    """`advance` for those who report (done so far, total)."""
+    before = 0
+
+    def on_progress(done: int, _total: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return on_progress
+
+
 def read(run: RunDir) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, the last one of each (iteration, stage, step); a line cut by a crash is left out."""
     lines: dict[tuple[int, str, int], dict[str, Any]] = {}
     if run.metrics.exists():
-        for text in run.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for text in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
                 lines[line["iteration"], line["stage"], line["step"]] = line
     return sorted(lines.values(), key=lambda line: (line["iteration"], line["stage"], line["step"]))

@@ -1,5 +1,7 @@
 """The optimiser: torch's RMSProp under a linear schedule, as an optax chain."""
 
+import math
+
 import optax
 
 from sppo_jax.config import Fit
@@ -12,7 +14,7 @@ def schedule(fit: Fit, steps_per_epoch: int) -> optax.Schedule:
     warm-up (18 against 1), the released code's reach 0 (1 against 1).
     """
     total = steps_per_epoch * fit.schedule_epochs
-    warmup = int(fit.warmup * total)
+    warmup = math.ceil(fit.warmup * total)  # as transformers rounds it
     decay = optax.linear_schedule(fit.learning_rate, 0.0, total - warmup)
     if warmup == 0:
         return decay

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,8 +115,11 @@ Record = TypeVar("Record", Responses, Preferences, Pair)
 
 
 def prompt_id(text: str) -> int:
-    """63 bits of the text's sha256: an identity that no order, file or batch changes."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
+    """63 bits of the text's sha256: an identity that no order, file or batch changes.
+
+    White space around the text does not count, since many templates drop it.
+    """
+    return int.from_bytes(hashlib.sha256(text.strip().encode("utf-8")).digest()[:8], "big") >> 1
 
 
 def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
@@ -139,9 +142,17 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
         found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
         if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
             raise BadInput(
-                f"{path}: was made with another {' and '.join(other)}; choose another --out, or delete it"
+                f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
             )
     return [kind(**row) for row in table.to_pylist()]
+
+
+def digest(rows: Sequence[Responses] | Sequence[Preferences]) -> str:
+    """sha256 of the records' contents, for the metadata of what is made from them."""
+    value = hashlib.sha256()
+    for row in rows:
+        value.update(json.dumps(asdict(row), sort_keys=True).encode())
+    return value.hexdigest()
 
 
 def square(rows: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:

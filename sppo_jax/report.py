@@ -120,10 +120,11 @@ def _pictures(found: Sequence[Evaluation], lines: Sequence[dict[str, Any]]) -> l
         axes.plot(
             [e["iteration"] for e in found], [e["length"]["tokens"] for e in found], "o-", color=INK["plain"]
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * max(e["length"]["tokens"] for e in found))
 
     def divergence(axes: Any) -> None:
         axes.plot(t, [e["log_ratio"]["kl_per_token"] for e in trained], "o-", color=INK["plain"])
+        axes.axhline(0, color="#bbbbbb", linewidth=1)
 
     def cycles(axes: Any) -> None:
         x = [line["iteration"] for line in judged]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from sppo_jax import records
+from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.rundir import RunDir, replacing, shard_ranges
@@ -44,6 +45,8 @@ def respond(
                 with replacing(paths[i]) as part:
                     records.write(part, Responses, rows, made_from)
     found = [row for path in paths for row in records.read(path, Responses, made_from)]
+    if [row.prompt_id for row in found] != [prompt.prompt_id for prompt in prompts]:
+        raise BadInput(f"{paths[0].parent}: answers other prompts than asked; delete it and run again")
     reasons = [reason for row in found for reason in row.finish_reason]
     lengths = [len(ids) for row in found for ids in row.response_ids]
     metrics.scalars(

@@ -18,6 +18,7 @@ from sppo_jax import config as configuration
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 
+LOCK = ".lock"
 BASE = 0  # iteration number of the untouched base policy
 
 
@@ -70,20 +71,24 @@ def opened(config: Config) -> Iterator[RunDir]:
     run = RunDir(config.out)
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        with _lock(run.root / ".lock"):
-            _claim(run, config)
-            yield run
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        if error.filename is None or not Path(error.filename).is_relative_to(run.root):
-            raise
+        _check(run, config)
+        lock = (run.root / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
         raise BadInput(f"--out {config.out}: {error.strerror}: {error.filename}") from None
+    with _held(lock):
+        try:
+            yield run
+        except BaseException:
+            if [p.name for p in run.root.iterdir()] == [LOCK]:  # nothing was begun: leave nothing
+                _remove(run.root)
+            raise
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; on success what was written there (file or directory) becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _part(path)
     _remove(temporary)
     try:
         yield temporary
@@ -123,7 +128,13 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _claim(run: RunDir, config: Config) -> None:
+def claim(run: RunDir, config: Config) -> None:
+    """Write the resolved configuration; from here on OUT is this configuration's. For when all inputs are known good."""
+    with replacing(run.config) as part:
+        part.write_text(configuration.dump(config), encoding="utf-8")
+
+
+def _check(run: RunDir, config: Config) -> None:
     if run.config.exists():
         before = configuration.load([run.config])
         if changed := configuration.changed_keys(before, config):
@@ -132,27 +143,30 @@ def _claim(run: RunDir, config: Config) -> None:
             raise BadInput(
                 f"--out {config.out} belongs to another configuration: {shown}; choose another --out"
             )
-    elif others := [p.name for p in run.root.iterdir() if p.name != ".lock"]:
+    elif others := [p.name for p in run.root.iterdir() if p.name not in (LOCK, _part(run.config).name)]:
         raise BadInput(
             f"--out {config.out} holds {min(others)} and is no run directory; choose another --out"
         )
-    with replacing(run.config) as part:
-        part.write_text(configuration.dump(config), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[TextIO]:
-    """Held while the process lives, whatever ends it; the text inside is for people."""
-    with path.open("a+", encoding="utf-8") as file:
+def _held(file: TextIO) -> Iterator[None]:
+    """Locked while the process lives, whatever ends it; the text inside is for people."""
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise BadInput(f"{path.parent} is in use by {file.read().strip() or 'another process'}") from None
+            holder = file.read().strip() or "another process"
+            raise BadInput(f"{Path(file.name).parent} is in use by {holder}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield file
+        yield
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,7 @@ def play(session: Session) -> None:
         if not run.evaluation(t).exists():
             iterate(session, t)
             report.write(run)
+    report.write(run)  # once more, for a run that ended between its last evaluation and its report
     session.metrics.say(report.table(run))
     session.metrics.say(f"report: {run.report}")
 
@@ -51,8 +52,8 @@ def iterate(session: Session, t: int) -> None:
     probed = heldout.probe(session, t)
 
     # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
-    session.put_policy(t, _fit(session, t, trained_on))
     if not session.run.export(t).exists():
+        session.put_policy(t, _fit(session, t, trained_on))
         export.export(session.policy(t), session.base, session.run.export(t))
 
     heldout.answer(session, t)
@@ -66,9 +67,26 @@ def _pairs(
     preferences: list[Preferences],
     made_from: dict[str, str],
 ) -> list[Pair]:
-    """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable."""
+    """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable.
+
+    Where training has not begun, the log-probs of a file from before are made anew: another mesh or machine gives
+    other last bits, and the log-ratio must start at exactly 0.
+    """
     path, c, metrics = session.run.pairs(t), session.config, session.metrics
-    if not path.exists():
+    made_from = made_from | {
+        "responses": records.digest(responses),
+        "preferences": records.digest(preferences),
+    }
+    if path.exists():
+        found = records.read(path, Pair, made_from)
+        if checkpoint.begun(session.run.checkpoints(t)) or session.run.export(t).exists():
+            return found
+        again = pairs.with_reference(found, session.logprobs(t - 1, found, t))
+        if again == found:
+            return found
+        with rundir.replacing(path) as part:
+            records.write(part, Pair, again, made_from)
+    else:
         metrics.poll()
         selected, counts = pairs.select(
             responses, preferences, how=c.pairs.select, eta=c.fit.eta, baseline=c.fit.baseline

@@ -50,6 +50,9 @@ class Session:
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None
         self.sets = prompts.load(config, self.tokenizer)
+        self._check_room()
+        if self.oracle is not None:  # does it know these prompts? Better asked now than after an hour
+            self.oracle.compare([self.sets.heldout[0].text], [["one", "another"]])
         self.policy(BASE)
         self.inputs = self._inputs()
         self._hashes = {BASE: self.inputs["base_weights"]}
@@ -91,9 +94,16 @@ class Session:
 
     def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
         """log pi(y|x) [n, R] under the policy after iteration t, in `iteration`'s batches and by training's forward."""
-        steps = dataset.steps_per_epoch(pairs, self.config.fit.global_batch)
         batches = self.batches(pairs, iteration)
-        return fit.logprobs(self.policy(t), batches, len(pairs), self.programs(steps), self.mesh)
+        programs = self.programs(dataset.steps_per_epoch(pairs, self.config.fit.global_batch))
+
+        def on_progress(done: int) -> None:
+            advance(done)
+            self.metrics.poll()
+
+        label = f"iteration {iteration} log-probs"
+        with self.metrics.progress(label, len(pairs), "pairs", minor=True) as advance:
+            return fit.logprobs(self.policy(t), batches, len(pairs), programs, self.mesh, on_progress)
 
     def as_judged(self, text: str) -> str:
         """An instruction as the judge reads it."""
@@ -111,9 +121,11 @@ class Session:
         }
 
     def write_manifest(self) -> None:
-        """What the run is made of. Raises BadInput if OUT was begun with other files."""
+        """What the run is made of; OUT is ours from here on. Raises BadInput if OUT was begun with other files."""
         if self.run.manifest.exists():
-            before = json.loads(self.run.manifest.read_text(encoding="utf-8"))["sha256"]
+            before = hf.read_json(self.run.manifest).get("sha256")
+            if not isinstance(before, dict):
+                raise BadInput(f"{self.run.manifest}: damaged; delete it and run again")
             other = sorted(name for name in before if self.inputs.get(name, before[name]) != before[name])
             if other:
                 shown = ", ".join(other)
@@ -132,13 +144,15 @@ class Session:
             "sha256": self.inputs,
             "prompts": self.sets.counts,
         }
+        rundir.claim(self.run, self.config)
         rundir.write_json(self.run.manifest, manifest)
 
     def _inputs(self) -> dict[str, str]:
         def texts(prompts: Sequence[Prompt]) -> str:
             return rundir.sha256_text("\0".join(prompt.text for prompt in prompts))
 
-        files = [self.base / name for name in tokens.TOKENIZER_FILES if (self.base / name).is_file()]
+        names = (*tokens.TOKENIZER_FILES, "generation_config.json")
+        files = [self.base / name for name in names if (self.base / name).is_file()]
         return {
             "base_weights": rundir.sha256([*hf.weight_files(self.base), self.base / "config.json"]),
             "tokenizer": rundir.sha256(files),
@@ -149,6 +163,7 @@ class Session:
     def _configuration(self) -> str:
         knobs = configuration.flat(self.config)
         fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        fixed["model.compute_dtype"] = str(self.compute_dtype)  # what auto came to
         return rundir.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def _compute_dtype(self) -> Any:
@@ -156,6 +171,15 @@ class Session:
         if name == "auto":
             name = "float32" if sharding.platform(self.mesh) == "cpu" else "bfloat16"
         return jnp.dtype(name)
+
+    def _check_room(self) -> None:
+        longest = max(len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part)
+        new, room = self.config.sampling.max_new_tokens, self.architecture.max_positions
+        if longest + new > room:
+            raise BadInput(
+                f"sampling.max_new_tokens={new} after a prompt of {longest} tokens exceeds the model's {room} "
+                f"positions; lower it, or prompts.max_length to {room - new}"
+            )
 
     def _check_batch(self) -> None:
         size, pieces = self.config.fit.global_batch, sharding.batch_shards(self.mesh)
@@ -173,8 +197,7 @@ def opened(config: Config) -> Iterator[Session]:
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
     with contextlib.ExitStack() as stack:
         judge_ = judge.open_judge(config.judge)
-        if hasattr(judge_, "close"):
-            stack.callback(judge_.close)
+        stack.callback(judge_.close)
         run = stack.enter_context(rundir.opened(config))
         metrics = stack.enter_context(Metrics(run))
         stack.enter_context(metrics.stopping_on_sigterm())

@@ -38,9 +38,9 @@ def private_stdout() -> BinaryIO:
 
 
 def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the thread that started us ends; elsewhere the end of standard input has to do."""
+    """Ask Linux for SIGKILL when the thread that started us ends; elsewhere the end of standard input has to do."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         "--die-with-parent", action="store_true", help="end when the thread that started us ends"
     )
     options = parser.parse_args(argv)
+    # A SIGTERM to the whole job is for the parent, which still needs us until it has saved its work.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if options.die_with_parent:
         die_with_parent()
     frames = private_stdout()
