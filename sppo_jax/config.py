@@ -203,8 +203,8 @@ def validate(config: Config) -> None:
     ]
     values = flat(config)
     for key in positive:
-        if not 0 < values[key] < float("inf"):
-            raise BadInput(f"{key}={values[key]} must be a number above 0")
+        if not 0 < values[key] < 2**31:
+            raise BadInput(f"{key}={values[key]} must be a number above 0 (and below 2**31)")
     sampling, fit = config.sampling, config.fit
     if sampling.responses < 2:
         raise BadInput(f"sampling.responses={sampling.responses}: a preference needs at least 2 responses")
@@ -219,6 +219,8 @@ def validate(config: Config) -> None:
             f"fit.schedule_epochs={fit.schedule_epochs} is shorter than fit.epochs={fit.epochs}: "
             "the rate would be 0 before the end"
         )
+    if not 0 <= fit.max_grad_norm < float("inf"):
+        raise BadInput(f"fit.max_grad_norm={fit.max_grad_norm} must be 0 (never clip) or a number above")
     if not 0 <= config.seed < 2**32:
         raise BadInput(f"seed={config.seed} must lie in [0, 2**32)")
     if config.pairs.select == "all" and fit.loss != "sppo":
@@ -258,7 +260,8 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
                 raise BadInput(f"--{key} needs a value")
             text = rest.pop(0)
         try:
-            pairs.append((key, yaml.safe_load(text) if text else ""))
+            verbatim = {k for k, kind, *_ in knobs() if kind == "str"}
+            pairs.append((key, text if key in verbatim else yaml.safe_load(text)))
         except yaml.YAMLError:
             pairs.append((key, text))
     return pairs

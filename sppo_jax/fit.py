@@ -182,7 +182,10 @@ def logprobs(
         if on_progress is not None:
             on_progress(int(batch["real"].sum()))
     assert out is not None
-    assert np.isfinite(out).all(), "a pair was left out of the first epoch"
+    if bad := np.flatnonzero(~np.isfinite(out).all(axis=1)).tolist():
+        raise BadInput(
+            f"the policy gives pair {bad[0]} a log-probability that is not finite: its weights are damaged"
+        )
     return out
 
 

@@ -1,6 +1,7 @@
 """Stage 0: prompt files become Prompts, a disjoint set per iteration and a held-out set apart from all."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
     texts = _distinct(config.prompts.heldout, config, "heldout", seen, sets.counts)
     sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
     if not sets.heldout:
-        raise BadInput(f"prompts.heldout={config.prompts.heldout} leaves no held-out prompts: give more rows")
+        raise BadInput(f"prompts.heldout={config.prompts.heldout} leaves no held-out prompts: {sets.counts}")
     source, limit = config.prompts.source, config.prompts.per_iteration
     if "{iteration}" in source:
         for t in range(1, config.iterations + 1):
@@ -52,7 +53,7 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
         sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
     for t, prompts in enumerate(sets.train, 1):
         if not prompts:
-            raise BadInput(f"prompts.source={source} leaves no prompts for iteration {t}: give more rows")
+            raise BadInput(f"prompts.source={source} leaves no prompts for iteration {t}: {sets.counts}")
     return sets
 
 
@@ -64,6 +65,8 @@ def locate(source: str) -> Path:
     path = resolve(source) if scheme == "embedded" else Path(name)
     if not path.is_file():
         raise BadInput(f"prompt source {source!r}: no such file")
+    if not os.access(path, os.R_OK):
+        raise BadInput(f"prompt source {source!r}: cannot be read")
     return path
 
 

@@ -4,7 +4,6 @@
 """
 
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from sppo_jax import config as configuration
 from sppo_jax import metrics, records
 from sppo_jax.errors import BadInput, call
+from sppo_jax.models import hf
 from sppo_jax.records import Responses
 from sppo_jax.rundir import BASE, RunDir, replacing
 
@@ -48,7 +48,7 @@ def write(run: RunDir) -> None:
 def evaluations(run: RunDir) -> list[Evaluation]:
     """eval.json of the base and of every complete iteration, in order."""
     paths = [run.evaluation(t) for t in run.iterations()]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return [hf.read_json(path) for path in paths if path.exists()]
 
 
 HEADER = (

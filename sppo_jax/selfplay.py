@@ -10,6 +10,8 @@ from sppo_jax.session import Session
 def play(session: Session) -> None:
     """pi_1 is the base; iteration t turns pi_t, its reference, into pi_{t+1}. Then the report and a table."""
     run = session.run
+    for line in session.notes():
+        session.metrics.say(line)
     for t in range(1, session.config.iterations + 1):
         if not run.evaluation(t).exists():
             iterate(session, t)

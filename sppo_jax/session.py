@@ -32,6 +32,8 @@ PACKAGES = (
     "transformers",
 )
 
+LARGE_ETA = 20.0  # above it log mean_k exp(eta P_k) of a handful of responses is its largest term
+
 
 class Session:
     """One run's inputs and its policy. At any time one policy is in memory: the one last asked for."""
@@ -45,12 +47,12 @@ class Session:
         self.base = tiny.resolve(config.model.path)
         self.architecture = hf.read_architecture(self.base)
         self.tokenizer = tokens.load_tokenizer(self.base)
-        self.eos = tokens.eos_ids(self.base, self.tokenizer)
+        self.eos = tokens.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = self._compute_dtype()
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None
         self.sets = prompts.load(config, self.tokenizer)
-        self._check_room()
+        self._check_prompts()
         if self.oracle is not None:  # does it know these prompts? Better asked now than after an hour
             self.oracle.compare([self.sets.heldout[0].text], [["one", "another"]])
         self.policy(BASE)
@@ -120,6 +122,20 @@ class Session:
             "configuration": self._configuration(),
         }
 
+    def notes(self) -> list[str]:
+        """What the user should know before it starts."""
+        lines = [
+            f"prompts, {name}: " + ", ".join(f"{key} {n}" for key, n in sorted(count.items()))
+            for name, count in self.sets.counts.items()
+        ]
+        fit_ = self.config.fit
+        if fit_.baseline == "log_partition" and fit_.eta > LARGE_ETA:
+            lines.append(
+                f"warning: fit.baseline=log_partition with fit.eta={fit_.eta:g}: the estimate is all but the largest "
+                f"win rate, and pushes nearly every response down; it is sensible up to an eta of about {LARGE_ETA:g}"
+            )
+        return lines
+
     def write_manifest(self) -> None:
         """What the run is made of; OUT is ours from here on. Raises BadInput if OUT was begun with other files."""
         if self.run.manifest.exists():
@@ -172,7 +188,12 @@ class Session:
             name = "float32" if sharding.platform(self.mesh) == "cpu" else "bfloat16"
         return jnp.dtype(name)
 
-    def _check_room(self) -> None:
+    def _check_prompts(self) -> None:
+        highest = max(max(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part)
+        if highest >= self.architecture.vocab:
+            raise BadInput(
+                f"{self.base}: the tokenizer gives id {highest}, the model has {self.architecture.vocab} tokens"
+            )
         longest = max(len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part)
         new, room = self.config.sampling.max_new_tokens, self.architecture.max_positions
         if longest + new > room:

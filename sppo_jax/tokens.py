@@ -1,13 +1,14 @@
 """Text to token ids and back: the chat template of the policy's tokenizer."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from sppo_jax.errors import BadInput
+from sppo_jax.models.hf import read_json
 from sppo_jax.records import Prompt
 
+PROBE = "Is this shown?"  # what a template must render
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,27 +25,41 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
-        raise BadInput(f"{directory}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{directory}: no usable tokenizer: {' '.join(str(error).split())[:300]}") from None
     if not tokenizer.is_fast:
         raise BadInput(f"{directory}: needs tokenizer.json (a fast tokenizer)")
     if not tokenizer.chat_template:
         raise BadInput(
             f"{directory}: the tokenizer has no chat template; use an instruction-tuned checkpoint"
         )
+    try:
+        shown = chat_text(tokenizer, PROBE)
+    except Exception as error:  # jinja's, or raised by the template itself
+        raise BadInput(
+            f"{directory}: the chat template fails: {' '.join(str(error).split())[:300]}"
+        ) from None
+    if PROBE not in shown:
+        raise BadInput(f"{directory}: the chat template does not show what the user says")
     return tokenizer
 
 
-def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a response: those of generation_config.json if it names any, else the tokenizer's one."""
+def eos_ids(directory: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
+    """Ids that end a response: those of generation_config.json if it names any, else the tokenizer's one.
+
+    Raises BadInput unless there is at least one and all lie in [0, vocab).
+    """
     file = directory / "generation_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    found = read_json(file).get("eos_token_id") if file.exists() else None
     if found is None:
         found = tokenizer.eos_token_id
     if found is None:
         raise BadInput(
             f"{directory}: neither generation_config.json nor the tokenizer names an end of sequence"
         )
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    ids = tuple(found) if isinstance(found, list) else (found,)
+    if not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
+        raise BadInput(f"{directory}: eos_token_id is {found!r}; needed ids from 0 to {vocab - 1}")
+    return ids
 
 
 def chat_prompt(tokenizer: Any, text: str) -> Prompt:

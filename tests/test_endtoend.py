@@ -1,6 +1,5 @@
 """The whole game through the command line's own function, and as a process where processes are the point."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -178,7 +177,7 @@ def test_T12_any_number_of_responses_and_sizes_that_divide_nothing(tmp_path, k):
 
 @pytest.mark.parametrize("options", [
     {"pairs__select": "all", "fit__baseline": "log_partition"},
-    {"judge__estimator": "score", "judge__prompt": "raw", "fit__loss": "dpo"},
+    {"judge__estimator": "score", "fit__loss": "dpo", "model__compute_dtype": "bfloat16"},
 ])  # fmt: skip
 def test_other_choices_run_to_the_end(tmp_path, options):
     main.main(words(tmp_path / "run", **options))
@@ -243,12 +242,69 @@ def test_T14_a_missing_shard_is_redone_and_a_foreign_or_torn_one_refused(tmp_pat
     (run / "iter_2/eval.json").unlink()
     shutil.copy(run / "iter_1/preferences/shard-00001-of-00003.parquet", shard)
     with pytest.raises(
-        BadInput, match=r"shard-00001-of-00003\.parquet: was made with another policy and prompts"
+        BadInput, match=r"shard-00001-of-00003\.parquet: was made from another policy and prompts"
     ):
         main.main(words(run, iterations=2))
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(BadInput, match="damaged"):
         main.main(words(run, iterations=2))
+
+
+def test_T14_a_copied_shard_is_refused_and_judgements_of_other_responses_too(tmp_path, played):
+    import shutil
+
+    run = shutil.copytree(played, tmp_path / "run")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(played), str(run)))
+    (run / "iter_2/eval.json").unlink()
+    shards = run / "iter_2/responses"
+    kept = (shards / "shard-00001-of-00003.parquet").read_bytes()
+    shutil.copy(shards / "shard-00000-of-00003.parquet", shards / "shard-00001-of-00003.parquet")
+    with pytest.raises(BadInput, match="answers other prompts than asked"):
+        main.main(words(run, iterations=2))
+    (shards / "shard-00001-of-00003.parquet").write_bytes(kept)
+
+    from pathlib import Path
+
+    from sppo_jax import records
+    from sppo_jax.records import Responses
+
+    path = Path(shards / "shard-00002-of-00003.parquet")
+    made_from = json.loads(pq.read_schema(path).metadata[b"made_from"])
+    rows = records.read(path, Responses)
+    rows[0].responses[0] += " indeed"
+    records.write(path, Responses, rows, made_from)
+    with pytest.raises(BadInput, match="was made from another responses"):
+        main.main(words(run, iterations=2))
+
+
+def test_a_report_that_a_crash_left_out_is_written_by_the_next_command(tmp_path, played):
+    import shutil
+
+    run = shutil.copytree(played, tmp_path / "run")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(played), str(run)))
+    (run / "report.html").unlink()
+    main.main(words(run, iterations=2))
+    assert (run / "report.html").exists()
+
+
+def test_T16_another_mesh_before_the_first_checkpoint_is_no_obstacle(tmp_path, one_device):
+    """The reference of another mesh differs in its last bits, and the log-ratio must start at exactly 0."""
+    import shutil
+
+    main.main(words(tmp_path / "run"))
+    for name in ("checkpoints", "export"):
+        shutil.rmtree(tmp_path / "run/iter_1" / name)
+    (tmp_path / "run/iter_1/eval.json").unlink()
+    before = digest_pairs(tmp_path / "run")
+    one_device.undo()
+    main.main(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2))
+    after = digest_pairs(tmp_path / "run")
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    assert after != before
+
+
+def digest_pairs(out):
+    return [row["ref_logprob"] for row in pq.read_table(out / "iter_1/pairs.parquet").to_pylist()]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -350,7 +406,7 @@ def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, sa
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert said in lines[0]
-    assert not (out / "manifest.json").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -360,6 +416,12 @@ def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, sa
         ({"mesh__tensor": 3}, "does not fit 1 devices"),
         ({"prompts__source": "jsonl:nowhere.jsonl"}, "no such file"),
         ({"fit__global_batch": 6, "mesh__fsdp": 4, "mesh__tensor": 2}, "choose 4 or 8"),
+        ({"sampling__max_new_tokens": 500}, "exceeds the model's 512 positions"),
+        ({"prompts__column": "nope"}, "leaves no held-out prompts: .*no_text"),
+        (
+            {"eval__oracle": "sppo_jax.tiny.world:HELD_OUT"},
+            "eval.oracle=sppo_jax.tiny.world:HELD_OUT: TypeError",
+        ),
     ],
 )
 def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said, one_device):
@@ -367,7 +429,91 @@ def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said,
         one_device.undo()
     with pytest.raises(BadInput, match=said):
         main.main(words(tmp_path / "run", **options))
-    assert not list((tmp_path / "run").glob("iter_*"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_oracle_that_does_not_know_the_prompts_is_told_at_once(tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"own {i}"}) + "\n" for i in range(9)))
+    own = {"prompts__heldout": f"jsonl:{tmp_path}/own.jsonl", "eval__oracle": ORACLE}
+    with pytest.raises(BadInput, match="does not know the prompt"):
+        main.main(words(tmp_path / "run", **own))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_answers_nonsense_is_told(tmp_path, monkeypatch):
+    from sppo_jax.tiny import world
+
+    class Nonsense:
+        identity = "nonsense"
+
+        def __init__(self):
+            self.value = np.nan
+
+        def compare(self, prompts, responses, on_progress=None):
+            k = len(responses[0])
+            return np.full((len(prompts), k, k), np.nan) if k == 3 else np.zeros((len(prompts), 9))
+
+    monkeypatch.setattr(world, "oracle", Nonsense)
+    with pytest.raises(BadInput, match=r"judge\.backend: a score of prompt .* is not a finite number"):
+        main.main(words(tmp_path / "run"))
+    with pytest.raises(BadInput, match=r"judge\.backend: compare gave an array \(3, 9\), needed \(3, 2, 2\)"):
+        main.main(words(tmp_path / "other", sampling__responses=2))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the embedded policy to damage."""
+    import shutil
+
+    from sppo_jax import tiny
+
+    return shutil.copytree(tiny.path("policy"), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("generation_config.json", "{", "not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
+        ("generation_config.json", '{"eos_token_id": []}', r"eos_token_id is \[\]"),
+        ("generation_config.json", '{"eos_token_id": 99999}', "needed ids from 0 to 767"),
+        ("tokenizer_config.json", {"chat_template": "{{ bad"}, "chat template fails"),
+        ("tokenizer_config.json", {"chat_template": "hi"}, "does not show what the user says"),
+        ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
+        ("tokenizer.json", "{}", "no usable tokenizer"),
+        ("config.json", {"num_attention_heads": 0, "head_dim": None}, "config.json"),
+        ("config.json", {"rope_parameters": "x"}, "rope parameters are 'x'"),
+        ("config.json", {"architectures": [["a"]]}, "architectures"),
+        ("config.json", {"num_hidden_layers": float("inf")}, "config.json"),
+        ("config.json", {"num_key_value_heads": 3}, "4 heads cannot share 3"),
+        ("config.json", {"vocab_size": None}, "config.json"),
+    ],
+)
+def test_a_damaged_model_directory_is_one_line_before_anything_is_computed(
+    tmp_path, model, file, change, said
+):
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((model / file).read_text()) | change)
+    (model / file).write_text(change)
+    with pytest.raises(BadInput, match=said) as caught:
+        main.main(words(tmp_path / "run", model__path=model))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"sha256": 3}'])
+def test_a_damaged_manifest_is_one_line(tmp_path, played, text):
+    import shutil
+
+    run = shutil.copytree(played, tmp_path / "run")
+    (run / "manifest.json").write_text(text)
+    with pytest.raises(BadInput, match=r"manifest\.json"):
+        main.main(words(run, iterations=2))
+
+
+def test_log_partition_at_a_large_eta_is_warned_of(tmp_path, capsys):
+    main.main(words(tmp_path / "run", fit__baseline="log_partition", fit__eta=1000, fit__learning_rate=1e-7))
+    assert "warning: fit.baseline=log_partition with fit.eta=1000" in capsys.readouterr().out
 
 
 def test_another_configuration_or_other_weights_in_the_same_directory_are_refused(tmp_path, played):
@@ -414,4 +560,3 @@ def test_help_lists_every_knob(capsys):
     from sppo_jax import config
 
     assert all(f"--{key} " in shown for key, *_ in config.knobs())
-    assert dataclasses.is_dataclass(config.Config)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import dataset, fit, models, pairs, preferences, tiny
+from sppo_jax import dataset, fit, models, pairs, preferences, sharding, tiny
 from sppo_jax.checkpoint import Checkpoints
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
@@ -100,6 +100,19 @@ def test_T39_log_ratio_is_exactly_zero_at_step_zero_and_the_loss_is_the_predicte
     assert [metrics["max_log_ratio"] for metrics in found] == [0.0, 0.0]
     assert found[0]["loss"] == pytest.approx(first, rel=1e-6)
     assert whole == pytest.approx(np.mean(np.square([pair.target for pair in filled])), rel=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
+def test_T24_an_update_takes_global_batch_prompts_however_many_devices_share_them(mesh, request):
+    mesh, rows = request.getfixturevalue(mesh), pairs_of(16)
+    settings = dataclasses.replace(SETTINGS, global_batch=8)
+    _, _, batches, _, steps = prepare(rows, settings, mesh)
+    placed = fit.place(batches[0], mesh)
+    assert steps == 2
+    assert placed["tokens"].shape[0] == 8
+    assert placed["tokens"].sharding.shard_shape(placed["tokens"].shape)[0] == 8 // sharding.batch_shards(
+        mesh
+    )
 
 
 def test_every_reference_is_finite_negative_and_belongs_to_its_pair(one_device):

@@ -38,17 +38,23 @@ def test_rmsprop_equals_torch_over_twenty_steps_with_the_schedule(clip):
 
 
 @pytest.mark.parametrize(
-    ("schedule_epochs", "at_warmup_end", "at_last_step"),
-    [(1, 5e-7, 5e-7 / 281), (18, 5e-7, 5e-7 * 311 / 561)],
+    ("schedule_epochs", "warmup", "at_last_step"),
+    [(1, 32, 5e-7 / 280), (18, 562, 5e-7 * 311 / 562)],
 )
-def test_T20_schedule_of_the_released_scripts_and_of_the_paper(schedule_epochs, at_warmup_end, at_last_step):
-    """312 updates an epoch. 1/1 peaks after 31 and decays to 0; 18/1 stops in warm-up, at 2.8e-7."""
+def test_T20_schedule_of_the_released_scripts_and_of_the_paper(schedule_epochs, warmup, at_last_step):
+    """312 updates an epoch. 1/1 peaks after 32 and decays to 0; 18/1 stops in warm-up, at 2.8e-7."""
     rate = schedule(Fit(learning_rate=5e-7, warmup=0.1, schedule_epochs=schedule_epochs), 312)
-    warmup = int(0.1 * 312 * schedule_epochs)
     assert float(rate(0)) == 0.0
-    assert float(rate(warmup)) == pytest.approx(at_warmup_end, rel=1e-5)
+    assert float(rate(warmup)) == pytest.approx(5e-7, rel=1e-5)
     assert float(rate(311)) == pytest.approx(at_last_step, rel=1e-4)
     assert float(rate(312 * schedule_epochs)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9, 16])
+def test_T20_step_zero_has_rate_zero_however_short_the_schedule(steps):
+    rate = schedule(Fit(learning_rate=1.0, warmup=0.1), steps)
+    assert float(rate(0)) == 0.0
+    assert max(float(rate(step)) for step in range(steps + 1)) == pytest.approx(1.0)
 
 
 def test_schedule_without_warmup_starts_at_its_peak():

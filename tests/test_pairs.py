@@ -111,10 +111,6 @@ def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, siz
         assert sorted(rows) == list(range(n))
 
 
-def test_T24_a_batch_holds_global_batch_prompts_whatever_the_devices():
-    assert dataset.batches(many(8), global_batch=4, epochs=1, seed=0, iteration=1)[0]["tokens"].shape[0] == 4
-
-
 def test_order_is_a_function_of_seed_iteration_and_step():
     def order(seed=0, iteration=1):
         batches = dataset.batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)

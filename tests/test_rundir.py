@@ -2,7 +2,6 @@
 
 import dataclasses
 import multiprocessing
-import os
 
 import pytest
 
@@ -45,7 +44,7 @@ def test_records_come_back_as_they_were(tmp_path):
 
 def test_T14_a_foreign_shard_is_refused_and_named(tmp_path):
     records.write(tmp_path / "x", Responses, [ROW], {"policy": "p", "judge": "j"})
-    with pytest.raises(BadInput, match="x: was made with another policy"):
+    with pytest.raises(BadInput, match="x: was made from another policy"):
         records.read(tmp_path / "x", Responses, {"policy": "q", "judge": "j"})
 
 
@@ -61,8 +60,8 @@ def test_T14_a_torn_shard_is_refused(tmp_path, keep):
 
 def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_path):
     config = Config(out=str(tmp_path / "run"))
-    with rundir.opened(config):
-        pass
+    with rundir.opened(config) as run:
+        rundir.claim(run, config)
     with rundir.opened(dataclasses.replace(config, iterations=5)):
         pass
     other = dataclasses.replace(config, seed=3, fit=Fit(eta=5.0))
@@ -73,16 +72,30 @@ def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_pat
         pass
 
 
+def test_a_run_that_cannot_begin_leaves_no_directory_and_an_interrupted_claim_is_no_obstacle(tmp_path):
+    config = Config(out=str(tmp_path / "run"))
+    with pytest.raises(BadInput, match="wrong"), rundir.opened(config):
+        raise BadInput("wrong")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.part").write_text("ou")
+    with rundir.opened(config) as run:
+        rundir.claim(run, config)
+    assert run.config.read_text().startswith("out: ")
+
+
 def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(BadInput, match=r"thesis\.tex"), rundir.opened(Config(out=str(tmp_path))):
         pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_out_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="--out"), rundir.opened(Config(out=str(tmp_path / "file"))):
-        pass
+    for out in ("file", "file/below", "x" * 300):
+        with pytest.raises(BadInput, match="--out"), rundir.opened(Config(out=str(tmp_path / out))):
+            pass
 
 
 def hold(out, held, release):
@@ -108,4 +121,3 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
         other.join()
     with rundir.opened(Config(out=str(tmp_path))):  # free again, however the other ended
         pass
-    assert os.getpid() != other.pid

@@ -3,6 +3,7 @@
 Weights go tensor by tensor from safetensors into the devices' own shards and back; nothing else is opened.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -114,12 +115,14 @@ def initialise(a: Architecture, key: jax.Array, mesh: Mesh, compute_dtype: Any =
 def read_architecture(directory: Path) -> Architecture:
     """Architecture from config.json. Every option is read, and one that we do not compute is refused by name."""
     raw = read_json(directory / "config.json")
-    families = raw.get("architectures") or []
-    if len(families) != 1 or families[0] not in FAMILIES:
+    families = raw.get("architectures")
+    if families not in [[name] for name in FAMILIES]:
         raise BadInput(
             f"{directory}/config.json: architectures is {families or 'missing'}; known: {', '.join(FAMILIES)}"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f"{directory}/config.json: rope parameters are {rope!r}, needed an object")
     for key, value, wanted in (
         ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
         ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
@@ -132,7 +135,8 @@ def read_architecture(directory: Path) -> Architecture:
             )
     try:
         heads = int(raw["num_attention_heads"])
-        return Architecture(
+        window = raw.get("sliding_window", 4096)  # absent: transformers' default; null: none
+        architecture = Architecture(
             vocab=int(raw["vocab_size"]),
             model=int(raw["hidden_size"]),
             mlp=int(raw["intermediate_size"]),
@@ -143,13 +147,21 @@ def read_architecture(directory: Path) -> Architecture:
             norm_eps=float(raw["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
             max_positions=int(raw["max_position_embeddings"]),
-            window=raw.get("sliding_window"),
+            window=None if window is None else int(window),
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
         raise BadInput(f"{directory}/config.json: {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise BadInput(f"{directory}/config.json: {error}") from None
+    for field, value in dataclasses.asdict(architecture).items():
+        if not (value is None or isinstance(value, bool) or 0 < value < float("inf")):
+            raise BadInput(f"{directory}/config.json: {field} is {value}; needed a number above 0")
+    if architecture.heads % architecture.kv_heads:
+        raise BadInput(
+            f"{directory}/config.json: {heads} heads cannot share {architecture.kv_heads} kv heads"
+        )
+    return architecture
 
 
 def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Transformer:
