@@ -223,5 +223,7 @@ def opened(config: Config) -> Iterator[Session]:
         metrics = stack.enter_context(Metrics(run))
         stack.enter_context(metrics.stopping_on_sigterm())
         session = Session(config, run, metrics, judge_)
+        if session.oracle is not None:
+            stack.callback(session.oracle.close)
         session.write_manifest()
         yield session
