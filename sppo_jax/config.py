@@ -57,7 +57,9 @@ class Sampling:
     top_p: float = knob(1.0, "nucleus mass, in (0, 1]")
     max_new_tokens: int = knob(64, "a response that reaches this length ends with finish_reason length")
     slots: int = knob(320, "responses decoded at once, over all devices")
-    shard_prompts: int = knob(64, "prompts per shard file: the most that an interruption of sampling or judging can cost")
+    shard_prompts: int = knob(
+        64, "prompts per shard file: the most that an interruption of sampling or judging can cost"
+    )
 
 
 @dataclass(frozen=True)
