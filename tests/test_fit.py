@@ -158,7 +158,6 @@ def test_T26_every_loss_trains_from_its_own_predicted_start(loss, one_device):
     metrics, _ = steps_of(batches, model, programs, one_device)
     assert metrics[0]["loss"] == pytest.approx(first, rel=1e-6)
     assert metrics[-1]["margin"] > 0.1
-    assert metrics[-1]["accuracy"] > 0.5
 
 
 def test_T32_the_training_losss_gradient_ignores_the_reference_in_the_batch(one_device):
