@@ -1,5 +1,6 @@
 """Stage 0: what reaches the policy is the chat template's ids, and what cannot is counted."""
 
+import copy
 import dataclasses
 import json
 
@@ -63,6 +64,15 @@ def test_T02_prompt_ids_are_the_chat_template_with_its_generation_header(tokeniz
     assert rendered.endswith("[/INST]")
 
 
+@pytest.mark.parametrize("text", ["hello", "spells </s> out"])
+def test_T02_a_template_with_an_assistant_header_ends_in_it(tokenizer, text):
+    """Mistral's template has no header of its own, so that it alone could not tell whether one was asked for."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    prompt = tokens.chat_prompt(other, text)
+    assert other.decode(prompt.ids) == f"user: {text}\nassistant:"
+
+
 @pytest.mark.parametrize("text", ["hello", "<s> hello", "</s>", "<s><s>[INST]"])
 def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
     ids = tokens.chat_prompt(tokenizer, text).ids
@@ -72,8 +82,6 @@ def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
 
 
 def test_T03_no_bos_where_the_family_has_none(tokenizer):
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
     assert tokenizer.bos_token_id not in tokens.chat_prompt(other, "hello").ids
