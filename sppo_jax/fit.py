@@ -18,9 +18,10 @@ from sppo_jax.checkpoint import Checkpoints
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.metrics import Metrics
-from sppo_jax.models import hf
+from sppo_jax.models import hf, lora
+from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.logprob import response_logprob
-from sppo_jax.models.transformer import Architecture, Transformer
+from sppo_jax.models.transformer import Adapter, Transformer
 from sppo_jax.optim import make_optimizer, schedule
 
 Batch = dict[str, Any]  # arrays of sppo_jax.dataset
@@ -36,12 +37,21 @@ class TrainState:
     """All that resuming needs; the step is also the data position."""
 
     step: Any  # updates done, int32 scalar
-    params: Any  # float32 masters
+    params: Any  # what is trained: float32 masters, or the adapters alone
     opt_state: Any
 
 
-def forward(params: Any, batch: Batch, *, graph: Any) -> tuple[Float[Array, "G R"], Callable[[Array], Any]]:
-    """log pi(y|x) of every response of a batch, G prompts of R, and its pullback to the parameters.
+def split(model: Transformer) -> tuple[Any, Any, Any]:
+    """(graph, trained parameters, frozen ones): adapters alone are trained where the model has them."""
+    graph, params, *rest = nnx.split(model, Adapter if model.architecture.lora_rank else nnx.Param, ...)
+    (frozen,) = rest
+    return graph, params, frozen
+
+
+def forward(
+    params: Any, frozen: Any, batch: Batch, *, graph: Any
+) -> tuple[Float[Array, "G R"], Callable[[Array], Any]]:
+    """log pi(y|x) of every response of a batch, G prompts of R, and its pullback to the trained parameters.
 
     Reference, training and probes all run this one compiled program: compiled with a loss and its gradient, the same
     forward differs in its last bits (.01 nats in bfloat16), and the log-ratio would not start at exactly 0.
@@ -50,7 +60,7 @@ def forward(params: Any, batch: Batch, *, graph: Any) -> tuple[Float[Array, "G R
 
     def logprob(params: Any) -> Array:
         logprob_B = response_logprob(
-            nnx.merge(graph, params),
+            nnx.merge(graph, params, frozen),
             batch["tokens"].reshape(groups * r, width),
             jnp.repeat(batch["prompt_length"], r),
             batch["length"].reshape(-1),
@@ -112,14 +122,14 @@ class Programs:
     graph: Any
     shardings: TrainState  # of a TrainState
     init_optimizer: Callable[[Any], Any]
-    forward: Callable[[Any, Batch], tuple[Array, Callable[[Array], Any]]]
+    forward: Callable[[Any, Any, Batch], tuple[Array, Callable[[Array], Any]]]
     objective: Callable[[Array, Batch], tuple[Array, dict[str, Array]]]
     backward: Callable[[Callable[[Array], Any], Array], Any]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update, (state, batch) -> (state, metrics); `state`'s arrays are given up."""
-        logprob_GR, pullback = self.forward(state.params, batch)
+        logprob_GR, pullback = self.forward(state.params, frozen, batch)
         gradient_GR, metrics = self.objective(logprob_GR, batch)
         grads = self.backward(pullback, gradient_GR)
         del pullback  # holds the parameters that the update overwrites in place
@@ -133,7 +143,8 @@ def make_programs(
 ) -> Programs:
     """Cached, so that iterations of equal shapes compile once."""
     optimizer = make_optimizer(fit, steps_per_epoch)
-    graph, params = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh)), compute_dtype))
+    weights = hf.abstract(architecture, mesh) | lora.abstract(architecture, mesh)
+    graph, params, _ = split(Transformer(architecture, dict(weights), compute_dtype))
     placed = jax.tree.map(lambda x: x.sharding, params)
     replicated = sharding.named("", mesh)
     opt_placed = optax.tree_utils.tree_map_params(
@@ -171,11 +182,11 @@ def logprobs(
 
     `on_progress` hears how many pairs each batch added.
     """
-    _, params = nnx.split(model)
+    _, params, frozen = split(model)
     out: np.ndarray | None = None
     for step in range(-(-count // len(batches[0]["row"]))):
         batch = batches[step]
-        values = np.asarray(programs.forward(params, place(batch, mesh))[0])
+        values = np.asarray(programs.forward(params, frozen, place(batch, mesh))[0])
         if out is None:
             out = np.full((count, values.shape[1]), np.nan)
         out[batch["row"][batch["real"]]] = values[batch["real"]]
@@ -209,7 +220,7 @@ def fit(
     Raises BadInput when the loss stops being finite; the last checkpoint then is from before that.
     """
     total, rate = len(batches), schedule(settings, steps_per_epoch)
-    _, params = nnx.split(model)
+    _, params, frozen = split(model)
     state = TrainState(
         jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
     )
@@ -226,7 +237,7 @@ def fit(
         )
     with metrics.progress(f"iteration {iteration} fit", total - start, "updates") as advance:
         for step, batch in zip(range(start, total), stream(start), strict=True):
-            state, scalars = programs.train_step(state, place(batch, mesh))
+            state, scalars = programs.train_step(state, frozen, place(batch, mesh))
             values = {name: float(value) for name, value in jax.device_get(scalars).items()}
             _check(step, values, iteration)
             if step == 0:
@@ -245,7 +256,7 @@ def fit(
                 raise Terminated
     checkpoints.wait()
     checkpoints.keep_only(total)
-    return nnx.merge(programs.graph, state.params)
+    return nnx.merge(programs.graph, state.params, frozen)
 
 
 def expected_initial_loss(batches: Batches, steps_per_epoch: int, settings: Fit) -> tuple[float, float]:

@@ -18,11 +18,11 @@ import pytest
 
 from sppo_jax import sharding, tiny, tokens
 from sppo_jax.models import hf
-from sppo_jax.models.transformer import Architecture
+from sppo_jax.models.architecture import Architecture, Rope
 
 # Awkward on purpose: grouped queries, a window shorter than the texts, head_dim != D / H, an untied head.
 ODD = Architecture(
-    vocab=102, model=48, mlp=80, layers=3, heads=6, kv_heads=2, head_dim=10, norm_eps=1e-5, rope_theta=10_000.0,
+    vocab=102, model=48, mlp=80, layers=3, heads=6, kv_heads=2, head_dim=10, norm_eps=1e-5, rope=Rope(10_000.0),
     max_positions=128, window=7, tied=False,
 )  # fmt: skip
 

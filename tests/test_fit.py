@@ -52,11 +52,11 @@ def steps_of(batches, model, programs, mesh, count=None):
     """Metrics of plain steps without files, and the last state."""
     from flax import nnx
 
-    _, params = nnx.split(model)
+    _, params, frozen = fit.split(model)
     state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))
     found = []
     for step in range(count or len(batches)):
-        state, metrics = programs.train_step(state, fit.place(batches[step], mesh))
+        state, metrics = programs.train_step(state, frozen, fit.place(batches[step], mesh))
         found.append({name: float(value) for name, value in metrics.items()})
     return found, state
 

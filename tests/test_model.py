@@ -73,7 +73,7 @@ def test_published_configs_with_top_level_rope_theta_are_read(checkpoint, copy):
     config = json.loads((copy / "config.json").read_text())
     del config["rope_parameters"]
     (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 1e6}))
-    assert hf.read_architecture(copy).rope_theta == 1e6
+    assert hf.read_architecture(copy).rope.theta == 1e6
 
 
 @pytest.mark.parametrize("limit", [hf.SHARD_BYTES, 20_000])

@@ -4,18 +4,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without keys stays finite
+
 
 def attend(
     q_BTHC: Float[Array, "B T H C"],
     k_BSNC: Float[Array, "B S N C"],
     v_BSNC: Float[Array, "B S N C"],
     mask_BTS: Bool[Array, "B T S"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Grouped-query attention, scores scaled by 1/sqrt(C), softmax in float32.
+    """Grouped-query attention, scores times `scale` (None: 1/sqrt(C)), softmax in float32.
 
+    With `softcap` c, scores become c tanh(score / c) before masking, as in Gemma-2.
     A query that may see no key gets a finite value of no meaning: padding positions are such queries.
     """
-    return jax.nn.dot_product_attention(q_BTHC, k_BSNC, v_BSNC, mask=mask_BTS[:, None], implementation="xla")
+    if softcap is None:
+        return jax.nn.dot_product_attention(
+            q_BTHC, k_BSNC, v_BSNC, mask=mask_BTS[:, None], scale=scale, implementation="xla"
+        )
+    heads, kv_heads = q_BTHC.shape[2], k_BSNC.shape[2]
+    q_BTNGC = q_BTHC.reshape(*q_BTHC.shape[:2], kv_heads, heads // kv_heads, q_BTHC.shape[3])
+    score_BNGTS = jnp.einsum("BTNGC,BSNC->BNGTS", q_BTNGC, k_BSNC, preferred_element_type=jnp.float32)
+    score_BNGTS *= q_BTHC.shape[3] ** -0.5 if scale is None else scale
+    score_BNGTS = jnp.where(mask_BTS[:, None, None], softcap * jnp.tanh(score_BNGTS / softcap), MASKED)
+    weight_BNGTS = jax.nn.softmax(score_BNGTS, axis=-1).astype(v_BSNC.dtype)
+    return jnp.einsum("BNGTS,BSNC->BTNGC", weight_BNGTS, v_BSNC).reshape(q_BTHC.shape)
 
 
 def causal_mask(valid_BT: Bool[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:

@@ -3,11 +3,10 @@
 Weights go tensor by tensor from safetensors into the devices' own shards and back; nothing else is opened.
 """
 
-import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.models.transformer import Architecture, Transformer
+from sppo_jax.models.architecture import Architecture, read_architecture, read_json
+from sppo_jax.models.safetensors_file import Entry, write_safetensors
+from sppo_jax.models.transformer import LORA_SCALE, Transformer
 
 SHARD_BYTES = 5_000_000_000  # of one exported file, the size that the hub's tools write
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of tensors that are weights as they stand
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,22 @@ class Tensor:
     def names(self, a: Architecture) -> list[str]:
         return [self.name.format(layer=i) for i in range(a.layers)] if self.stacked else [self.name]
 
-    def from_checkpoint(self, x: np.ndarray, a: Architecture) -> np.ndarray:
+    def read(self, x: Any, a: Architecture, index: tuple[slice, ...]) -> np.ndarray:
+        """The part [`index` of `ours`] of a checkpoint's tensor: a slice reader of safetensors, or an array.
+
+        Of grouped dimensions only the first may be cut: a device holds whole heads.
+        """
+        cut = dict(zip(self.ours, index, strict=True))
+        rows: list[slice] = []
+        lengths: dict[str, int] = {}
+        for group in self.theirs.split():
+            inner = int(np.prod([a.size(letter) for letter in group[1:]]))
+            start, stop, _ = cut[group[0]].indices(a.size(group[0]))
+            rows.append(slice(start * inner, stop * inner))
+            lengths |= {letter: a.size(letter) for letter in group[1:]} | {group[0]: stop - start}
         flat = self.theirs.replace(" ", "")
-        return x.reshape([a.size(letter) for letter in flat]).transpose([flat.index(c) for c in self.ours])
+        part = x[tuple(rows)].reshape([lengths[letter] for letter in flat])
+        return part.transpose([flat.index(letter) for letter in self.ours])
 
     def to_checkpoint(self, x: np.ndarray, a: Architecture) -> np.ndarray:
         flat = self.theirs.replace(" ", "")
@@ -69,13 +83,19 @@ class Tensor:
 
 
 LAYER = "model.layers.{layer}."
-MISTRAL = (
+DECODER = (
     Tensor("embedding", "VD", "V D", "model.embed_tokens.weight"),
     Tensor("layers.attention_norm", "D", "D", LAYER + "input_layernorm.weight"),
     Tensor("layers.q", "DHC", "HC D", LAYER + "self_attn.q_proj.weight"),
+    Tensor("layers.q_bias", "HC", "HC", LAYER + "self_attn.q_proj.bias"),
+    Tensor("layers.q_norm", "C", "C", LAYER + "self_attn.q_norm.weight"),
     Tensor("layers.k", "DNC", "NC D", LAYER + "self_attn.k_proj.weight"),
+    Tensor("layers.k_bias", "NC", "NC", LAYER + "self_attn.k_proj.bias"),
+    Tensor("layers.k_norm", "C", "C", LAYER + "self_attn.k_norm.weight"),
     Tensor("layers.v", "DNC", "NC D", LAYER + "self_attn.v_proj.weight"),
+    Tensor("layers.v_bias", "NC", "NC", LAYER + "self_attn.v_proj.bias"),
     Tensor("layers.o", "HCD", "D HC", LAYER + "self_attn.o_proj.weight"),
+    Tensor("layers.o_bias", "D", "D", LAYER + "self_attn.o_proj.bias"),
     Tensor("layers.mlp_norm", "D", "D", LAYER + "post_attention_layernorm.weight"),
     Tensor("layers.gate", "DF", "F D", LAYER + "mlp.gate_proj.weight"),
     Tensor("layers.up", "DF", "F D", LAYER + "mlp.up_proj.weight"),
@@ -83,136 +103,101 @@ MISTRAL = (
     Tensor("norm", "D", "D", "model.norm.weight"),
     Tensor("head", "DV", "V D", "lm_head.weight"),
 )
-FAMILIES = {"MistralForCausalLM": MISTRAL}
+# With norms on both sides of a block, "post_attention_layernorm" is the one after attention.
+POST_NORMS = (
+    Tensor("layers.attention_post_norm", "D", "D", LAYER + "post_attention_layernorm.weight"),
+    Tensor("layers.mlp_norm", "D", "D", LAYER + "pre_feedforward_layernorm.weight"),
+    Tensor("layers.mlp_post_norm", "D", "D", LAYER + "post_feedforward_layernorm.weight"),
+)
 
 
 def table(a: Architecture) -> tuple[Tensor, ...]:
     """The tensors that a checkpoint of this architecture holds."""
-    return tuple(t for t in MISTRAL if not (t.path == "head" and a.tied))
-
-
-def abstract(a: Architecture, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter, without a byte of it."""
-    return {
-        t.path: jax.ShapeDtypeStruct(t.shape(a), jnp.float32, sharding=_placed(t, a, mesh)) for t in table(a)
+    absent = {
+        "head": a.tied,
+        "layers.q_bias": not a.qkv_bias,
+        "layers.k_bias": not a.qkv_bias,
+        "layers.v_bias": not a.qkv_bias,
+        "layers.o_bias": not a.o_bias,
+        "layers.q_norm": not a.qk_norm,
+        "layers.k_norm": not a.qk_norm,
+        "layers.mlp_norm": a.post_norms,  # in POST_NORMS, under another name
     }
+    return tuple(t for t in DECODER if not absent.get(t.path)) + (POST_NORMS if a.post_norms else ())
+
+
+def abstract(a: Architecture, mesh: Mesh, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter, without a byte of it."""
+    return {t.path: placeholder(t, a, mesh, dtype) for t in table(a)}
+
+
+def placeholder(t: Tensor, a: Architecture, mesh: Mesh, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(t.shape(a), dtype, sharding=_placed(t, a, mesh))
 
 
 def initialise(a: Architecture, key: jax.Array, mesh: Mesh, compute_dtype: Any = jnp.float32) -> Transformer:
-    """A random model, each parameter born in its shards: norms 1, matrices normal with deviation .02."""
+    """A random model, each parameter born in its shards: norms 1, biases 0, matrices normal with deviation .02."""
+
+    def initial(t: Tensor, key: jax.Array) -> jax.Array:
+        if t.path.endswith("norm"):
+            return jnp.full(t.shape(a), 0.0 if a.norm_offset else 1.0)
+        if t.path.endswith("bias"):
+            return jnp.zeros(t.shape(a))
+        return 0.02 * jax.random.normal(key, t.shape(a))
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, len(table(a)))
-        return {
-            t.path: jnp.ones(t.shape(a)) if t.ours == "D" else 0.02 * jax.random.normal(k, t.shape(a))
-            for t, k in zip(table(a), keys, strict=True)
-        }
+        return {t.path: initial(t, k) for t, k in zip(table(a), keys, strict=True)}
 
     shardings = {t.path: _placed(t, a, mesh) for t in table(a)}
     return Transformer(a, jax.jit(init, out_shardings=shardings)(key), compute_dtype)
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """Architecture from config.json. Every option is read, and one that we do not compute is refused by name."""
-    raw = read_json(directory / "config.json")
-    families = raw.get("architectures")
-    if families not in [[name] for name in FAMILIES]:
-        raise BadInput(
-            f"{directory}/config.json: architectures is {families or 'missing'}; known: {', '.join(FAMILIES)}"
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise BadInput(f"{directory}/config.json: rope parameters are {rope!r}, needed an object")
-    for key, value, wanted in (
-        ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
-        ("attention_bias", raw.get("attention_bias", False), (False,)),
-        ("mlp_bias", raw.get("mlp_bias", False), (False,)),
-    ):
-        if value not in wanted:
-            raise BadInput(
-                f"{directory}/config.json: {key} is {value!r}; only {wanted[0]!r} is computed here"
-            )
-    try:
-        heads = int(raw["num_attention_heads"])
-        window = raw.get("sliding_window", 4096)  # absent: transformers' default; null: none
-        architecture = Architecture(
-            vocab=int(raw["vocab_size"]),
-            model=int(raw["hidden_size"]),
-            mlp=int(raw["intermediate_size"]),
-            layers=int(raw["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-            max_positions=int(raw["max_position_embeddings"]),
-            window=None if window is None else int(window),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise BadInput(f"{directory}/config.json: {error.args[0]} is missing") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise BadInput(f"{directory}/config.json: {error}") from None
-    for field, value in dataclasses.asdict(architecture).items():
-        if not (value is None or isinstance(value, bool) or 0 < value < float("inf")):
-            raise BadInput(f"{directory}/config.json: {field} is {value}; needed a number above 0")
-    if architecture.heads % architecture.kv_heads:
-        raise BadInput(
-            f"{directory}/config.json: {heads} heads cannot share {architecture.kv_heads} kv heads"
-        )
-    return architecture
+def load(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+) -> Transformer:
+    """A model from a Hugging Face directory, sharded over `mesh` (default: one device).
 
-
-def load(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Transformer:
-    """A model from a Hugging Face directory, float32 masters sharded over `mesh` (default: one device).
-
-    `dtype` is the dtype of its matrix products. Host memory: one stacked parameter's local shards at a time.
-    Raises BadInput for a tensor that is missing, unknown, misshapen or not finite, before anything compiles.
+    `dtype` is the dtype of its matrix products, `param_dtype` the one its parameters are kept in. Host memory: one
+    device's piece of one stacked parameter at a time. Raises BadInput for a tensor that is missing, unknown,
+    misshapen, quantised or not finite, before anything compiles.
     """
     directory = Path(path)
     if mesh is None:
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     architecture = read_architecture(directory)
-    files = _tensor_files(directory)
-    _check_tensors(directory, architecture, files)
-    weights = {t.path: _read_sharded(t, architecture, mesh, files) for t in table(architecture)}
+    files = tensor_files(weight_files(directory))
+    check_tensors(directory, table(architecture), architecture, files)
+    weights = {
+        t.path: read_sharded(t, architecture, mesh, files, jnp.dtype(param_dtype))
+        for t in table(architecture)
+    }
     return Transformer(architecture, weights, dtype)
 
 
-def save(model: Transformer, directory: str | Path) -> None:
-    """Write float32 safetensors (several files with an index beyond 5 GB) into an existing `directory`."""
-    directory, a = Path(directory), model.architecture
-    files: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
+def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) -> None:
+    """Write safetensors (several files with an index beyond 5 GB) into an existing `directory`, tensor by tensor.
+
+    An adapter's product is added to the matrix beside it: what is written needs no adapter.
+    """
+    directory, dtype = Path(directory), np.dtype(dtype)
+    files: list[list[Entry]] = [[]]
     filled = 0
-    for name, read, size in _checkpoint_tensors(model):
-        if files[-1] and filled + size > SHARD_BYTES:
+    for entry in (e for t in table(model.architecture) for e in entries(model, t, dtype)):
+        if files[-1] and filled + entry.size > SHARD_BYTES:
             files.append([])
             filled = 0
-        files[-1].append((name, read))
-        filled += size
+        files[-1].append(entry)
+        filled += entry.size
     index: dict[str, str] = {}
-    for i, tensors in enumerate(files, 1):
+    for i, members in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        save_file({name: read() for name, read in tensors}, directory / file, metadata={"format": "pt"})
-        index |= {name: file for name, _ in tensors}
+        write_safetensors(directory / file, members)
+        index |= {entry.name: file for entry in members}
     if len(files) > 1:
-        total = sum(4 * int(np.prod(t.shape(a))) for t in table(a))
+        total = sum(entry.size for members in files for entry in members)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -238,10 +223,10 @@ def _placed(t: Tensor, a: Architecture, mesh: Mesh) -> jax.sharding.NamedShardin
     return sharding.named(t.letters, mesh, t.shape(a))
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
     """{tensor name: file} from the files' own headers."""
     found: dict[str, Path] = {}
-    for file in weight_files(directory):
+    for file in files:
         try:
             with safe_open(file, "numpy") as tensors:
                 names = list(tensors.keys())
@@ -253,8 +238,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     return found
 
 
-def _check_tensors(directory: Path, a: Architecture, files: dict[str, Path]) -> None:
-    wanted = {name: t.checkpoint_shape(a) for t in table(a) for name in t.names(a)}
+def check_tensors(
+    directory: Path, tensors: Sequence[Tensor], a: Architecture, files: dict[str, Path]
+) -> None:
+    """Raise BadInput unless `files` hold exactly `tensors`, in the shapes that `a` makes them and as floats."""
+    wanted = {name: t.checkpoint_shape(a) for t in tensors for name in t.names(a)}
     if missing := sorted(wanted.keys() - files.keys()):
         raise BadInput(f"{directory}: {len(missing)} tensors are missing, first {missing[0]}")
     # Older exports of tied models repeat the embedding as lm_head, and very old ones keep rotary buffers.
@@ -265,50 +253,72 @@ def _check_tensors(directory: Path, a: Architecture, files: dict[str, Path]) -> 
             f"{directory}: {len(extra)} tensors are unknown to this architecture, first {extra[0]}"
         )
     for file in set(files.values()):
-        with safe_open(file, "numpy") as tensors:
-            for name in wanted.keys() & set(tensors.keys()):
-                shape = tuple(tensors.get_slice(name).get_shape())
+        with safe_open(file, "numpy") as opened:
+            for name in wanted.keys() & set(opened.keys()):
+                header = opened.get_slice(name)
+                shape = tuple(header.get_shape())
                 if shape != wanted[name]:
                     raise BadInput(f"{file}: {name} has shape {shape}, config.json makes it {wanted[name]}")
+                if header.get_dtype() not in FLOATS:
+                    raise BadInput(
+                        f"{file}: {name} is {header.get_dtype()}; give a checkpoint that is not quantised "
+                        f"({', '.join(FLOATS)})"
+                    )
 
 
-def _read_sharded(t: Tensor, a: Architecture, mesh: Mesh, files: dict[str, Path]) -> jax.Array:
-    """Fill this process's shards layer by layer; each tensor of the checkpoint is read once."""
+def read_sharded(
+    t: Tensor, a: Architecture, mesh: Mesh, files: dict[str, Path], dtype: np.dtype
+) -> jax.Array:
+    """A parameter on the mesh. Of each file only the pieces of this process's devices are read, one at a time."""
     shape, placed = t.shape(a), _placed(t, a, mesh)
+    holders: dict[str, list[jax.Device]] = {}
     where = placed.addressable_devices_indices_map(shape)
-    pieces: dict[str, tuple[tuple[slice, ...], np.ndarray]] = {}
-    for index in where.values():
+    for device, index in where.items():
+        holders.setdefault(str(index), []).append(device)
+    arrays = []
+    for devices in holders.values():
+        index = where[devices[0]]
         assert index is not None
-        piece = np.empty(placed.shard_shape(shape), np.float32)
-        pieces.setdefault(str(index), (index, piece))
-    for layer, name in enumerate(t.names(a)):
-        with safe_open(files[name], "numpy") as tensors:
-            x = t.from_checkpoint(tensors.get_tensor(name), a)
-        if not np.isfinite(np.max(np.abs(x.astype(np.float32)))):
-            raise BadInput(f"{files[name]}: {name} holds NaN or infinite values")
-        for index, piece in pieces.values():
-            if t.stacked:
-                piece[layer] = x[index[1:]]
-            else:
-                piece[...] = x[index]
-    local = [jax.device_put(pieces[str(index)][1], device) for device, index in where.items()]
-    return jax.make_array_from_single_device_arrays(shape, placed, local)
-
-
-def _checkpoint_tensors(model: Transformer) -> Iterator[tuple[str, Callable[[], np.ndarray], int]]:
-    """(name, reader, bytes) of every tensor to write, gathered from the mesh one layer at a time."""
-    a = model.architecture
-    for t in table(a):
-        param = _param(model, t)
-        size = 4 * int(np.prod(t.checkpoint_shape(a)))
+        piece = _aligned(placed.shard_shape(shape), dtype)
         for layer, name in enumerate(t.names(a)):
+            with safe_open(files[name], "numpy") as opened:
+                part = t.read(opened.get_slice(name), a, index[1:] if t.stacked else index)
+            if not np.isfinite(part).all():
+                raise BadInput(f"{files[name]}: {name} holds NaN or infinite values")
+            piece[layer if t.stacked else ...] = part
+        # Only one device may keep the buffer itself (the CPU does): training writes in place.
+        for i, device in enumerate(devices):
+            arrays.append(jax.device_put(piece, device, may_alias=None if i == 0 else False))
+    return jax.make_array_from_single_device_arrays(shape, placed, arrays)
 
-            def read(t: Tensor = t, param: Any = param, layer: int = layer) -> np.ndarray:
-                x = param[...][layer] if t.stacked else param[...]
-                return t.to_checkpoint(np.asarray(jax.device_get(x), np.float32), a)
 
-            yield name, read, size
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which jax takes over on a CPU without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _param(model: Transformer, t: Tensor) -> Any:
-    return model.layers[t.path.removeprefix("layers.")] if t.stacked else getattr(model, t.path)
+def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
+    """A parameter's tensors as they are to be written, each gathered from the mesh only when its turn comes."""
+    a = model.architecture
+    for layer, name in enumerate(t.names(a)):
+
+        def read(layer: int = layer) -> np.ndarray:
+            x = _merged(model, t, layer).astype(dtype)
+            return t.to_checkpoint(np.asarray(jax.device_get(x)), a)
+
+        yield Entry(name, t.checkpoint_shape(a), dtype, read)
+
+
+def _merged(model: Transformer, t: Tensor, layer: int) -> jax.Array:
+    """A parameter (of one layer) in float32, its adapter added."""
+    if not t.stacked:
+        return getattr(model, t.path)[...].astype(jnp.float32)
+    name = t.path.removeprefix("layers.")
+    x = model.layers[name][...][layer].astype(jnp.float32)
+    if f"{name}_lora_a" in model.layers:
+        low, high = (model.layers[f"{name}_lora_{side}"][...][layer] for side in "ab")
+        x += LORA_SCALE * jnp.tensordot(low, high, 1)
+    return x

@@ -1,48 +1,37 @@
-"""The policy: one decoder-only transformer (grouped-query attention, RoPE, RMSNorm, SwiGLU) in Flax nnx.
+"""The policy: one decoder-only transformer (grouped-query attention, RoPE, RMSNorm, gated MLP) in Flax nnx.
 
 Layers are stacked on a leading axis L and scanned for training; decoding walks them one by one with a cache
 array per layer, because a stacked cache would be copied at every step.
 """
 
+import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.models.attention import attend, cache_mask, causal_mask
 
 Weights = dict[str, Array]  # the tensors of one layer, by their name in models/hf.py
 KeyValue = tuple[Float[Array, "B S N C"], Float[Array, "B S N C"]]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes and options, as read from config.json."""
+LORA_SCALE = 2.0  # alpha / rank of every adapter
 
-    vocab: int  # V
-    model: int  # D
-    mlp: int  # F
-    layers: int  # L
-    heads: int  # H
-    kv_heads: int  # N
-    head_dim: int  # C
-    norm_eps: float
-    rope_theta: float
-    max_positions: int
-    window: int | None  # keys that a query sees, itself included; None: all
-    tied: bool  # the head is the embedding's transpose
 
-    def size(self, letter: str) -> int:
-        """Length of a logical axis (sppo_jax.sharding)."""
-        sizes = {
-            "V": self.vocab, "D": self.model, "F": self.mlp, "L": self.layers,
-            "H": self.heads, "N": self.kv_heads, "C": self.head_dim,
-        }  # fmt: skip
-        return sizes[letter]
+class Adapter(nnx.Param):
+    """A trainable low-rank factor beside a matrix that stays as it is (models/lora.py)."""
 
 
 class Transformer(nnx.Module):
@@ -55,8 +44,11 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(weights["embedding"])
         self.norm = nnx.Param(weights["norm"])
         self.head = None if architecture.tied else nnx.Param(weights["head"])
-        names = [path.removeprefix("layers.") for path in weights if path.startswith("layers.")]
-        self.layers = nnx.Dict({name: nnx.Param(weights[f"layers.{name}"]) for name in names})
+        layers = {
+            path.removeprefix("layers."): x for path, x in weights.items() if path.startswith("layers.")
+        }
+        kinds = {name: Adapter if name.endswith(("_lora_a", "_lora_b")) else nnx.Param for name in layers}
+        self.layers = nnx.Dict({name: kinds[name](x) for name, x in layers.items()})
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
@@ -70,12 +62,15 @@ class Transformer(nnx.Module):
         """The normalised last hidden state. The backward pass keeps each layer's input and computes the rest again."""
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         rope = self._rope(jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0))
-        mask = causal_mask(valid_BT, self.architecture.window)
+        masks = [causal_mask(valid_BT, window) for window in self._windows()]
 
-        def layer(x_BTD: Array, w: Weights) -> tuple[Array, None]:
-            return self._block(w, x_BTD, rope, lambda q, k, v: attend(q, k, v, mask)), None
+        def layer(x_BTD: Array, xs: tuple[Weights, Array]) -> tuple[Array, None]:
+            w, kind = xs
+            mask = masks[0] if len(masks) == 1 else jnp.where(kind, masks[1], masks[0])
+            return self._block(w, x_BTD, rope, lambda q, k, v: self._attend(q, k, v, mask)), None
 
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), self.stacked())
+        kinds_L = jnp.asarray([self._kind(i) for i in range(self.architecture.layers)])
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), (self.stacked(), kinds_L))
         return self._rms_norm(x_BTD, self.norm[...])
 
     def prefill(
@@ -84,13 +79,14 @@ class Transformer(nnx.Module):
         """Run right-padded prompts: logits after the last real token, and each layer's keys and values."""
         valid_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
         rope = self._rope(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape))
-        mask = causal_mask(valid_BT, self.architecture.window)
+        masks = [causal_mask(valid_BT, window) for window in self._windows()]
         x_BTD, cache = self.embed(tokens_BT), []
         for i in range(self.architecture.layers):
+            mask = masks[self._kind(i)]
 
-            def keep(q: Array, k: Array, v: Array) -> Array:
+            def keep(q: Array, k: Array, v: Array, mask: Array = mask) -> Array:
                 cache.append((k, v))
-                return attend(q, k, v, mask)
+                return self._attend(q, k, v, mask)
 
             x_BTD = self._block(self.layer(i), x_BTD, rope, keep)
         last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -101,27 +97,35 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
         """One token per row at `position_B`, which is also its column of the cache; logits of the next."""
         rope = self._rope(position_B[:, None])
-        mask = cache_mask(position_B, cache[0][0].shape[1], self.architecture.window)
+        masks = [cache_mask(position_B, cache[0][0].shape[1], window) for window in self._windows()]
         rows = jnp.arange(token_B.shape[0])
         x_B1D, new_cache = self.embed(token_B[:, None]), []
         for i, (keys, values) in enumerate(cache):
+            mask = masks[self._kind(i)]
 
-            def insert(q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values) -> Array:
+            def insert(
+                q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values, mask: Array = mask
+            ) -> Array:
                 keys = keys.at[rows, position_B].set(k[:, 0])
                 values = values.at[rows, position_B].set(v[:, 0])
                 new_cache.append((keys, values))
-                return attend(q, keys, values, mask)
+                return self._attend(q, keys, values, mask)
 
             x_B1D = self._block(self.layer(i), x_B1D, rope, insert)
         return self.logits(self._rms_norm(x_B1D[:, 0], self.norm[...])), new_cache
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self._cast(self.embedding[...][tokens])
+        x = self._cast(self.embedding[...][tokens])
+        if self.architecture.scaled_embedding:  # the factor is rounded to the compute dtype, as in training
+            x *= jnp.asarray(math.sqrt(self.architecture.model), self.compute_dtype)
+        return x
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 whatever the compute dtype: a bfloat16 logit is .03 nats off."""
         w_DV = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.einsum("...D,DV->...V", hidden, self._cast(w_DV), preferred_element_type=jnp.float32)
+        x = jnp.einsum("...D,DV->...V", hidden, self._cast(w_DV), preferred_element_type=jnp.float32)
+        cap = self.architecture.logit_softcap
+        return x if cap is None else cap * jnp.tanh(x / cap)
 
     def stacked(self) -> Weights:
         return {name: param[...] for name, param in self.layers.items()}
@@ -132,31 +136,74 @@ class Transformer(nnx.Module):
     def _block(
         self, w: Weights, x_BTD: Array, rope: tuple[Array, Array], attention: Callable[..., Array]
     ) -> Array:
-        w = {name: self._cast(tensor) for name, tensor in w.items()}
+        a = self.architecture
         h_BTD = self._rms_norm(x_BTD, w["attention_norm"])
-        q_BTHC = _rotate(jnp.einsum("BTD,DHC->BTHC", h_BTD, w["q"]), rope)
-        k_BTNC = _rotate(jnp.einsum("BTD,DNC->BTNC", h_BTD, w["k"]), rope)
-        v_BTNC = jnp.einsum("BTD,DNC->BTNC", h_BTD, w["v"])
-        x_BTD = x_BTD + jnp.einsum("BTHC,HCD->BTD", attention(q_BTHC, k_BTNC, v_BTNC), w["o"])
+        q_BTHC = self._linear(w, "q", h_BTD, "D", "HC")
+        k_BTNC = self._linear(w, "k", h_BTD, "D", "NC")
+        v_BTNC = self._linear(w, "v", h_BTD, "D", "NC")
+        if a.qk_norm:
+            q_BTHC, k_BTNC = self._rms_norm(q_BTHC, w["q_norm"]), self._rms_norm(k_BTNC, w["k_norm"])
+        seen_BTHC = attention(_rotate(q_BTHC, rope), _rotate(k_BTNC, rope), v_BTNC)
+        h_BTD = self._linear(w, "o", seen_BTHC, "HC", "D")
+        x_BTD += self._rms_norm(h_BTD, w["attention_post_norm"]) if a.post_norms else h_BTD
         h_BTD = self._rms_norm(x_BTD, w["mlp_norm"])
-        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", h_BTD, w["gate"]))
-        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, w["up"])
-        return x_BTD + jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, w["down"])
+        gate_BTF = ACTIVATIONS[a.activation](self._linear(w, "gate", h_BTD, "D", "F"))
+        h_BTD = self._linear(w, "down", gate_BTF * self._linear(w, "up", h_BTD, "D", "F"), "F", "D")
+        return x_BTD + (self._rms_norm(h_BTD, w["mlp_post_norm"]) if a.post_norms else h_BTD)
+
+    def _linear(self, w: Weights, name: str, x: Array, ins: str, outs: str) -> Array:
+        """x W + b, from dimensions `ins` to `outs`, with its adapter where there is one: + x A B times LORA_SCALE."""
+        y = jnp.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x, self._cast(w[name]))
+        if f"{name}_bias" in w:
+            y += self._cast(w[f"{name}_bias"])
+        if f"{name}_lora_a" in w:
+            low_BTR = jnp.einsum(f"BT{ins},{ins}R->BTR", x, self._cast(w[f"{name}_lora_a"]))
+            y += LORA_SCALE * jnp.einsum(f"BTR,R{outs}->BT{outs}", low_BTR, self._cast(w[f"{name}_lora_b"]))
+        return y
+
+    def _attend(self, q_BTHC: Array, k_BSNC: Array, v_BSNC: Array, mask_BTS: Array) -> Array:
+        a = self.architecture
+        return attend(q_BTHC, k_BSNC, v_BSNC, mask_BTS, scale=a.query_scale, softcap=a.attention_softcap)
+
+    def _windows(self) -> tuple[int | None, ...]:
+        """The window of each kind of layer."""
+        a = self.architecture
+        return (None, a.window) if a.windowed else (a.window,)
+
+    def _kind(self, i: int) -> int:
+        """Which of `_windows` layer i has."""
+        return int(self.architecture.windowed[i]) if self.architecture.windowed else 0
 
     def _rms_norm(self, x: Float[Array, "... D"], scale_D: Float[Array, " D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.architecture.norm_eps)
+        if self.architecture.norm_offset:
+            return self._cast(wide * (1 + scale_D.astype(jnp.float32)))
         return self._cast(wide) * self._cast(scale_D)
 
     def _rope(self, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
-        """cos and sin [B, T, 1, C/2], float32, at angles position / theta^(2i/C)."""
-        a = self.architecture
-        frequency = a.rope_theta ** -(jnp.arange(0, a.head_dim, 2, dtype=jnp.float32) / a.head_dim)
+        """cos and sin [B, T, 1, C/2], float32."""
+        frequency = frequencies(self.architecture.rope, self.architecture.head_dim)
         angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
         return jnp.cos(angle), jnp.sin(angle)
 
     def _cast(self, x: Array) -> Array:
         return x.astype(self.compute_dtype)
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position [C/2], float32 and the same on every platform.
+
+    llama3 (Llama 3.1 and later): a frequency whose wavelength exceeds original / low positions is divided by
+    `factor`, one below original / high is kept, and in between the two are mixed.
+    """
+    plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    slow = plain / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original * plain / (2 * np.pi)  # over the original context
+        kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+        slow = kept * plain + (1 - kept) * slow
+    return slow.astype(np.float32)
 
 
 def _rotate(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float[Array, "B T H C"]:

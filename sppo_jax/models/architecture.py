@@ -1,0 +1,279 @@
+"""config.json → Architecture: every option that changes what a decoder computes, read by name, none passed over."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sppo_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: frequencies theta^(-2i/C), slowed by `factor` for all (linear) or for the slow ones (llama3)."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low: float = 1.0  # llama3: wavelengths beyond original / low are slowed in full,
+    high: float = 4.0  # those below original / high not at all, in between smoothly
+    original: int = 8192  # positions that the model was first trained on
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and options of one decoder."""
+
+    vocab: int  # V
+    model: int  # D
+    mlp: int  # F
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # N
+    head_dim: int  # C
+    norm_eps: float
+    rope: Rope
+    max_positions: int
+    window: (
+        int | None
+    )  # keys that a query of a windowed layer sees, itself included; None: no layer has a window
+    tied: bool  # the head is the embedding's transpose
+    windowed: tuple[bool, ...] = ()  # which layers have the window; (): all
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every head's query and key before RoPE
+    post_norms: bool = False  # RMSNorm of what attention and feed-forward add to the stream
+    norm_offset: bool = False  # norms multiply by 1 + scale
+    query_scale: float | None = None  # of the attention scores; None: 1/sqrt(C)
+    attention_softcap: float | None = None  # c: scores become c tanh(score / c)
+    logit_softcap: float | None = None
+    scaled_embedding: bool = False  # embeddings times sqrt(D)
+    lora_rank: int = 0  # R; above 0 only the adapters are trained
+
+    def size(self, letter: str) -> int:
+        """Length of a logical axis (sppo_jax.sharding)."""
+        sizes = {
+            "V": self.vocab, "D": self.model, "F": self.mlp, "L": self.layers,
+            "H": self.heads, "N": self.kv_heads, "C": self.head_dim, "R": self.lora_rank,
+        }  # fmt: skip
+        return sizes[letter]
+
+
+# Keys of config.json that say nothing about what is computed from tokens and weights.
+NEUTRAL = frozenset(
+    """
+    architectures model_type transformers_version torch_dtype dtype use_cache initializer_range attention_dropout
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    tokenizer_class cache_implementation id2label label2id problem_type task_specific_params finetuning_task
+    return_dict output_attentions output_hidden_states chunk_size_feed_forward max_length min_length do_sample
+    temperature top_p top_k typical_p num_beams num_beam_groups num_return_sequences repetition_penalty
+    diversity_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping bad_words_ids
+    begin_suppress_tokens exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id prefix
+    remove_invalid_values return_dict_in_generate output_scores suppress_tokens use_bfloat16 torchscript tf_legacy_loss
+    pruned_heads tie_encoder_decoder is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
+    pretraining_tp unsloth_version unsloth_fixed auto_map
+    """.split()  # noqa: SIM905
+)
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Options:
+    """The keys of one object of config.json, each to be taken once; `finish` refuses those that nobody took."""
+
+    def __init__(self, path: Path, raw: dict[str, Any]):
+        self.path, self.left = path, dict(raw)
+
+    def take(self, key: str, kind: type = int, default: Any = ...) -> Any:
+        """The value as int or float (finite, above 0), bool, or anything (object); null counts as absent.
+
+        Raises BadInput where a key without `default` is absent, or where the value is of another kind.
+        """
+        value = self.left.pop(key, None)
+        if value is None:
+            if default is ...:
+                raise BadInput(f"{self.path}: {key} is missing")
+            return default
+        if kind is object:
+            return value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = isinstance(value, bool) if kind is bool else number and 0 < value < math.inf
+        if not fits or (kind is int and value != int(value)):
+            wanted = {bool: "true or false", int: "a whole number above 0"}.get(kind, "a number above 0")
+            raise BadInput(f"{self.path}: {key} is {value!r}; needed {wanted}")
+        return kind(value)
+
+    def nullable(self, key: str, kind: type, absent: Any) -> Any:
+        """The same where null means that there is none, and `absent` stands for a key that is not there."""
+        return self.take(key, kind, None if key in self.left else absent)
+
+    def activation(self, key: str, default: str) -> str:
+        value = self.take(key, object, default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise BadInput(f"{self.path}: {key} is {value!r}; computed here: {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[value]
+
+    def finish(self) -> None:
+        off = (None, False)  # how options are switched off
+        for key, value in sorted(self.left.items()):
+            if value not in off and key not in NEUTRAL and not key.startswith("_"):
+                raise BadInput(
+                    f"{self.path}: option {key}={value!r} is not computed here; if it does not change what the model "
+                    "computes, delete it from config.json"
+                )
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The architecture of a Hugging Face directory.
+
+    Raises BadInput for a family, an option or a value that is not computed here, naming it.
+    """
+    path = directory / "config.json"
+    options = Options(path, read_json(path))
+    families = options.take("architectures", object, None)
+    family = families[0] if isinstance(families, list) and len(families) == 1 else None
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise BadInput(f"{path}: architectures is {families or 'missing'}; known: {', '.join(FAMILIES)}")
+    heads, model = options.take("num_attention_heads"), options.take("hidden_size")
+    layers, max_positions = options.take("num_hidden_layers"), options.take("max_position_embeddings")
+    special = FAMILIES[family](options, layers)  # first: what it takes no longer counts below
+    general = {
+        "vocab": options.take("vocab_size"),
+        "model": model,
+        "mlp": options.take("intermediate_size"),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": options.take("num_key_value_heads", default=heads),
+        "head_dim": options.take("head_dim", default=max(1, model // heads)),
+        "norm_eps": options.take("rms_norm_eps", float),
+        "rope": _rope(options, max_positions),
+        "max_positions": max_positions,
+        "tied": options.take("tie_word_embeddings", bool, False),
+        "activation": options.activation("hidden_act", "silu"),
+    }
+    architecture = Architecture(**(general | special))
+    options.finish()
+    if heads % architecture.kv_heads:
+        raise BadInput(f"{path}: {heads} heads cannot share {architecture.kv_heads} kv heads")
+    if architecture.head_dim % 2:
+        raise BadInput(f"{path}: head_dim is {architecture.head_dim}; rotary embeddings need an even one")
+    return architecture
+
+
+# What each family has of its own; absent keys have the defaults of its class in transformers.
+
+
+def _mistral(options: Options, layers: int) -> dict[str, Any]:
+    return {"window": options.nullable("sliding_window", int, 4096)}
+
+
+def _llama(options: Options, layers: int) -> dict[str, Any]:
+    bias = options.take("attention_bias", bool, False)
+    return {"window": None, "qkv_bias": bias, "o_bias": bias}
+
+
+def _gemma2(options: Options, layers: int) -> dict[str, Any]:
+    bias, window = options.take("attention_bias", bool, False), options.nullable("sliding_window", int, 4096)
+    if options.take("sliding_window_size", int, window) != window:  # published beside the other
+        raise BadInput(f"{options.path}: sliding_window and sliding_window_size differ")
+    options.take("hidden_act", object, None)  # published too; hidden_activation is the one that counts
+    return {
+        "head_dim": options.take("head_dim", default=256),
+        "tied": options.take("tie_word_embeddings", bool, True),
+        "activation": options.activation("hidden_activation", "gelu_pytorch_tanh"),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "post_norms": True,
+        "norm_offset": True,
+        "scaled_embedding": True,
+        "query_scale": options.take("query_pre_attn_scalar", float, 256.0) ** -0.5,
+        "attention_softcap": options.nullable("attn_logit_softcapping", float, 50.0),
+        "logit_softcap": options.nullable("final_logit_softcapping", float, 30.0),
+        **_windows(options, window, [FULL if i % 2 else SLIDING for i in range(layers)]),
+    }
+
+
+def _qwen2(options: Options, layers: int) -> dict[str, Any]:
+    used = options.take("use_sliding_window", bool, False)
+    size, first = options.nullable("sliding_window", int, 4096), options.take("max_window_layers", object, 28)
+    if type(first) is not int:
+        raise BadInput(f"{options.path}: max_window_layers is {first!r}; needed a whole number")
+    window = size if used else None
+    kinds = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
+    return {"qkv_bias": True, **_windows(options, window, kinds)}
+
+
+def _qwen3(options: Options, layers: int) -> dict[str, Any]:
+    bias = options.take("attention_bias", bool, False)
+    head_dim = options.take("head_dim", default=128)
+    own = {"head_dim": head_dim, "qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+    return _qwen2(options, layers) | own
+
+
+FAMILIES = {
+    "MistralForCausalLM": _mistral,
+    "LlamaForCausalLM": _llama,
+    "Gemma2ForCausalLM": _gemma2,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+}
+
+
+def _windows(options: Options, window: int | None, default: list[str]) -> dict[str, Any]:
+    """`window` and `windowed` from layer_types, or from the family's own pattern where that is absent."""
+    kinds = options.take("layer_types", object, default)
+    named = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
+    if not named or len(kinds) != len(default):
+        raise BadInput(
+            f"{options.path}: layer_types must name {FULL} or {SLIDING} for each of {len(default)} layers"
+        )
+    windowed = tuple(kind == SLIDING for kind in kinds)
+    if window is None or not any(windowed):
+        return {"window": None}
+    return {"window": window, "windowed": () if all(windowed) else windowed}
+
+
+def _rope(options: Options, max_positions: int) -> Rope:
+    theta = options.take("rope_theta", float, 10_000.0)
+    before, raw = (options.take(key, object, {}) for key in ("rope_scaling", "rope_parameters"))
+    raw = raw or before  # transformers 5 writes rope_parameters
+    if not isinstance(raw, dict):
+        raise BadInput(f"{options.path}: rope parameters are {raw!r}, needed an object")
+    inner = Options(options.path, raw)
+    kind = inner.take("rope_type", object, inner.left.get("type") or "default")
+    inner.left.pop("type", None)  # its name before transformers 4.43
+    theta = inner.take("rope_theta", float, theta)
+    if kind == "default":
+        rope = Rope(theta)
+    elif kind == "linear":
+        rope = Rope(theta, "linear", inner.take("factor", float))
+    elif kind == "llama3":
+        rope = Rope(
+            theta,
+            "llama3",
+            inner.take("factor", float),
+            inner.take("low_freq_factor", float),
+            inner.take("high_freq_factor", float),
+            inner.take("original_max_position_embeddings", default=max_positions),
+        )
+        if rope.high <= rope.low:
+            raise BadInput(f"{options.path}: high_freq_factor must exceed low_freq_factor")
+    else:
+        raise BadInput(f"{options.path}: rope type is {kind!r}; computed here: default, linear, llama3")
+    inner.finish()
+    return rope
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; BadInput where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
