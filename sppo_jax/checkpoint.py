@@ -13,17 +13,25 @@ def begun(directory: Path) -> bool:
     """Is there a complete checkpoint to resume from?"""
     if not directory.is_dir():
         return False
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         return checkpoints.latest() is not None
+
+
+def _abstract(like: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
 
 
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
-    def __init__(self, directory: Path):
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: Path, *, read_only: bool = False):
+        """`read_only`: for a look at what may be another process's; nothing is made, tidied up or deleted."""
+        if read_only:
+            options = ocp.CheckpointManagerOptions(create=False)  # its own read_only logs three warnings
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self.directory = directory.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
@@ -36,9 +44,18 @@ class Checkpoints:
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step` in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs)."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._restore(step, ocp.args.StandardRestore(_abstract(like)))
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters alone of the TrainState of `step`, as `restore`; the optimiser's state is not read."""
+        item = {"params": _abstract(like)}
+        as_asked = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=as_asked, partial_restore=True)
+        return self._restore(step, args)["params"]
+
+    def _restore(self, step: int, args: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise many kinds
             reason = " ".join(str(error).split())[:300]
             raise BadInput(

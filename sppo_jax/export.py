@@ -1,24 +1,242 @@
-"""Stage 6: parameters → a directory that `transformers` loads: safetensors, config.json, tokenizer."""
+"""Stage 6: parameters → a directory that `transformers` loads: safetensors, config.json, tokenizer, model card.
+
+`python -m sppo_jax.export --run OUT --iteration 3 --to DIR` makes one from a run's orbax checkpoint; `--push`
+uploads it afterwards.
+"""
 
 import json
+import os
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sppo_jax.models import hf
-from sppo_jax.models.transformer import Transformer
-from sppo_jax.rundir import replacing
-from sppo_jax.tokens import TOKENIZER_FILES
+from sppo_jax import hub
+from sppo_jax.errors import BadInput, call
+from sppo_jax.flags import Flags
+
+if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
+    from jax.sharding import Mesh
+
+    from sppo_jax.config import Config
+    from sppo_jax.models.transformer import Transformer
+    from sppo_jax.rundir import RunDir
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE*",  # which licences of open weights want kept with them
+    "NOTICE*",
+    "USE_POLICY*",
+)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(model: Transformer, base: Path, to: Path) -> None:
-    """Write float32 weights with the base's configuration and tokenizer files; whole or not at all."""
-    with replacing(to) as part:
-        part.mkdir()
-        hf.save(model, part)
-        config = hf.read_json(base / "config.json")
-        config.pop("torch_dtype", None)
-        config["dtype"] = "float32"
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, part / name)
+def export(
+    model: "Transformer", base: Path, to: Path, *, dtype: str = "float32", card: str | None = None
+) -> None:
+    """Write weights as `dtype` with the base's configuration and tokenizer files; whole or not at all.
+
+    `card` becomes README.md. Raises BadInput where the disk has no room or `to` cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from sppo_jax.models import hf
+    from sppo_jax.rundir import replacing
+
+    _check_room(model, to, dtype)
+    try:
+        with replacing(to) as part:
+            part.mkdir()
+            hf.save(model, part, dtype=dtype)
+            config = hf.read_json(base / "config.json")
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in (file for pattern in COPIED for file in base.glob(pattern) if file.is_file()):
+                shutil.copyfile(file, part / file.name)
+            if card is not None:
+                (part / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise BadInput(f"{to}: cannot be written: {reason}") from None
+
+
+def main(words: Sequence[str]) -> None:
+    """Export the policy of one iteration, push an export, or one after the other."""
+    flags = Flags(
+        "sppo_jax.export",
+        "Write the policy after an iteration of a run as a Hugging Face checkpoint.",
+        "With --push and without --run, an export that is there already is uploaded.",
+    )
+    flags.add_argument("--run", metavar="OUT", help="run directory")
+    flags.add_argument("--iteration", type=int, metavar="T", help="whose policy; 0: the base")
+    flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
+    flags.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights written (default: the base checkpoint's)"
+    )
+    flags.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload DIR to this repository of the hub at the end"
+    )
+    flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    args = flags.read(words)
+    to = Path(args.to)
+    if (args.run is None) != (args.iteration is None):
+        raise BadInput("--run and --iteration go together")
+    if args.run is None and not args.push:
+        raise BadInput("nothing to do: give --run and --iteration, or --push")
+    if args.push and hub.parse(args.push)[1] is not None:
+        raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
+    if args.run is not None:
+        _from_run(Path(args.run), args.iteration, to, args.dtype)
+        print(to)
+    if args.push:
+        _push(to, args.push, args.private)
+
+
+def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
+    from sppo_jax import card, sharding
+    from sppo_jax import config as configuration
+    from sppo_jax.models import hf
+    from sppo_jax.rundir import BASE, RunDir
+
+    run = RunDir(root)
+    if not run.config.is_file():
+        raise BadInput(f"--run {root}: no run directory (it has no config.yaml)")
+    config = configuration.load([run.config])
+    _check_target(to)
+    if t not in (there := _iterations(run)):
+        shown = ", ".join(str(i) for i in there)
+        raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
+    base = _base(run, config)
+    import jax
+
+    mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
+    model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
+    described = None if t == BASE else card.text(run, t)
+    export(model, base, to, dtype=dtype or own_dtype(base), card=described)
+
+
+def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -> "Transformer":
+    """The policy after iteration t, float32: from its newest orbax checkpoint, wherever that was made.
+
+    Adapters are put beside the base's weights; once an iteration is finished, its own export has them merged as
+    the run did it.
+    """
+    import jax
+    from flax import nnx
+
+    from sppo_jax import checkpoint
+    from sppo_jax.models import hf, lora
+    from sppo_jax.models.transformer import Adapter, Transformer
+
+    finished, rank = run.export(t).exists(), config.model.lora_rank
+    if (finished and rank) or not checkpoint.begun(run.checkpoints(t)):
+        return hf.load(run.export(t), mesh=mesh)
+    if rank:
+        adapted = lora.attach(hf.load(base, mesh=mesh), rank, jax.random.key(0), mesh)
+        graph, trained, *frozen = nnx.split(adapted, Adapter, ...)
+    else:
+        architecture = hf.read_architecture(base)
+        graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
+    with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
+        step = saved.latest()
+        assert step is not None
+        if not finished:
+            hub.say(f"iteration {t} is unfinished: this is its policy after update {step}")
+        return nnx.merge(graph, saved.restore_params(step, trained), *frozen)
+
+
+def own_dtype(directory: Path) -> str:
+    """What a checkpoint's config.json says, else the dtype of its first tensor; float32, which holds all, for others."""
+    from safetensors import SafetensorError, safe_open
+
+    from sppo_jax.models import hf
+
+    config = hf.read_json(directory / "config.json")
+    said = config.get("dtype") or config.get("torch_dtype")
+    if said is None:
+        file = hf.weight_files(directory)[0]
+        try:
+            with safe_open(file, "numpy") as tensors:
+                first = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: damaged or not safetensors ({error}); download it again") from None
+        said = {"BF16": "bfloat16", "F16": "float16"}.get(first)
+    return said if said in DTYPES else "float32"
+
+
+def _iterations(run: "RunDir") -> list[int]:
+    """Those whose policy is on disk, whole or in the middle of its training."""
+    from sppo_jax import checkpoint
+    from sppo_jax.rundir import BASE
+
+    trained = (t for t in run.iterations() if t != BASE)
+    return [BASE, *(t for t in trained if run.export(t).exists() or checkpoint.begun(run.checkpoints(t)))]
+
+
+def _base(run: "RunDir", config: "Config") -> Path:
+    from sppo_jax import card, tiny
+    from sppo_jax.config import EMBEDDED
+
+    if config.model.path.startswith(EMBEDDED):
+        return tiny.resolve(config.model.path)
+    return hub.fetch(config.model.path, card.revision(run)).directory
+
+
+def _check_target(to: Path) -> None:
+    """Before an hour of reading: is there a place to write to, and nothing in it that would be lost?"""
+    if to.exists() and not to.is_dir():
+        raise BadInput(f"--to {to}: a file is in the way; choose another directory")
+    if to.is_dir() and any(to.iterdir()):
+        raise BadInput(f"--to {to}: not empty; choose another directory")
+    here = _existing(to)
+    if not here.is_dir():
+        raise BadInput(f"--to {to}: {here} is a file; choose another directory")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise BadInput(f"--to {to}: {here} cannot be written to; choose another directory")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest one above that is there already."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
+
+
+def _check_room(model: "Transformer", to: Path, dtype: str) -> None:
+    """Raise BadInput unless the disk has room for the weights."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    numbers = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    size = numbers * jnp.dtype(dtype).itemsize
+    free = shutil.disk_usage(_existing(to)).free
+    if size > free:
+        raise BadInput(
+            f"{to}: {size / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free; make room or go elsewhere"
+        )
+
+
+def _push(directory: Path, repo: str, private: bool) -> None:
+    """Upload a complete export. The last step, so that its failure loses nothing."""
+    from sppo_jax.models import hf
+
+    hf.read_json(directory / "config.json")
+    hf.weight_files(directory)
+    try:
+        print(hub.push(directory, repo, private=private))
+    except BadInput as error:
+        again = f"python -m sppo_jax.export --to {shlex.quote(str(directory))} --push {repo}{' --private' if private else ''}"
+        raise BadInput(f"{error}; the checkpoint is safe in {directory}; to push it again: {again}") from None
+
+
+if __name__ == "__main__":
+    call(main)

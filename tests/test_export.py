@@ -1,0 +1,409 @@
+"""Exports: of a run's checkpoints from whatever mesh, whole or not at all, described, and pushed as a last step."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+import yaml
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from sppo_jax import card, checkpoint, export, rundir, sharding, tiny
+from sppo_jax import config as configuration
+from sppo_jax.errors import BadInput
+from sppo_jax.fit import TrainState
+from sppo_jax.models import hf, lora
+from sppo_jax.models.transformer import Adapter
+from sppo_jax.rundir import RunDir
+from tests import hub_stub
+
+MANIFEST = {
+    "model": {"name": "embedded:policy", "revision": None},
+    "versions": {"sppo_jax": "0.1.0", "jax": "0.10.2"},
+    "devices": {"platform": "cpu", "names": ["a", "b"], "mesh": {"data": 1, "fsdp": 2, "tensor": 1}},
+    "seed": 3,
+    "sha256": {"base_weights": "c0ffee", "judge": "j"},
+    "prompts": {"iteration 1": {"kept": 128, "no_text": 1}, "heldout": {"kept": 6}},
+}
+RATE = {"mean": 0.625, "stderr": 0.0123}
+
+
+def evaluated(t, **rates):
+    return {
+        "iteration": t,
+        "prompts": 6,
+        "win_rate": {"judge": rates},
+        "length": {"tokens": 20.25, "words": 1.0},
+    }
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A run directory with a configuration and a manifest."""
+
+    def begin(*flags, **manifest):
+        run = RunDir(tmp_path / "out")
+        run.root.mkdir()
+        run.config.write_text(configuration.dump(configuration.load([], ["--out", str(run.root), *flags])))
+        rundir.write_json(run.manifest, MANIFEST | manifest)
+        return run
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A policy over 4 x 2 devices that is not the base any more."""
+    model = hf.load(tiny.path("policy"), mesh=sharding.make_mesh(1, 4, 2))
+    for i, (name, param) in enumerate(sorted(model.layers.items())):
+        if "norm" not in name:
+            param[...] = param[...] * (1 + 1e-3 * (i + 1))
+    return model
+
+
+def save(run, t, step, model):
+    """Iteration t's training state after `step` updates, as fit saves it."""
+    kind = Adapter if model.architecture.lora_rank else nnx.Param
+    _, params, _ = nnx.split(model, kind, ...)
+    state = TrainState(jax.numpy.int32(step), params, optax.adamw(1e-3).init(params))
+    with checkpoint.Checkpoints(run.checkpoints(t)) as checkpoints:
+        checkpoints.save(step, state)
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def command(run, to, *words, t=1):
+    return ["--run", str(run.root), "--iteration", str(t), "--to", str(to), *words]
+
+
+def test_a_checkpoint_becomes_what_the_policy_was_on_another_mesh(begin, trained, tmp_path, capsys):
+    run, to = begin(), tmp_path / "new/exported"
+    save(run, 1, 3, trained)
+    before = sorted(p.relative_to(run.root) for p in run.root.rglob("*"))
+    export.main(command(run, to))
+    said = capsys.readouterr()
+    assert said.out == f"{to}\n"
+    assert said.err == "iteration 1 is unfinished: this is its policy after update 3\n"
+    wanted = tmp_path / "wanted"
+    wanted.mkdir()
+    hf.save(trained, wanted)
+    assert same(weights(to), weights(wanted))
+    assert not same(weights(to), weights(tiny.path("policy")))
+    assert sorted(p.relative_to(run.root) for p in run.root.rglob("*")) == before
+    assert sorted(p.name for p in to.parent.iterdir()) == ["exported"]
+
+
+def test_a_finished_iteration_is_its_last_checkpoint_and_transformers_reads_it(
+    begin, trained, tmp_path, capsys
+):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, to = begin(), tmp_path / "exported"
+    save(run, 1, 2, trained)
+    export.export(trained, tiny.path("policy"), run.export(1))
+    export.main(command(run, to))
+    assert capsys.readouterr().err == ""
+    assert same(weights(to), weights(run.export(1)))
+    ids = AutoTokenizer.from_pretrained(to)("Where can I find the fox?")["input_ids"]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(to)(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(trained(jax.numpy.array([ids])), logits, atol=1e-4)
+    assert (to / "README.md").read_text() == card.text(run, 1)
+
+
+def test_without_checkpoints_the_runs_own_export_is_what_there_is(begin, trained, tmp_path):
+    run, to = begin(), tmp_path / "exported"
+    export.export(trained, tiny.path("policy"), run.export(1))
+    export.main(command(run, to))
+    assert same(weights(to), weights(run.export(1)))
+
+
+def test_adapters_are_merged_from_a_checkpoint_and_from_a_finished_iterations_export(
+    begin, trained, tmp_path
+):
+    run, mesh = begin("--model.lora_rank", "2"), sharding.make_mesh(1, 4, 2)
+    adapted = lora.attach(hf.load(tiny.path("policy"), mesh=mesh), 2, jax.random.key(1), mesh)
+    adapted.layers["q_lora_b"][...] = adapted.layers["q_lora_b"][...] + 0.01
+    save(run, 1, 3, adapted)
+    wanted = tmp_path / "wanted"
+    wanted.mkdir()
+    hf.save(adapted, wanted)
+    export.main(command(run, tmp_path / "early"))
+    assert not same(weights(wanted), weights(tiny.path("policy")))
+    assert same(weights(tmp_path / "early"), weights(wanted))
+    export.export(trained, tiny.path("policy"), run.export(1))
+    export.main(command(run, tmp_path / "late"))
+    assert same(weights(tmp_path / "late"), weights(run.export(1)))
+
+
+def test_iteration_0_is_the_base_itself(begin, tmp_path):
+    run, to = begin(), tmp_path / "exported"
+    export.main(command(run, to, t=0))
+    assert same(weights(to), weights(tiny.path("policy")))
+    assert not (to / "README.md").exists()
+
+
+@pytest.fixture
+def brain(tmp_path):
+    """The embedded policy as checkpoints are published: bfloat16, said by torch_dtype, with files of all kinds."""
+    base = shutil.copytree(tiny.path("policy"), tmp_path / "brain")
+    found = {name: x.astype(jax.numpy.bfloat16) for name, x in weights(base).items()}
+    save_file(found, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    for name in (
+        "chat_template.jinja",
+        "tokenizer.model",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "LICENSE.txt",
+    ):
+        (base / name).write_text(f"of {name}")
+    for name in ("pytorch_model.bin", "README.md", "optimizer.pt"):
+        (base / name).write_text("not ours to hand on")
+    return base
+
+
+def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_says_it(begin, brain, tmp_path):
+    run = begin("--model.path", str(brain))
+    export.main(command(run, tmp_path / "own", t=0))
+    export.main(command(run, tmp_path / "wide", "--dtype", "float32", t=0))
+    assert same(weights(tmp_path / "own"), weights(brain))
+    wide = weights(tmp_path / "wide")
+    assert {x.dtype.name for x in wide.values()} == {"float32"}
+    assert all((x == weights(brain)[name].astype(np.float32)).all() for name, x in wide.items())
+    for directory, dtype in (("own", "bfloat16"), ("wide", "float32")):
+        config = json.loads((tmp_path / directory / "config.json").read_text())
+        before = json.loads((brain / "config.json").read_text())
+        del before["torch_dtype"]
+        assert config == before | {"dtype": dtype}
+    config = before
+    (brain / "config.json").write_text(json.dumps(config))
+    assert export.own_dtype(brain) == "bfloat16"  # of its tensors, where config.json does not say
+    assert export.own_dtype(tmp_path / "wide") == "float32"
+
+
+def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, brain, policy, tmp_path):
+    export.export(policy, brain, tmp_path / "to", card="described")
+    there = {p.name: p.read_text(errors="replace") for p in (tmp_path / "to").iterdir()}
+    kept = {p.name for p in brain.iterdir()} - {"pytorch_model.bin", "README.md", "optimizer.pt"}
+    assert there.keys() == kept | {"README.md"}
+    assert there["README.md"] == "described"
+    assert there["merges.txt"] == "of merges.txt"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--run": "nowhere"}, "--run nowhere: no run directory"),
+        ({"--iteration": "7"}, r"--iteration 7: .* has no policy of that; there are 0, 1 \(0: the base\)"),
+        ({"--iteration": "-1"}, "--iteration -1: .* there are 0, 1"),
+        ({"--to": "full"}, "--to full: not empty; choose another directory"),
+        ({"--to": "full/file"}, "--to full/file: a file is in the way"),
+        ({"--to": "full/file/below"}, "--to full/file/below: .*full/file is a file"),
+        ({"--dtype": "int8"}, "invalid choice: 'int8'"),
+        ({"--run": None}, "--run and --iteration go together"),
+        ({"--run": None, "--iteration": None}, "nothing to do"),
+        ({"--to": None}, "the following arguments are required: --to"),
+        ({"--push": "one"}, r"one: no such directory, and not a name on the hub"),
+        ({"--push": "a/b@c"}, "--push a/b@c: no revision here"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    run = begin()
+    export.export(policy, tiny.path("policy"), run.export(1))
+    run.iteration(2).mkdir()  # begun, and nothing to export yet
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    words = {"--run": "out", "--iteration": "1", "--to": "to"} | change
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match=said):
+        export.main([word for pair in words.items() if pair[1] is not None for word in pair])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(policy, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 3_000_000))
+    monkeypatch.setattr(hf, "save", None)
+    with pytest.raises(BadInput, match=r"to: 0\.00374 GB to write, 0\.003 GB free; make room"):
+        export.export(policy, tiny.path("policy"), tmp_path / "a/to")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_what_was_there(policy, tmp_path, monkeypatch):
+    def full(model, directory, dtype):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    export.export(policy, tiny.path("policy"), tmp_path / "to")
+    monkeypatch.setattr(hf, "save", full)
+    with pytest.raises(BadInput, match="to: cannot be written: No space left on device"):
+        export.export(policy, tiny.path("policy"), tmp_path / "to", card="new")
+    assert [p.name for p in tmp_path.iterdir()] == ["to"]
+    assert same(weights(tmp_path / "to"), weights(tiny.path("policy")))
+    assert not (tmp_path / "to/README.md").exists()
+
+
+def test_a_base_that_changed_its_shape_is_refused(begin, brain, trained, tmp_path):
+    run = begin("--model.path", str(brain))
+    save(run, 1, 1, trained)
+    config = json.loads((brain / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (brain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="damaged, or not a checkpoint of this model"):
+        export.main(command(run, tmp_path / "to"))
+    assert not (tmp_path / "to").exists()
+
+
+def push(hub, tmp_path, *words, **env):
+    """In a process of its own, since huggingface_hub reads the environment when it is imported."""
+    return subprocess.run(
+        [sys.executable, "-m", "sppo_jax.export", *words],
+        env=hub_stub.environment(hub, tmp_path / "home", HF_TOKEN="hf_secret", PYTHONWARNINGS="", **env),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_push_that_fails_loses_nothing_and_its_own_words_push_again(begin, policy, tmp_path):
+    to = tmp_path / "to dir"
+    export.export(policy, tiny.path("policy"), to, card="# Card")
+    files = {p.name: p.read_bytes() for p in to.iterdir()}
+    with hub_stub.serving() as hub:
+        hub.push_status = 401
+        failed = push(hub, tmp_path, "--to", str(to), "--push", "me/mine", "--private")
+        assert failed.returncode == 2, failed.stderr
+        line = failed.stderr.splitlines()[-1]
+        assert line.startswith("error: me/mine: the hub wants to know who writes (401)")
+        assert f"the checkpoint is safe in {to}" in line
+        assert "hf_secret" not in failed.stderr
+        assert {p.name: p.read_bytes() for p in to.iterdir()} == files
+        hub.push_status = 200
+        again = shlex.split(line.partition("to push it again: python -m sppo_jax.export ")[2])
+        done = push(hub, tmp_path, *again)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"{hub.url}/me/mine"
+        assert hub.pushed == {"me/mine": files | {"private": True}}
+        tokens = {
+            k.lower(): v for _, path, h in hub.seen if path.startswith("/api/repos") for k, v in h.items()
+        }
+        assert tokens["authorization"] == "Bearer hf_secret"
+
+
+def test_what_is_no_whole_checkpoint_is_not_pushed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"no model\.safetensors"):
+        export.main(["--to", str(tmp_path), "--push", "me/mine"])
+
+
+# The model card
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
+    run = begin(
+        "--model.path", "owner/base@v1", "--prompts.source", "hf:owner/prompts", "--iterations", "2",
+        "--sampling.temperature", "0.7", "--judge.path", "owner/PairRM", "--fit.eta", "1000",
+        model={"name": "owner/base", "revision": "f" * 40},
+    )  # fmt: skip
+    rundir.write_json(run.evaluation(0), evaluated(0, base=RATE))
+    rundir.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
+    text = card.text(run, 1)
+    assert front(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "owner/base",
+        "base_model_relation": "finetune",
+        "datasets": ["owner/prompts"],
+        "tags": ["sppo", "self-play", "preference-optimization", "jax"],
+    }
+    assert card.revision(run) == "f" * 40
+    plain = text.replace("\\", "")
+    for words in (
+        f"owner/base at revision {'f' * 40}", "c0ffee", "hf:owner/prompts (heldout 6, iteration 1 128)",
+        "temperature 0.7, at most", "PairRM (owner/PairRM, torch), estimator pairwise", "sppo, eta 1000, baseline 0.5",
+        "learning rate 5e-07", "jax 0.10.2, sppo_jax 0.1.0", "2 of cpu", "nobody has evaluated its\nsafety", "2405.00675",
+        "| iteration | judge, against base | judge, against previous | mean tokens |",
+        "| 0 | 0.625 ± 0.012 |  | 20.2 |", "| 1 | 0.625 ± 0.012 | 0.625 ± 0.012 | 20.2 |",
+    ):  # fmt: skip
+        assert words in plain, words
+    assert "not measured yet" not in text
+
+
+def test_the_card_does_without_evaluations_and_is_replaced_when_they_come(begin):
+    run = begin()
+    run.export(1).mkdir(parents=True)
+    card.write(run, 1)
+    assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
+    rundir.write_json(run.evaluation(0), evaluated(0, base=RATE))
+    card.write(run, 1)
+    assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
+    rundir.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
+    card.write(run, 1)
+    assert "not measured yet" not in (run.export(1) / "README.md").read_text()
+    assert [p.name for p in run.export(1).iterdir()] == ["README.md"]
+
+
+def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
+    (home := tmp_path / "home/jane/secret").mkdir(parents=True)
+    run = begin(
+        "--model.path", f"{home}/my-model", "--judge.path", f"{home}/judge", "--prompts.source", f"jsonl:{home}/p.jsonl",
+        "--prompts.heldout", f"jsonl:{home}/h.jsonl",
+    )  # fmt: skip
+    text = card.text(run, 1)
+    for word in ("jane", "secret", str(tmp_path), str(run.root)):
+        assert word not in text
+    assert "base_model" not in front(text)
+    for word in (
+        "# my-model, SPPO iteration 1",
+        "jsonl:p.jsonl",
+        "--prompts.heldout jsonl:h.jsonl",
+        "PairRM (judge,",
+    ):
+        assert word in text
+
+
+def test_the_cards_command_gives_the_runs_configuration(begin):
+    run = begin("--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b")
+    words = re.search(r"python -m sppo_jax\.main (.*?)\n```", card.text(run, 1), re.DOTALL)[1]
+    again = configuration.load([], shlex.split(words.replace("\\\n", "")))
+    assert configuration.changed_keys(configuration.load([run.config]), again) == []
+
+
+@pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
+def test_names_from_outside_stay_text(begin, name):
+    run = begin("--model.path", name, "--prompts.source", f"hf:{name}", versions={name: name})
+    text = card.text(run, 1)
+    assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert not re.search(r"<script>|[^\\][`]|[^\\]\]\(|\x1b|^b", prose, re.MULTILINE)
+    (row,) = [line for line in prose.splitlines() if line.startswith("| Versions")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"versions": 3}'])
+def test_a_damaged_manifest_is_named(begin, text):
+    run = begin()
+    run.manifest.write_text(text)
+    with pytest.raises(BadInput, match=r"manifest\.json"):
+        card.text(run, 1)
