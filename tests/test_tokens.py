@@ -1,6 +1,7 @@
 """Every family's tokenizer and template: which ids the policy reads, what ends its turn, and what a text cannot do."""
 
 import copy
+import dataclasses
 import functools
 import json
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from sppo_jax import dataset, prompts, records, tokens
 from sppo_jax.config import Config, Prompts, Sampling
@@ -313,6 +315,18 @@ def test_where_a_token_would_straddle_the_header_the_response_is_apart(loaded, f
     assert own_ids(chat, messages, header=False)[: len(before)] != before
     ids = tokens.written_ids(chat, text, (2,))
     assert chat.decode(before + ids[:-1]) == chat.decode(before) + text
+
+
+def test_written_ids_follow_a_control_token_as_the_tokenizer_has_it(tmp_path):
+    """With a space put before every stretch between control tokens, after the header's [/INST] too."""
+    control = [*families.LLAMA_CONTROL, *families.MISTRAL_CONTROL]
+    added = [AddedToken(token, normalized=False, special=True) for token in control]
+    backend = functools.partial(families.sentencepiece, control, dummy_prefix="normalizer", added=added)
+    families.write(dataclasses.replace(FAMILIES["mistral_v0.3"], backend=backend), tmp_path)
+    chat = tokens.load_tokenizer(tmp_path)
+    messages = [*user(tokens.PROBE), {"role": "assistant", "content": "The fox"}]
+    ids = tokens.chat_prompt(chat, tokens.PROBE).ids + tokens.written_ids(chat, "The fox", (2,))
+    assert ids == own_ids(chat, messages, header=False)
 
 
 def test_thoughts_in_a_response_are_its_own_tokens(loaded):
