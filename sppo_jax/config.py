@@ -40,10 +40,15 @@ class Mesh:
 class Prompts:
     source: str = knob(
         "embedded:prompts/train_{iteration}.jsonl",
-        "training prompts, jsonl:PATH; {iteration} in PATH names a file per iteration, else one pool is divided",
+        "training prompts: tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH; {iteration} here or in the split names "
+        "a set per iteration, else one pool is divided",
     )
-    heldout: str = knob("embedded:prompts/heldout.jsonl", "prompts for evaluation only, jsonl:PATH")
-    column: str = knob("prompt", "the field that holds the instruction")
+    split: str = knob("train", "split of a tfds or hf source, {iteration} allowed; a+b and train[:100] work")
+    heldout: str = knob("embedded:prompts/heldout.jsonl", "prompts for evaluation only, named as source is")
+    heldout_split: str = knob("test", "split of a tfds or hf heldout; test_1+test_2 joins two")
+    column: str = knob(
+        "prompt", "the field that holds the instruction, or a conversation that begins with it"
+    )
     per_iteration: int = knob(128, "training prompts in each iteration, at most")
     max_length: int = knob(
         512, "tokens of a prompt with its template; longer prompts are skipped and counted"
@@ -78,6 +83,12 @@ class Judge:
 @dataclass(frozen=True)
 class Pairs:
     select: Literal["best_worst", "all"] = knob("best_worst", "train on the best and worst of K, or on all K")
+    source: str = knob(
+        "",
+        "empty: play the game; parquet:PATH, jsonl:PATH or hf:NAME, {iteration} allowed: train on the official code's "
+        "pairs instead of sampling and judging",
+    )
+    split: str = knob("train", "split of an hf source, {iteration} allowed")
 
 
 @dataclass(frozen=True)
@@ -227,12 +238,32 @@ def validate(config: Config) -> None:
         raise BadInput(f"seed={config.seed} must lie in [0, 2**32)")
     if config.pairs.select == "all" and fit.loss != "sppo":
         raise BadInput(f"pairs.select=all needs fit.loss=sppo: {fit.loss} is a loss of pairs; use best_worst")
+    if config.pairs.source:
+        _check_given_pairs(config)
     if isinstance(fit.baseline, float) and not 0 <= fit.baseline <= 1:
         raise BadInput(
             f"fit.baseline={fit.baseline} is a win rate: it must lie in [0, 1], or be log_partition"
         )
     if fit.baseline != 0.5 and fit.loss != "sppo":
         raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss=sppo only; leave it at 0.5")
+
+
+def _check_given_pairs(config: Config) -> None:
+    """Pairs that are read hold two responses and their win rates, not the K that some settings need."""
+    source = f"pairs.source={config.pairs.source}"
+    if config.pairs.select == "all":
+        raise BadInput(
+            f"{source} holds two responses per prompt; pairs.select=all needs all K: use best_worst"
+        )
+    if config.fit.baseline == "log_partition":
+        raise BadInput(
+            f"{source} holds two win rates per prompt; fit.baseline=log_partition needs all K: use 0.5"
+        )
+    if config.iterations > 1 and "{iteration}" not in config.pairs.source + config.pairs.split:
+        raise BadInput(
+            f"{source} names the same pairs for {config.iterations} iterations; put {{iteration}} in it, or set "
+            "iterations to 1"
+        )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

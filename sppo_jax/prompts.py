@@ -1,19 +1,16 @@
-"""Stage 0: prompt files become Prompts, a disjoint set per iteration and a held-out set apart from all."""
+"""Stage 0: rows of a source become Prompts, a disjoint set per iteration and a held-out set apart from all."""
 
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sppo_jax import sources
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
-from sppo_jax.tiny import resolve
+from sppo_jax.sources import Source
 from sppo_jax.tokens import chat_prompt
 
 CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too long without being tokenised
@@ -21,70 +18,76 @@ CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too lo
 
 @dataclass
 class PromptSets:
-    """`train[t - 1]` are iteration t's prompts. `counts` says what was read, kept and skipped, and why."""
+    """`train[t - 1]` are iteration t's prompts. `counts` says what was read, kept and skipped, and why.
+
+    `heldout_ids` are those of every held-out text, of which `heldout` are the first that are short enough.
+    """
 
     train: list[list[Prompt]]
     heldout: list[Prompt]
+    heldout_ids: frozenset[int] = frozenset()
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load(config: Config, tokenizer: Any) -> PromptSets:
     """Prompts of every iteration. No prompt is in two of the sets: held-out first, then iteration by iteration.
 
-    A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut.
-    Raises BadInput when a file is missing or leaves no prompts.
+    A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
+    pairs.source set there is nothing to sample: `train` is empty. Raises BadInput when a source cannot be read or
+    leaves no prompts.
     """
-    sets, seen = PromptSets([], []), dict[int, str]()
-    texts = _distinct(config.prompts.heldout, config, "heldout", seen, sets.counts)
+    p, sets, seen = config.prompts, PromptSets([], []), dict[int, str]()
+    texts = _distinct(heldout_source(config), p.column, "heldout", seen, sets.counts)
+    sets.heldout_ids = frozenset(seen)
     sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
     if not sets.heldout:
-        raise BadInput(f"prompts.heldout={config.prompts.heldout} leaves no held-out prompts: {sets.counts}")
-    source, limit = config.prompts.source, config.prompts.per_iteration
-    if "{iteration}" in source:
+        raise BadInput(f"prompts.heldout={p.heldout} leaves no held-out prompts: {sets.counts}")
+    if config.pairs.source:
+        return sets
+    source, limit = Source("prompts.source", p.source, p.split), p.per_iteration
+    if source.by_iteration:
         for t in range(1, config.iterations + 1):
             name = f"iteration {t}"
-            texts = _distinct(source.replace("{iteration}", str(t)), config, name, seen, sets.counts)
+            texts = _distinct(source.at(t), p.column, name, seen, sets.counts)
             order = [texts[i] for i in np.random.default_rng((config.seed, t)).permutation(len(texts))]
             sets.train.append(_tokenised(order, config, tokenizer, name, sets.counts, limit))
     else:
-        texts = _distinct(source, config, "train", seen, sets.counts)
+        texts = _distinct(source, p.column, "train", seen, sets.counts)
         order = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
         pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations)
         sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
     for t, prompts in enumerate(sets.train, 1):
         if not prompts:
-            raise BadInput(f"prompts.source={source} leaves no prompts for iteration {t}: {sets.counts}")
+            raise BadInput(f"{source} leaves no prompts for iteration {t}: {sets.counts}")
     return sets
 
 
-def locate(source: str) -> Path:
-    """The file that `embedded:NAME` or `jsonl:PATH` names."""
-    scheme, _, name = source.partition(":")
-    if scheme not in ("embedded", "jsonl") or not name:
-        raise BadInput(f"prompt source {source!r}: give jsonl:PATH (a file of JSON rows)")
-    path = resolve(source) if scheme == "embedded" else Path(name)
-    if not path.is_file():
-        raise BadInput(f"prompt source {source!r}: no such file")
-    if not os.access(path, os.R_OK):
-        raise BadInput(f"prompt source {source!r}: cannot be read")
-    return path
+def heldout_source(config: Config) -> Source:
+    """The one held-out set that all iterations share."""
+    source = Source("prompts.heldout", config.prompts.heldout, config.prompts.heldout_split)
+    if source.by_iteration:
+        raise BadInput(
+            f"{source}: the held-out prompts are the same for every iteration, so {sources.PLACEHOLDER} cannot be in "
+            "their name or split; join splits with +"
+        )
+    return source
 
 
 def _distinct(
-    source: str, config: Config, name: str, seen: dict[int, str], counts: dict[str, dict[str, int]]
+    source: Source, column: str, name: str, seen: dict[int, str], counts: dict[str, dict[str, int]]
 ) -> list[str]:
-    """Texts of a file that no set before it holds, in the file's order."""
+    """Texts of a source that no set before it holds, in the source's order."""
     count: Counter[str] = Counter()
     texts = []
-    for row in _rows(locate(source)):
-        text = row.get(config.prompts.column) if isinstance(row, dict) else None
+    for row in sources.rows(source, [column]):
+        text = None if row is None else _instruction(row.get(column))
         if row is None:
             count["not_json"] += 1
-        elif not isinstance(text, str):
+        elif text is None:
             count["no_text"] += 1
         elif not text.strip():
             count["empty"] += 1
-        elif not _encodable(text):
+        elif not sources.is_unicode(text):
             count["not_unicode"] += 1
         elif (identity := prompt_id(text)) in seen:
             count["repeated" if seen[identity] == name else f"in_{seen[identity].replace(' ', '_')}"] += 1
@@ -96,24 +99,12 @@ def _distinct(
     return texts
 
 
-def _rows(path: Path) -> Iterator[Any]:
-    """Parsed rows; None for one that is not JSON. Blank lines are no rows."""
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):
-                    yield None
-
-
-def _encodable(text: str) -> bool:
-    """JSON can spell lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _instruction(value: Any) -> str | None:
+    """A text as it is; of a conversation, the message it begins with if that is the user's."""
+    if isinstance(value, str):
+        return value
+    conversation = sources.messages(value)
+    return conversation[0][1] if conversation and conversation[0][0] == "user" else None
 
 
 def _tokenised(

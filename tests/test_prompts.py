@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sppo_jax import config, prompts, tokens
@@ -130,12 +132,95 @@ def test_one_pool_is_divided_by_the_seed_and_the_division_outlives_more_iteratio
 
 @pytest.mark.parametrize(
     ("source", "said"),
-    [("jsonl:nowhere.jsonl", "no such file"), ("csv:x", "jsonl:PATH"), ("nowhere", "jsonl:PATH")],
+    [
+        ("jsonl:nowhere.jsonl", r"^prompts.source=jsonl:nowhere.jsonl: no such file$"),
+        ("csv:x", "jsonl:PATH"),
+        ("nowhere", "jsonl:PATH"),
+    ],
 )
 def test_sources_that_cannot_be_read_are_told(tokenizer, source, said):
     settings = dataclasses.replace(Config(), prompts=Prompts(source=source))
     with pytest.raises(BadInput, match=said):
         prompts.load(settings, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_name_with_iteration_in_it_names_a_set_for_each(tmp_path, tokenizer, kind):
+    write(tmp_path / "heldout.jsonl", [{"q": text} for text in HELDOUT])
+    for t in (1, 2):
+        rows = [{"q": row["prompt"]} for row in texts(4 if t == 1 else 6)]
+        if kind == "jsonl":
+            write(tmp_path / f"{t}.jsonl", rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{t}.parquet")
+    settings = Prompts(
+        source=f"{kind}:{tmp_path}/{{iteration}}.{kind}",
+        heldout=f"jsonl:{tmp_path}/heldout.jsonl",
+        column="q",
+    )
+    found = prompts.load(dataclasses.replace(Config(iterations=2), prompts=settings), tokenizer)
+    assert [len(part) for part in found.train] == [4, 2]
+    assert found.counts["iteration 2"] == {"rows": 6, "in_iteration_1": 4, "kept": 2}
+
+
+def test_splits_name_the_sets_and_a_text_is_in_the_first_that_has_it(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sets = {"train_1": texts(5), "train_2": texts(5, 4), "test_1": texts(2, 8), "test_2": texts(2, 20)}
+    entries = "".join(f"  - split: {name}\n    path: {name}.jsonl\n" for name in sets)
+    for name, rows in sets.items():
+        write(tmp_path / f"{name}.jsonl", rows)
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{entries}---\n"
+    )
+    where = f"hf:{tmp_path}"
+    settings = Prompts(source=where, split="train_{iteration}", heldout=where, heldout_split="test_1+test_2")
+    found = prompts.load(dataclasses.replace(Config(iterations=2), prompts=settings), tokenizer)
+    assert [p.text for p in found.heldout] == [row["prompt"] for row in (*sets["test_1"], *sets["test_2"])]
+    assert {p.text for p in found.train[0]} == {row["prompt"] for row in texts(5)}
+    assert {p.text for p in found.train[1]} == {row["prompt"] for row in texts(3, 5)}
+    assert found.counts["iteration 2"] == {"rows": 5, "in_iteration_1": 1, "in_heldout": 1, "kept": 3}
+
+
+@pytest.mark.parametrize("knob", ["heldout", "heldout_split"])
+def test_the_held_out_set_is_one_for_all_iterations(tokenizer, knob):
+    settings = dataclasses.replace(Config(), prompts=Prompts(**{knob: "jsonl:{iteration}"}))
+    with pytest.raises(BadInput, match=r"same for every iteration.*join splits with \+"):
+        prompts.load(settings, tokenizer)
+
+
+def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, tokenizer):
+    user, answer, system = ({"role": r, "content": r + "!"} for r in ("user", "assistant", "system"))
+    more = {"role": "user", "content": "And then?"}
+    rows = [[user, answer, more], [answer], [system, user], [], [[user]], "as it is", ["user"]]
+    found = load(tmp_path, tokenizer, [{"prompt": row} for row in rows], iterations=1)
+    assert {p.text for p in found.train[0]} == {"user!", "as it is"}
+    assert found.counts["train"] == {"rows": 7, "no_text": 5, "kept": 2}
+
+
+def test_held_out_texts_beyond_those_that_are_asked_stay_held_out(tmp_path, tokenizer):
+    write(tmp_path / "all.jsonl", texts(9))
+    write(tmp_path / "some.jsonl", texts(6))
+    settings = config.load(
+        [],
+        [
+            f"--prompts.source=jsonl:{tmp_path}/all.jsonl", f"--prompts.heldout=jsonl:{tmp_path}/some.jsonl",
+            "--eval.prompts=2", "--iterations=1",
+        ],
+    )  # fmt: skip
+    found = prompts.load(settings, tokenizer)
+    assert (len(found.heldout), len(found.train[0])) == (2, 3)
+    assert found.heldout_ids == {prompt_id(row["prompt"]) for row in texts(6)}
+
+
+def test_pairs_that_are_given_need_no_prompts_to_sample(tmp_path, tokenizer):
+    write(tmp_path / "heldout.jsonl", texts(2))
+    words = [
+        "--pairs.source=parquet:x", "--iterations=1", "--prompts.source=jsonl:nowhere", f"--prompts.heldout=jsonl:{tmp_path}/heldout.jsonl",
+    ]  # fmt: skip
+    found = prompts.load(config.load([], words), tokenizer)
+    assert (len(found.heldout), found.train, list(found.counts)) == (2, [], ["heldout"])
 
 
 def test_too_few_prompts_for_an_iteration_is_told(tmp_path, tokenizer):

@@ -1,0 +1,159 @@
+"""Stage 3 from and to files: pairs in the official code's parquet columns, theirs to train on and ours to give away.
+
+`python -m sppo_jax.interchange --run OUT --iteration T --to FILE` writes a finished iteration's pairs.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sppo_jax import records, rundir, sources
+from sppo_jax.config import Config
+from sppo_jax.errors import BadInput, call
+from sppo_jax.records import Pair, prompt_id
+from sppo_jax.rundir import RunDir
+from sppo_jax.sources import Source
+
+COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
+SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
+
+
+def read(
+    config: Config, t: int, tokenizer: Any, *, eos: tuple[int, ...], positions: int, heldout: Collection[int]
+) -> tuple[list[Pair], dict[str, int]]:
+    """Iteration t's pairs as pairs.source names them, and counts: those kept, and those skipped by reason.
+
+    A response is known as text only, so its ids are those that the policy's tokenizer gives it, its end included.
+    Skipped: a conversation that is not one user turn and its answer, a prompt that is repeated, held out (its id is
+    in `heldout`) or longer than prompts.max_length, a pair longer than the model's `positions`, a pair without
+    two answers, probabilities that are none. Reference log-probs are NaN until stage 5 fills them in.
+    Raises BadInput when the source cannot be read or leaves no pairs.
+    """
+    from sppo_jax.tokens import chat_prompt, written_ids  # imports jax, which writing a file does not need
+
+    source = Source("pairs.source", config.pairs.source, config.pairs.split).at(t)
+    counts: Counter[str] = Counter()
+    pairs: dict[int, Pair] = {}
+    for row in sources.rows(source, COLUMNS):
+        counts["rows"] += 1
+        found = _texts(row)
+        if isinstance(found, str):
+            counts[found] += 1
+            continue
+        text, chosen, rejected = found
+        probabilities: list[Any] = [(row or {}).get(name) for name in COLUMNS[2:]]
+        if not all(map(_is_probability, probabilities)):
+            counts["bad_probability"] += 1
+            continue
+        identity = prompt_id(text)
+        if identity in pairs or identity in heldout:
+            counts["repeated" if identity in pairs else "in_heldout"] += 1
+            continue
+        prompt = chat_prompt(tokenizer, text)
+        responses = [written_ids(tokenizer, answer, eos) for answer in (chosen, rejected)]
+        if (
+            len(prompt.ids) > config.prompts.max_length
+            or len(prompt.ids) + max(map(len, responses)) > positions
+        ):
+            counts["too_long"] += 1
+            continue
+        pairs[identity] = _pair(text, prompt.ids, (chosen, rejected), responses, probabilities, config)
+    counts["kept"] = len(pairs)
+    if not pairs:
+        raise BadInput(f"{source} leaves no pairs for iteration {t}: {dict(counts)}")
+    return list(pairs.values()), dict(counts)
+
+
+def write(pairs: Sequence[Pair], path: Path) -> None:
+    """The five columns, one row per pair, as `datasets` and the official code read them. Whole, or not there."""
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rundir.replacing(path) as part:
+            pq.write_table(pa.table(columns, schema=SCHEMA), part)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def main(words: Sequence[str]) -> None:
+    """The command line; raises BadInput for what is wrong with it."""
+    parser = argparse.ArgumentParser(
+        "python -m sppo_jax.interchange",
+        description="Write an iteration's pairs in the official code's columns.",
+    )
+    parser.add_argument("--run", required=True, metavar="OUT", help="the run's directory")
+    parser.add_argument("--iteration", required=True, type=int, metavar="T", help="from 1")
+    parser.add_argument("--to", required=True, metavar="FILE", help="parquet file to write")
+    given = parser.parse_args(words)
+    path = RunDir(given.run).pairs(given.iteration)
+    if not path.is_file():
+        raise BadInput(f"--run {given.run}: iteration {given.iteration} has no pairs ({path} is missing)")
+    pairs = records.read(path, Pair)
+    write(pairs, Path(given.to))
+    print(f"{len(pairs)} pairs written to {given.to}")
+
+
+def _texts(row: sources.Row | None) -> tuple[str, str, str] | str:
+    """(prompt, chosen, rejected), or why not."""
+    if row is None:
+        return "not_json"
+    chosen, rejected = (sources.messages(row.get(name)) for name in COLUMNS[:2])
+    if chosen is None or rejected is None:
+        return "no_text"
+    if any([role for role, _ in turns] != ["user", "assistant"] for turns in (chosen, rejected)):
+        return "other_turns"
+    (_, text), (_, better) = chosen
+    (_, other), (_, worse) = rejected
+    if text != other:
+        return "other_prompt"
+    if not text.strip():
+        return "empty"
+    if not better.strip():
+        return "empty_chosen"
+    if better == worse:
+        return "identical"
+    return (text, better, worse) if all(map(sources.is_unicode, (text, better, worse))) else "not_unicode"
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _pair(
+    text: str,
+    prompt_ids: list[int],
+    answers: tuple[str, str],
+    response_ids: list[list[int]],
+    probabilities: Sequence[float],
+    config: Config,
+) -> Pair:
+    """`probabilities` are those of COLUMNS, in its order."""
+    won, *rates = map(float, probabilities)
+    level = float(config.fit.baseline)
+    chosen, rejected = (
+        [{"content": text, "role": "user"}, {"content": answer, "role": "assistant"}] for answer in answers
+    )
+    return Pair(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_probs=won,
+        chosen_probs_win=rates[0],
+        chosen_probs_lose=rates[1],
+        prompt_id=prompt_id(text),
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        win_rate=rates,
+        baseline=level,
+        target=[config.fit.eta * (rate - level) for rate in rates],
+        ref_logprob=[math.nan] * len(rates),
+    )
+
+
+if __name__ == "__main__":
+    call(main)
