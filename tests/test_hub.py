@@ -15,6 +15,10 @@ PROGRAM = """
 import json, sys
 from sppo_jax import errors, hub
 def entry(words):
+    if words[0] == "late":  # the environment changes after huggingface_hub has read it
+        import os, huggingface_hub.constants
+        os.environ |= {"HF_HUB_OFFLINE": "1"}
+        words = words[1:]
     found = hub.fetch(*words)
     print(json.dumps([str(found.directory), found.name, found.revision]))
 errors.call(entry)
@@ -102,6 +106,7 @@ def test_offline_the_cache_serves_and_says_what_it_has_not(hub, files, ask):
     hub.seen.clear()
     for name in ("owner/tiny", f"owner/tiny@{commit}"):
         assert ask(name, HF_HUB_OFFLINE="1")[:3] == (directory, "owner/tiny", commit)
+    assert ask("late", "owner/tiny")[:3] == (directory, "owner/tiny", commit)
     assert hub.seen == []
     assert f"at revision {'0' * 40}" in ask("owner/tiny", "0" * 40, code=2, HF_HUB_OFFLINE="1")
 
