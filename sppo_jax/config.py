@@ -22,7 +22,11 @@ def knob(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Model:
-    path: str = knob("embedded:policy", "Hugging Face directory of the base policy, or embedded:policy")
+    path: str = knob(
+        "embedded:policy",
+        "base policy: a Hugging Face directory, a name on the hub (owner/repo[@revision]), or embedded:policy",
+    )
+    lora_rank: int = knob(0, "train adapters of this rank beside frozen weights; 0: train all weights")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = knob(
         "auto",
         "dtype of the matrix products; auto: float32 on CPUs, bfloat16 elsewhere. Masters stay float32",
@@ -236,6 +240,8 @@ def validate(config: Config) -> None:
         raise BadInput(f"fit.max_grad_norm={fit.max_grad_norm} must be 0 (never clip) or a number above")
     if not 0 <= config.seed < 2**32:
         raise BadInput(f"seed={config.seed} must lie in [0, 2**32)")
+    if not 0 <= config.model.lora_rank < 2**31:
+        raise BadInput(f"model.lora_rank={config.model.lora_rank} must be 0 (all weights) or above")
     if config.pairs.select == "all" and fit.loss != "sppo":
         raise BadInput(f"pairs.select=all needs fit.loss=sppo: {fit.loss} is a loss of pairs; use best_worst")
     if config.pairs.source:

@@ -52,6 +52,10 @@ class RunDir:
     def export(self, t: int) -> Path:
         return self.iteration(t) / "export"
 
+    def adapter(self, t: int) -> Path:
+        """PEFT's directory of the adapters after iteration t, beside the frozen base."""
+        return self.iteration(t) / "adapter"
+
     def evaluation(self, t: int) -> Path:
         return self.iteration(t) / "eval.json"
 

@@ -1,6 +1,19 @@
 """The loop: the algorithm box of arXiv:2405.00675, stage by stage, each skipped when its output is complete."""
 
-from sppo_jax import checkpoint, dataset, export, fit, heldout, judge, pairs, records, report, respond, rundir
+from sppo_jax import (
+    card,
+    checkpoint,
+    dataset,
+    export,
+    fit,
+    heldout,
+    judge,
+    pairs,
+    records,
+    report,
+    respond,
+    rundir,
+)
 from sppo_jax.errors import BadInput
 from sppo_jax.models import Transformer
 from sppo_jax.records import Pair, Preferences, Responses
@@ -56,10 +69,13 @@ def iterate(session: Session, t: int) -> None:
     # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
     if not session.run.export(t).exists():
         session.put_policy(t, _fit(session, t, trained_on))
+        if session.architecture.lora_rank:
+            session.write_adapter(t)
         export.export(session.policy(t), session.base, session.run.export(t))
 
     heldout.answer(session, t)
     heldout.measure(session, t, probed)
+    card.write(session.run, t)
 
 
 def _pairs(

@@ -1,21 +1,23 @@
 """What the stages of one run share: inputs opened once, the policy in memory, its sampler and training programs."""
 
 import contextlib
+import dataclasses
 import json
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sppo_jax import config as configuration
-from sppo_jax import dataset, fit, judge, prompts, rundir, sharding, tiny, tokens
+from sppo_jax import dataset, fit, hub, judge, prompts, rundir, sharding, tiny, tokens
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
-from sppo_jax.models import Transformer, hf
+from sppo_jax.models import Transformer, hf, lora
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.rundir import BASE, RunDir
 from sppo_jax.sampler import Sampler
@@ -30,6 +32,8 @@ PACKAGES = (
     "grain",
     "torch",
     "transformers",
+    "datasets",
+    "tensorflow-datasets",
 )
 
 LARGE_ETA = 20.0  # above it log mean_k exp(eta P_k) of a handful of responses is its largest term
@@ -44,8 +48,11 @@ class Session:
         self.oracle = judge.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self._check_batch()
-        self.base = tiny.resolve(config.model.path)
-        self.architecture = hf.read_architecture(self.base)
+        self.source = self._source()
+        self.base = self.source.directory
+        self.architecture = dataclasses.replace(
+            hf.read_architecture(self.base), lora_rank=config.model.lora_rank
+        )
         self.tokenizer = tokens.load_tokenizer(self.base)
         self.eos = tokens.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = self._compute_dtype()
@@ -60,13 +67,31 @@ class Session:
         self._hashes = {BASE: self.inputs["base_weights"]}
 
     def policy(self, t: int) -> Transformer:
-        """The policy after iteration t, float32 masters. Exports are float32 too, so a resumed run loses nothing."""
+        """The policy after iteration t; what is trained of it is float32, on disk too: a resumed run loses nothing."""
         if self._policy is None or self._policy[0] != t:
-            source = self.base if t == BASE else self.run.export(t)
             self._policy = self._sampler = None  # free the other one first
-            self.put_policy(t, hf.load(source, mesh=self.mesh, dtype=self.compute_dtype))
+            self.put_policy(t, self._adapted(t) if self.architecture.lora_rank else self._whole(t))
         assert self._policy is not None
         return self._policy[1]
+
+    def _whole(self, t: int) -> Transformer:
+        directory = self.base if t == BASE else self.run.export(t)
+        return hf.load(directory, mesh=self.mesh, dtype=self.compute_dtype)
+
+    def _adapted(self, t: int) -> Transformer:
+        """The frozen base, kept in the compute dtype, with the adapters after iteration t."""
+        dtype = self.compute_dtype
+        frozen = hf.load(self.base, mesh=self.mesh, dtype=dtype, param_dtype=dtype)
+        if t == BASE:
+            key = jax.random.key(self.config.seed)
+            return lora.attach(frozen, self.architecture.lora_rank, key, self.mesh)
+        return lora.load(frozen, self.run.adapter(t), self.mesh)
+
+    def write_adapter(self, t: int) -> None:
+        """The adapters after iteration t as a PEFT directory, for serving beside the base and for resuming."""
+        with rundir.replacing(self.run.adapter(t)) as part:
+            part.mkdir()
+            lora.save(self.policy(t), part, self.source.name)
 
     def take_policy(self, t: int) -> Transformer:
         """The same, given up by the session: training consumes its arrays."""
@@ -157,11 +182,23 @@ class Session:
                 "mesh": dict(self.mesh.shape),
             },
             "seed": self.config.seed,
+            "model": {"name": self.source.name, "revision": self.source.revision},
             "sha256": self.inputs,
             "prompts": self.sets.counts,
         }
         rundir.claim(self.run, self.config)
         rundir.write_json(self.run.manifest, manifest)
+
+    def _source(self) -> hub.Snapshot:
+        """The base policy on disk; from the hub, the commit that the run was begun with."""
+        path = self.config.model.path
+        if path.startswith(configuration.EMBEDDED):
+            return hub.Snapshot(tiny.resolve(path), path, None)
+        pinned = None
+        if self.run.manifest.exists():
+            model = hf.read_json(self.run.manifest).get("model")
+            pinned = model.get("revision") if isinstance(model, dict) else None
+        return hub.fetch(path, pinned, tell=self.metrics.say)
 
     def _inputs(self) -> dict[str, str]:
         def texts(prompts: Sequence[Prompt]) -> str:

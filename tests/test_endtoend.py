@@ -17,31 +17,9 @@ from safetensors.numpy import load_file
 
 from sppo_jax import main, rundir
 from sppo_jax.errors import BadInput
+from tests.small_game import words
 
 ORACLE = "sppo_jax.tiny.world:oracle"
-SMALL = {
-    "iterations": 1,
-    "seed": 0,
-    "mesh.fsdp": 1,
-    "prompts.per_iteration": 7,
-    "prompts.max_length": 64,
-    "sampling.max_new_tokens": 12,
-    "sampling.slots": 15,
-    "sampling.shard_prompts": 3,
-    "sampling.responses": 3,
-    "judge.backend": ORACLE,
-    "fit.eta": 10,
-    "fit.learning_rate": 1e-4,
-    "fit.global_batch": 4,
-    "fit.checkpoint_every": 1,
-    "eval.prompts": 6,
-    "eval.probe_prompts": 4,
-}
-
-
-def words(out, **options):
-    knobs = SMALL | {key.replace("__", "."): value for key, value in options.items()} | {"out": out}
-    return [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
 
 
 @pytest.fixture(autouse=True)

@@ -252,9 +252,9 @@ def check_tensors(
         raise BadInput(
             f"{directory}: {len(extra)} tensors are unknown to this architecture, first {extra[0]}"
         )
-    for file in set(files.values()):
+    for file in sorted(set(files.values())):
         with safe_open(file, "numpy") as opened:
-            for name in wanted.keys() & set(opened.keys()):
+            for name in sorted(wanted.keys() & set(opened.keys())):
                 header = opened.get_slice(name)
                 shape = tuple(header.get_shape())
                 if shape != wanted[name]:

@@ -1,0 +1,26 @@
+"""A game small enough to be played many times: what tests of whole runs share."""
+
+SMALL = {
+    "iterations": 1,
+    "seed": 0,
+    "mesh.fsdp": 1,
+    "prompts.per_iteration": 7,
+    "prompts.max_length": 64,
+    "sampling.max_new_tokens": 12,
+    "sampling.slots": 15,
+    "sampling.shard_prompts": 3,
+    "sampling.responses": 3,
+    "judge.backend": "sppo_jax.tiny.world:oracle",
+    "fit.eta": 10,
+    "fit.learning_rate": 1e-4,
+    "fit.global_batch": 4,
+    "fit.checkpoint_every": 1,
+    "eval.prompts": 6,
+    "eval.probe_prompts": 4,
+}
+
+
+def words(out, **options):
+    """The command line of the small game with other values; section__key stands for section.key."""
+    knobs = SMALL | {key.replace("__", "."): value for key, value in options.items()} | {"out": out}
+    return [word for key, value in knobs.items() for word in (f"--{key}", str(value))]

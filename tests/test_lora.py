@@ -1,0 +1,179 @@
+"""Adapters: what they compute, what is trained, and the files that PEFT and transformers read."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from sppo_jax import fit, main, models, sharding
+from sppo_jax.config import Fit
+from sppo_jax.errors import BadInput
+from sppo_jax.models import hf, lora
+from tests.small_game import words
+from tests.test_families import FAMILIES, make, reference, texts
+
+# 2026-11: peft 0.21 asks transformers 5.23 for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def adapted(directory, mesh, rank=3, **options):
+    """A checkpoint with adapters whose B is not 0."""
+    model = lora.attach(models.load(directory, mesh=mesh, **options), rank, jax.random.key(1), mesh)
+    for i, (name, param) in enumerate(sorted(model.layers.items())):
+        if name.endswith("_lora_b"):
+            param[...] = 0.1 * jax.random.normal(jax.random.key(i), param[...].shape)
+    return model
+
+
+def logits(model, side="left"):
+    tokens, valid = texts(side)
+    return np.asarray(jax.jit(lambda m, t, v: m(t, v))(model, jnp.asarray(tokens), jnp.asarray(valid))), valid
+
+
+def test_a_fresh_adapter_changes_nothing(tmp_path, one_device):
+    make("Llama", {}, tmp_path)
+    model = models.load(tmp_path)
+    fresh = lora.attach(model, 4, jax.random.key(0), one_device)
+    np.testing.assert_array_equal(logits(fresh)[0], logits(model)[0])
+    assert fresh.layers["q_lora_a"][...].std() > 0
+
+
+@pytest.mark.parametrize("name", ["mistral-v0.1", "gemma-2", "qwen2", "qwen3"])
+def test_peft_and_the_merged_export_compute_the_same(name, tmp_path, eight_devices):
+    family, options = FAMILIES[name]
+    base, adapter, whole = (tmp_path / part for part in ("base", "adapter", "merged"))
+    make(family, options, base)
+    model = adapted(base, eight_devices)
+    adapter.mkdir()
+    whole.mkdir()
+    lora.save(model, adapter, "owner/base")
+    models.save(model, whole)
+    (whole / "config.json").write_bytes((base / "config.json").read_bytes())
+    ours, valid = logits(model)
+    tokens, _ = texts("left")
+    plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    before = reference(plain, tokens, valid)
+    peft = PeftModel.from_pretrained(plain, adapter).eval()
+    merged = AutoModelForCausalLM.from_pretrained(whole, attn_implementation="eager").eval()
+    assert np.abs(ours - before)[valid].max() > 0.05
+    for theirs in (peft, merged):
+        np.testing.assert_allclose(ours[valid], reference(theirs, tokens, valid)[valid], atol=1e-3)
+    again = lora.load(models.load(base, mesh=eight_devices), adapter, eight_devices)
+    np.testing.assert_array_equal(logits(again)[0], ours)
+
+
+def batch(mesh, groups=2, width=16):
+    rng = np.random.default_rng(0)
+    rows = {
+        "tokens": rng.integers(3, 102, (groups, 2, width)).astype(np.int32),
+        "prompt_length": np.full(groups, 4, np.int32),
+        "length": np.full((groups, 2), width, np.int32),
+        "ref_logprob": np.zeros((groups, 2), np.float32),
+        "win_rate": np.tile(np.float32([0.8, 0.3]), (groups, 1)),
+        "baseline": np.full(groups, 0.5, np.float32),
+        "probability": np.full(groups, 0.8, np.float32),
+        "real": np.ones(groups, bool),
+    }
+    return fit.place(rows, mesh)
+
+
+def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one_device):
+    make("Mistral", {}, tmp_path / "base")
+    model = adapted(tmp_path / "base", one_device)
+    (tmp_path / "merged").mkdir()
+    models.save(model, tmp_path / "merged")
+    (tmp_path / "merged/config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
+    cotangent = jnp.asarray([[1.0, -0.5], [0.3, 2.0]])
+
+    def gradients(model):
+        graph, params, frozen = fit.split(model)
+        _, pullback = fit.forward(params, frozen, batch(one_device), graph=graph)
+        return pullback(cotangent)[0]["layers"]
+
+    low, whole = gradients(model), gradients(models.load(tmp_path / "merged"))
+    assert set(low) == {t.path.removeprefix("layers.") for t in lora.table()}
+    for name, (ins, outs, _) in lora.MATRICES.items():
+        a, b = (np.asarray(model.layers[f"{name}_lora_{side}"][...]) for side in "ab")
+        dw = np.asarray(whole[name][...])
+        da = 2 * np.einsum(f"L{ins}{outs},LR{outs}->L{ins}R", dw, b)
+        db = 2 * np.einsum(f"L{ins}{outs},L{ins}R->LR{outs}", dw, a)
+        for side, expected in (("a", da), ("b", db)):
+            found = np.asarray(low[f"{name}_lora_{side}"][...])
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype(tmp_path, one_device, dtype):
+    make("Mistral", {}, tmp_path)
+    frozen_model = models.load(tmp_path, dtype=dtype, param_dtype=dtype)
+    model = lora.attach(frozen_model, 2, jax.random.key(0), one_device)
+    settings = Fit(learning_rate=1e-2, warmup=0.0, eta=10.0)
+    programs = fit.make_programs(model.architecture, model.compute_dtype, one_device, settings, 4)
+    _, params, frozen = fit.split(model)
+    assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {dtype}
+    before = jax.tree.map(np.asarray, (params, frozen))
+    state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))
+    rows = batch(one_device)
+    rows["ref_logprob"] = programs.forward(params, frozen, rows)[0]
+    for step in range(3):
+        state, metrics = programs.train_step(state, frozen, rows)
+        assert step > 0 or float(metrics["max_log_ratio"]) == 0
+    moved = [bool((np.asarray(x) != y).any()) for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before[0]), strict=True)]  # fmt: skip
+    assert all(moved)
+    for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(before[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), y)
+    sizes = {x.size for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert max(sizes) < 3 * 80 * 48  # the optimiser holds nothing of a whole matrix's size
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": 5}, r"lora_alpha 4\.0; needed lora_alpha = 2 r"),
+        ({"r": 5, "lora_alpha": 10}, "config.json makes it"),
+        ({"r": None}, "r is None"),
+    ],
+)
+def test_an_adapter_of_another_make_is_one_line(tmp_path, one_device, change, said):
+    make("Llama", {}, tmp_path)
+    model = adapted(tmp_path, one_device, rank=2)
+    lora.save(model, tmp_path, "base")
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=said):
+        lora.load(models.load(tmp_path), tmp_path, one_device)
+
+
+def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, monkeypatch):
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
+    options = {"model__lora_rank": 4, "fit__learning_rate": 1e-3}
+    main.main(words(tmp_path / "whole", iterations=2, **options))
+    main.main(words(tmp_path / "parts", iterations=1, **options))
+    main.main(words(tmp_path / "parts", iterations=2, **options))  # its policy comes from base and adapter
+    for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
+        one, two = (tmp_path / run / "iter_2" / name for run in ("whole", "parts"))
+        assert one.read_bytes() == two.read_bytes()
+    run = tmp_path / "whole"
+    mesh = sharding.make_mesh(1, 1, 1, devices=devices[:1])
+    from sppo_jax import tiny
+
+    model = lora.load(models.load(tiny.path("policy")), run / "iter_2/adapter", mesh)
+    table = {t.path: t for t in hf.table(model.architecture)}
+    exported = models.load(run / "iter_2/export").layers["gate"][...]
+    ours = [entry.read() for entry in hf.entries(model, table["layers.gate"], np.dtype(np.float32))]
+    np.testing.assert_allclose(np.stack([x.T for x in ours]), np.asarray(exported), atol=1e-7)
+    assert np.abs(np.asarray(exported - models.load(tiny.path("policy")).layers["gate"][...])).max() > 1e-4
+    tokens = np.arange(3, 20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(run / "iter_2/export").eval()
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny.path("policy")).eval(), run / "iter_2/adapter"
+    )
+    with torch.no_grad():
+        expected, found = (m(torch.tensor(tokens)).logits.numpy() for m in (theirs, peft))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
