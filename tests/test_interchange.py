@@ -114,6 +114,16 @@ def test_what_is_written_has_the_official_types_and_reads_back_the_same(official
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_the_written_types_do_not_depend_on_the_rows(official, tokenizer, tmp_path):
+    pair, *_ = read(tokenizer, f"parquet:{official}")[0]
+    other = dataclasses.replace(
+        pair, chosen=[dict(reversed(m.items())) for m in pair.chosen], chosen_probs_win=1
+    )
+    for name, pairs in (("other", [other]), ("none", [])):
+        interchange.write(pairs, tmp_path / name)
+        assert pq.read_schema(tmp_path / name).remove_metadata() == interchange.SCHEMA
+
+
 STRUCT = pa.struct([("role", pa.large_string()), ("content", pa.large_string())])
 VARIANTS = {
     "large_string and another order of fields": pa.large_list(STRUCT),
@@ -181,6 +191,14 @@ def test_a_pair_may_fill_the_models_positions_and_no_more(tmp_path, tokenizer):
     assert from_rows(tmp_path, tokenizer, [row()], positions=length)[1]["kept"] == 1
     with pytest.raises(BadInput, match=r"leaves no pairs for iteration 1: .*'too_long': 1"):
         from_rows(tmp_path, tokenizer, [row()], positions=length - 1)
+
+
+def test_a_prompt_may_have_max_length_tokens_and_no_more(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row()))
+    length = len(tokens.chat_prompt(tokenizer, "Q?").ids)
+    assert read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length}")[1]["kept"] == 1
+    with pytest.raises(BadInput, match="'too_long': 1"):
+        read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length - 1}")
 
 
 def test_each_iteration_may_have_pairs_of_its_own(tmp_path, tokenizer):
