@@ -147,7 +147,7 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
     return [kind(**row) for row in table.to_pylist()]
 
 
-def digest(rows: Sequence[Responses] | Sequence[Preferences]) -> str:
+def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -> str:
     """sha256 of the records' contents, for the metadata of what is made from them."""
     value = hashlib.sha256()
     for row in rows:

@@ -1,5 +1,7 @@
 """The loop: the algorithm box of arXiv:2405.00675, stage by stage, each skipped when its output is complete."""
 
+from collections.abc import Callable
+
 from sppo_jax import (
     card,
     checkpoint,
@@ -16,7 +18,7 @@ from sppo_jax import (
 )
 from sppo_jax.errors import BadInput
 from sppo_jax.models import Transformer
-from sppo_jax.records import Pair, Preferences, Responses
+from sppo_jax.records import Pair
 from sppo_jax.session import Session
 
 
@@ -29,6 +31,7 @@ def play(session: Session) -> None:
         if not run.evaluation(t).exists():
             iterate(session, t)
             report.write(run)
+        card.write(run, t)
     report.write(run)  # once more, for a run that ended between its last evaluation and its report
     session.metrics.say(report.table(run))
     session.metrics.say(f"report: {run.report}")
@@ -39,31 +42,10 @@ def iterate(session: Session, t: int) -> None:
     made_from = session.made_from(t - 1, f"prompts_{t}")
     heldout.answer(session, t - 1)
 
-    # y_1 .. y_K ~ pi_t(.|x), for every prompt x of the iteration
-    responses = respond.respond(
-        session.sets.train[t - 1],
-        lambda: session.sampler(t - 1),
-        run=session.run,
-        iteration=t,
-        seed=session.config.seed,
-        shard_prompts=session.config.sampling.shard_prompts,
-        made_from=made_from,
-        metrics=session.metrics,
-    )
-    # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
-    preferences = judge.judge_all(
-        responses,
-        session.judge,
-        session.config.judge,
-        session.as_judged,
-        run=session.run,
-        iteration=t,
-        shard_prompts=session.config.sampling.shard_prompts,
-        made_from=made_from,
-        metrics=session.metrics,
-    )
-    # the responses kept, with their targets eta (P - 1/2) and log pi_t(y|x)
-    trained_on = _pairs(session, t, responses, preferences, made_from)
+    if session.given:
+        trained_on = _pairs(session, t, lambda: session.given[t - 1], made_from)
+    else:
+        trained_on = _played(session, t, made_from)
     probed = heldout.probe(session, t)
 
     # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
@@ -75,26 +57,60 @@ def iterate(session: Session, t: int) -> None:
 
     heldout.answer(session, t)
     heldout.measure(session, t, probed)
-    card.write(session.run, t)
+
+
+def _played(session: Session, t: int, made_from: dict[str, str]) -> list[Pair]:
+    """Sample, judge, select."""
+    c, metrics = session.config, session.metrics
+
+    # y_1 .. y_K ~ pi_t(.|x), for every prompt x of the iteration
+    responses = respond.respond(
+        session.sets.train[t - 1],
+        lambda: session.sampler(t - 1),
+        run=session.run,
+        iteration=t,
+        seed=c.seed,
+        shard_prompts=c.sampling.shard_prompts,
+        made_from=made_from,
+        metrics=metrics,
+    )
+    # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
+    preferences = judge.judge_all(
+        responses,
+        session.judge,
+        c.judge,
+        session.as_judged,
+        run=session.run,
+        iteration=t,
+        shard_prompts=c.sampling.shard_prompts,
+        made_from=made_from,
+        metrics=metrics,
+    )
+
+    # the responses kept, with their targets eta (P - 1/2)
+    def select() -> list[Pair]:
+        selected, counts = pairs.select(
+            responses, preferences, how=c.pairs.select, eta=c.fit.eta, baseline=c.fit.baseline
+        )
+        metrics.say(f"iteration {t} pairs: " + ", ".join(f"{k} {n}" for k, n in sorted(counts.items())))
+        metrics.scalars(t, "pairs", 0, **{name: float(n) for name, n in counts.items()})
+        if not selected:
+            raise BadInput(f"iteration {t}: no prompt has a preferred response; is sampling.temperature 0?")
+        return selected
+
+    digests = {"responses": records.digest(responses), "preferences": records.digest(preferences)}
+    return _pairs(session, t, select, made_from | digests)
 
 
 def _pairs(
-    session: Session,
-    t: int,
-    responses: list[Responses],
-    preferences: list[Preferences],
-    made_from: dict[str, str],
+    session: Session, t: int, select: Callable[[], list[Pair]], made_from: dict[str, str]
 ) -> list[Pair]:
     """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable.
 
     Where training has not begun, the log-probs of a file from before are made anew: another mesh or machine gives
     other last bits, and the log-ratio must start at exactly 0.
     """
-    path, c, metrics = session.run.pairs(t), session.config, session.metrics
-    made_from = made_from | {
-        "responses": records.digest(responses),
-        "preferences": records.digest(preferences),
-    }
+    path = session.run.pairs(t)
     if path.exists():
         found = records.read(path, Pair, made_from)
         if checkpoint.begun(session.run.checkpoints(t)) or session.run.export(t).exists():
@@ -105,14 +121,8 @@ def _pairs(
         with rundir.replacing(path) as part:
             records.write(part, Pair, again, made_from)
     else:
-        metrics.poll()
-        selected, counts = pairs.select(
-            responses, preferences, how=c.pairs.select, eta=c.fit.eta, baseline=c.fit.baseline
-        )
-        metrics.say(f"iteration {t} pairs: " + ", ".join(f"{k} {n}" for k, n in sorted(counts.items())))
-        metrics.scalars(t, "pairs", 0, **{name: float(n) for name, n in counts.items()})
-        if not selected:
-            raise BadInput(f"iteration {t}: no prompt has a preferred response; is sampling.temperature 0?")
+        session.metrics.poll()
+        selected = select()
         filled = pairs.with_reference(selected, session.logprobs(t - 1, selected, t))
         with rundir.replacing(path) as part:
             records.write(part, Pair, filled, made_from)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sppo_jax import config as configuration
-from sppo_jax import dataset, fit, hub, judge, prompts, rundir, sharding, tiny, tokens
+from sppo_jax import dataset, fit, hub, interchange, judge, prompts, records, rundir, sharding, tiny, tokens
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
@@ -59,6 +59,7 @@ class Session:
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None
         self.sets = prompts.load(config, self.tokenizer)
+        self.given = self._given()
         self._check_prompts()
         if self.oracle is not None:  # does it know these prompts? Better asked now than after an hour
             self.oracle.compare([self.sets.heldout[0].text], [["one", "another"]])
@@ -189,6 +190,21 @@ class Session:
         rundir.claim(self.run, self.config)
         rundir.write_json(self.run.manifest, manifest)
 
+    def _given(self) -> list[list[Pair]]:
+        """Each iteration's pairs where pairs.source names them, to train on instead of playing."""
+        found = []
+        for t in range(1, self.config.iterations + 1) if self.config.pairs.source else ():
+            pairs, self.sets.counts[f"given pairs {t}"] = interchange.read(
+                self.config,
+                t,
+                self.tokenizer,
+                eos=self.eos,
+                positions=self.architecture.max_positions,
+                heldout=self.sets.heldout_ids,
+            )
+            found.append(pairs)
+        return found
+
     def _source(self) -> hub.Snapshot:
         """The base policy on disk; from the hub, the commit that the run was begun with."""
         path = self.config.model.path
@@ -211,7 +227,9 @@ class Session:
             "tokenizer": rundir.sha256(files),
             "judge": self.judge.identity,
             "prompts_heldout": texts(self.sets.heldout),
-        } | {f"prompts_{t}": texts(prompts) for t, prompts in enumerate(self.sets.train, 1)}
+            **{f"prompts_{t}": texts(prompts) for t, prompts in enumerate(self.sets.train, 1)},
+            **{f"prompts_{t}": records.digest(pairs) for t, pairs in enumerate(self.given, 1)},
+        }
 
     def _configuration(self) -> str:
         knobs = configuration.flat(self.config)

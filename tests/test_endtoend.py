@@ -61,6 +61,42 @@ def test_a_run_leaves_the_contracts_files_and_nothing_half_written(played):
     assert not list(played.rglob("*.part"))
 
 
+def test_published_pairs_are_trained_on_instead_of_playing(played, tmp_path, capsys):
+    """The official code's file of one iteration, here written by us: no response is sampled, no pair is judged."""
+    from sppo_jax import interchange
+
+    interchange.main(["--run", str(played), "--iteration", "1", "--to", str(tmp_path / "official.parquet")])
+    given = words(tmp_path / "run", pairs__source=f"parquet:{tmp_path}/official.parquet")
+    main.main(given)
+    assert "expected initial loss" in capsys.readouterr().out
+    ours, theirs = (
+        pq.read_table(out / "iter_1/pairs.parquet").to_pylist() for out in (played, tmp_path / "run")
+    )
+    assert not (tmp_path / "run/iter_1/responses").exists()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["chosen"], a["rejected"], a["target"]) == (b["chosen"], b["rejected"], b["target"])
+        assert a["prompt_ids"] == b["prompt_ids"]
+        assert all(np.isfinite(b["ref_logprob"]))
+    weights = [load_file(out / "iter_1/export/model.safetensors") for out in (played, tmp_path / "run")]
+    assert not np.array_equal(
+        weights[0]["lm_head.weight"], weights[1]["lm_head.weight"]
+    )  # other ends, other ids
+    moved = load_file(tmp_path / "run/iter_1/export/model.safetensors")["lm_head.weight"]
+    from sppo_jax import tiny
+
+    assert not np.array_equal(moved, load_file(tiny.path("policy") / "model.safetensors")["lm_head.weight"])
+    main.main(given)
+    assert "expected initial loss" not in capsys.readouterr().out  # complete: nothing is done twice
+
+
+def test_each_export_has_a_model_card_with_its_win_rates(played):
+    rates = json.loads((played / "iter_2/eval.json").read_text())["win_rate"]["judge"]["base"]
+    card = (played / "iter_2/export/README.md").read_text()
+    assert card.startswith("---\n")
+    assert f"{rates['mean']:.3f}" in card
+    assert str(played.parent) not in card
+
+
 def test_the_manifest_names_what_the_run_was_made_from(played):
     manifest = json.loads((played / "manifest.json").read_text())
     assert set(manifest["sha256"]) == {
