@@ -21,7 +21,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models.transformer import KeyValue, Transformer
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.tokens import chat_prompt, response_text
+from sppo_jax.tokens import chat_prompt, own_eos_ids, response_text
 
 BUCKET = 32  # prompts are padded to a multiple of this many tokens
 
@@ -38,10 +38,10 @@ class Sampler:
         *,
         eos: Sequence[int] | None = None,
     ):
-        """`eos`: ids that end a response; default: the tokenizer's own."""
+        """`eos`: ids that end a response; default: those that the tokenizer and its template tell."""
         self.mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
-        ids = (tokenizer.eos_token_id,) if eos is None else eos
+        ids = own_eos_ids(tokenizer) if eos is None else eos
         self.eos = np.asarray(ids, np.int32)
         self.graph, weights = nnx.split(model)
         self.set_weights(weights)

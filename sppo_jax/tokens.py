@@ -66,20 +66,27 @@ def eos_ids(directory: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
     """
     file = directory / "generation_config.json"
     named = read_json(file).get("eos_token_id") if file.exists() else None
-    if named is None and tokenizer.eos_token_id is None and not _turn_end(tokenizer)[1]:
+    if named is None and not own_eos_ids(tokenizer):
         raise BadInput(
             f"{directory}: neither generation_config.json nor the tokenizer names an end of sequence"
         )
     found = named if isinstance(named, list) else [] if named is None else [named]
     if named == [] or not _all_ids(found, vocab):
         raise BadInput(f"{directory}: eos_token_id is {named!r}; needed ids from 0 to {vocab - 1}")
-    ids = [*found, tokenizer.eos_token_id, _encoder(tokenizer).ids.get(_turn_end(tokenizer)[1])]
-    ids = list(dict.fromkeys(i for i in ids if i is not None))
+    ids = list(dict.fromkeys([*found, *own_eos_ids(tokenizer)]))
     if not _all_ids(ids, vocab):
         raise BadInput(
             f"{directory}: the tokenizer ends a sequence with one of {ids!r}; needed ids from 0 to {vocab - 1}"
         )
     return tuple(ids)
+
+
+def own_eos_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer alone tells: its own end of sequence, and what its template ends a turn with."""
+    ends = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        ends.append(_encoder(tokenizer).ids.get(_turn_end(tokenizer)[1]))
+    return list(dict.fromkeys(i for i in ends if i is not None))
 
 
 def chat_prompt(tokenizer: Any, text: str) -> Prompt:
@@ -152,6 +159,11 @@ def _render(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
 
 
 def _turn_end(tokenizer: Any) -> tuple[str | None, str]:
+    return _find_turn_end(tokenizer, tokenizer.get_chat_template())
+
+
+@functools.lru_cache(maxsize=4)
+def _find_turn_end(tokenizer: Any, template: str) -> tuple[str | None, str]:
     """What the template writes after an assistant's last message, and the control token that this begins with.
 
     White space may come before the token. None for a template that shows no assistant; "" for no token.

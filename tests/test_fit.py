@@ -50,7 +50,6 @@ def prepare(rows, settings, mesh, dtype=jnp.float32):
 
 def steps_of(batches, model, programs, mesh, count=None):
     """Metrics of plain steps without files, and the last state."""
-    from flax import nnx
 
     _, params, frozen = fit.split(model)
     state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))

@@ -76,10 +76,16 @@ class Tensor:
         part = x[tuple(rows)].reshape([lengths[letter] for letter in flat])
         return part.transpose([flat.index(letter) for letter in self.ours])
 
-    def to_checkpoint(self, x: np.ndarray, a: Architecture) -> np.ndarray:
+    def write(self, x: jax.Array, a: Architecture, dtype: np.dtype) -> np.ndarray:
+        """The checkpoint's tensor, filled from the shards of one layer's parameter without another copy of it."""
         flat = self.theirs.replace(" ", "")
-        x = x.transpose([self.ours.index(c) for c in flat]).reshape(self.checkpoint_shape(a))
-        return np.ascontiguousarray(x)
+        tensor = np.empty([a.size(letter) for letter in flat], dtype)
+        ours = tensor.transpose([flat.index(letter) for letter in self.ours])
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                # Through a handle of its own: an array keeps the host copy that is made of it.
+                ours[shard.index] = np.asarray(shard.data.addressable_data(0))
+        return tensor.reshape(self.checkpoint_shape(a))
 
 
 LAYER = "model.layers.{layer}."
@@ -306,19 +312,18 @@ def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
     for layer, name in enumerate(t.names(a)):
 
         def read(layer: int = layer) -> np.ndarray:
-            x = _merged(model, t, layer).astype(dtype)
-            return t.to_checkpoint(np.asarray(jax.device_get(x)), a)
+            return t.write(_merged(model, t, layer), a, dtype)
 
         yield Entry(name, t.checkpoint_shape(a), dtype, read)
 
 
 def _merged(model: Transformer, t: Tensor, layer: int) -> jax.Array:
-    """A parameter (of one layer) in float32, its adapter added."""
+    """A parameter (of one layer), with its adapter added in float32 where it has one."""
     if not t.stacked:
-        return getattr(model, t.path)[...].astype(jnp.float32)
+        return getattr(model, t.path)[...]
     name = t.path.removeprefix("layers.")
-    x = model.layers[name][...][layer].astype(jnp.float32)
-    if f"{name}_lora_a" in model.layers:
-        low, high = (model.layers[f"{name}_lora_{side}"][...][layer] for side in "ab")
-        x += LORA_SCALE * jnp.tensordot(low, high, 1)
-    return x
+    x = model.layers[name][...][layer]
+    if f"{name}_lora_a" not in model.layers:
+        return x
+    low, high = (model.layers[f"{name}_lora_{side}"][...][layer] for side in "ab")
+    return x.astype(jnp.float32) + LORA_SCALE * jnp.tensordot(low, high, 1)
