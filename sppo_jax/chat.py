@@ -125,12 +125,11 @@ def _sampler(args: Any) -> "Sampler":
     import jax.numpy as jnp
 
     from sppo_jax import sharding, tiny, tokens
-    from sppo_jax.config import EMBEDDED, Sampling
+    from sppo_jax.config import Sampling
     from sppo_jax.models import hf
     from sppo_jax.sampler import Sampler
 
-    embedded = args.policy.startswith(EMBEDDED)
-    directory = tiny.resolve(args.policy) if embedded else hub.fetch(args.policy).directory
+    directory = tiny.fetch(args.policy).directory
     architecture = hf.read_architecture(directory)
     tokenizer = tokens.load_tokenizer(directory)
     eos = tokens.eos_ids(directory, tokenizer, architecture.vocab)

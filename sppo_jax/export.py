@@ -103,7 +103,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
-    from sppo_jax import card, sharding
+    from sppo_jax import card, sharding, tiny
     from sppo_jax import config as configuration
     from sppo_jax.models import hf
     from sppo_jax.rundir import BASE, RunDir
@@ -116,7 +116,7 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     if t not in (there := _iterations(run)):
         shown = ", ".join(str(i) for i in there)
         raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
-    base = _base(run, config)
+    base = tiny.fetch(config.model.path, card.revision(run)).directory
     import jax
 
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
@@ -181,15 +181,6 @@ def _iterations(run: "RunDir") -> list[int]:
 
     trained = (t for t in run.iterations() if t != BASE)
     return [BASE, *(t for t in trained if run.export(t).exists() or checkpoint.begun(run.checkpoints(t)))]
-
-
-def _base(run: "RunDir", config: "Config") -> Path:
-    from sppo_jax import card, tiny
-    from sppo_jax.config import EMBEDDED
-
-    if config.model.path.startswith(EMBEDDED):
-        return tiny.resolve(config.model.path)
-    return hub.fetch(config.model.path, card.revision(run)).directory
 
 
 def _check_target(to: Path) -> None:

@@ -12,8 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppo_jax import (
+    card,
+    dataset,
+    fit,
+    hub,
+    interchange,
+    judge,
+    prompts,
+    records,
+    rundir,
+    sharding,
+    tiny,
+    tokens,
+)
 from sppo_jax import config as configuration
-from sppo_jax import dataset, fit, hub, interchange, judge, prompts, records, rundir, sharding, tiny, tokens
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
@@ -207,14 +220,8 @@ class Session:
 
     def _source(self) -> hub.Snapshot:
         """The base policy on disk; from the hub, the commit that the run was begun with."""
-        path = self.config.model.path
-        if path.startswith(configuration.EMBEDDED):
-            return hub.Snapshot(tiny.resolve(path), path, None)
-        pinned = None
-        if self.run.manifest.exists():
-            model = hf.read_json(self.run.manifest).get("model")
-            pinned = model.get("revision") if isinstance(model, dict) else None
-        return hub.fetch(path, pinned, tell=self.metrics.say)
+        pinned = card.revision(self.run) if self.run.manifest.exists() else None
+        return tiny.fetch(self.config.model.path, pinned, tell=self.metrics.say)
 
     def _inputs(self) -> dict[str, str]:
         def texts(prompts: Sequence[Prompt]) -> str:

@@ -2,7 +2,7 @@
 
 Logical axes are the letters that name array dimensions everywhere in this package:
 B batch, T time, K candidates, D model, H query heads, N kv heads, C channels of a head, F feed-forward,
-V vocabulary, L layers.
+V vocabulary, L layers, R rank of an adapter (in training code: responses of a prompt).
 """
 
 import math

@@ -10,6 +10,7 @@ from sppo_jax import hub as sppo_hub
 from sppo_jax import tiny
 from sppo_jax.errors import BadInput
 from tests import hub_stub
+from tests.small_game import words
 
 PROGRAM = """
 import json, sys
@@ -205,3 +206,25 @@ def test_a_bad_name_is_refused_before_anybody_is_asked(name, monkeypatch):
     monkeypatch.setattr(sppo_hub, "_offline", lambda: False)
     with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
         sppo_hub.fetch(name)
+
+
+def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
+    """The manifest pins it: `main` moves on between two iterations, and the run does not."""
+    begun = hub.add("owner/policy", files)
+    out = tmp_path / "run"
+
+    def play(iterations):
+        line = words(out, model__path="owner/policy", iterations=iterations)
+        done = subprocess.run(
+            [sys.executable, "-m", "sppo_jax.main", *line], env=hub_stub.environment(hub, tmp_path / "cache", XLA_FLAGS=""), capture_output=True, text=True, timeout=300
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    play(1)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"] == {"name": "owner/policy", "revision": begun}
+    hub.add("owner/policy", files | {"generation_config.json": b'{"eos_token_id": 7}'})
+    play(2)
+    assert json.loads((out / "manifest.json").read_text())["model"]["revision"] == begun
+    assert (out / "iter_2/eval.json").exists()
+    assert "base_model: owner/policy" in (out / "iter_2/export/README.md").read_text()

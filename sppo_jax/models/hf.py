@@ -216,9 +216,12 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory}: no model.safetensors; give a Hugging Face directory with safetensors"
             )
         return [single]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{index}: weight_map is no object of file names")
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+        if os.path.basename(name) != name or not name.endswith(".safetensors"):
             raise BadInput(f"{index}: weight_map names {name!r}, which is not a safetensors file beside it")
         if not (directory / name).is_file():
             raise BadInput(f"{directory}: {name} is missing, though the index names it; download it again")

@@ -3,8 +3,11 @@
 The files under data/ were made by build.py; see data/README.md.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+from sppo_jax import hub
+from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
 
 _DATA = Path(__file__).resolve().parent / "data"
@@ -28,3 +31,10 @@ def resolve(source: str) -> Path:
     """`embedded:NAME` as a path inside the package, anything else as the path it is."""
     scheme, colon, name = source.partition(":")
     return path(name) if colon and scheme == "embedded" else Path(source)
+
+
+def fetch(name: str, revision: str | None = None, *, tell: Callable[[str], None] = hub.say) -> hub.Snapshot:
+    """The checkpoint that a user names: embedded:NAME, a directory, or a name on the hub (`hub.fetch`)."""
+    if name.startswith(EMBEDDED):
+        return hub.Snapshot(resolve(name), name, None)
+    return hub.fetch(name, revision, tell=tell)
