@@ -44,12 +44,17 @@ def text(run: RunDir, t: int) -> str:
     config, manifest = configuration.load([run.config]), _manifest(run)
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
+    how = (
+        "It was fitted to given pairs of answers"
+        if config.pairs.source
+        else "The policy plays against itself: it answers prompts, a judge compares its answers, and it is fitted"
+    )
     parts = [
         f"---\n{front}---",
         f"# {_text(_title(config))}, SPPO iteration {t}",
         f"{_text(base)} after {t} of {config.iterations} iterations of *{PAPER}* (arXiv:2405.00675), made with "
-        "sppo_jax. The policy plays against itself: it answers prompts, a judge compares its answers, and it is "
-        "fitted to raise each answer's log-probability by eta times how much more often it wins than loses.",
+        f"sppo_jax. {how}, to raise each answer's log-probability by eta times how much more often it wins than "
+        "half the time.",
         "## Win rates\n\n" + _win_rates(run, t),
         "## How it was made\n\n" + _table(_facts(config, manifest, t)),
         f"To make it again:\n\n```sh\n{_command(config)}\n```",
@@ -100,8 +105,9 @@ def _front(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if _revision(manifest):
         front |= {"base_model": _hub_name(config.model.path), "base_model_relation": "finetune"}
-    scheme, _, name = config.prompts.source.partition(":")
-    if scheme == "hf" and HUB_NAME.fullmatch(name):
+    scheme, _, name = (config.pairs.source or config.prompts.source).partition(":")
+    name = re.split("[:@]", name)[0]  # without configuration and revision
+    if scheme == "hf" and HUB_NAME.fullmatch(name) and not Path(name).exists():
         front["datasets"] = [name]
     return front | {"tags": ["sppo", "self-play", "preference-optimization", "jax"]}
 
@@ -114,17 +120,12 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
         for name, count in manifest["prompts"].items()
         if isinstance(count, dict) and "kept" in count
     ]
-    top_p = "" if c.sampling.top_p == 1 else f", top-p {c.sampling.top_p:g}"
     weights = str(manifest["sha256"].get("base_weights", "unknown"))
     return [
         ("Base model", _base(config, manifest)),
         ("Base weights, sha256", weights),
-        ("Prompts", _public(c.prompts.source) + (f" ({', '.join(kept)})" if kept else "")),
         ("Iterations", f"{t}"),
-        ("Responses per prompt (K)", f"{c.sampling.responses}"),
-        ("Sampling", f"temperature {c.sampling.temperature:g}{top_p}, at most {c.sampling.max_new_tokens} tokens"),
-        ("Judge", f"{_judge(config)}, estimator {c.judge.estimator}"),
-        ("Pairs", f"given: {_public(given)}" if (given := c.pairs.source) else c.pairs.select),
+        *(_given(c, kept) if c.pairs.source else _played(c, kept)),
         ("Loss", f"{c.fit.loss}, eta {c.fit.eta:g}, baseline {baseline}"),
         ("Trained", f"adapters of rank {c.model.lora_rank}" if c.model.lora_rank else "all weights"),
         ("Optimiser", f"learning rate {c.fit.learning_rate:g}, {c.fit.global_batch} prompts per update, "
@@ -135,10 +136,28 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
     ]  # fmt: skip
 
 
+def _played(c: Config, kept: list[str]) -> list[tuple[str, str]]:
+    top_p = "" if c.sampling.top_p == 1 else f", top-p {c.sampling.top_p:g}"
+    return [
+        ("Prompts", _public(c.prompts.source) + (f" ({', '.join(kept)})" if kept else "")),
+        ("Responses per prompt (K)", f"{c.sampling.responses}"),
+        ("Sampling", f"temperature {c.sampling.temperature:g}{top_p}, at most {c.sampling.max_new_tokens} tokens"),
+        ("Judge", f"{_judge(c)}, estimator {c.judge.estimator}"),
+        ("Pairs", c.pairs.select),
+    ]  # fmt: skip
+
+
+def _given(c: Config, kept: list[str]) -> list[tuple[str, str]]:
+    return [
+        ("Pairs", f"given, {_public(c.pairs.source)}" + (f" ({', '.join(kept)})" if kept else "")),
+        ("Held-out judge", _judge(c)),
+    ]
+
+
 def _win_rates(run: RunDir, t: int) -> str:
     """A row per measured iteration up to t: win rates with standard errors, and the answers' length."""
     paths = [run.evaluation(i) for i in range(BASE, t + 1)]
-    found = [hf.read_json(path) for path in paths if path.exists()]
+    found = [_evaluation(path) for path in paths if path.exists()]
     measured = bool(found) and found[-1].get("iteration") == t
     note = "" if measured else f"Iteration {t} is not measured yet."
     if not found:
@@ -157,6 +176,13 @@ def _win_rates(run: RunDir, t: int) -> str:
     )
     lines = [header, ["---:"] * len(header), *rows]
     return about + "\n\n" + "\n".join(f"| {' | '.join(_text(c) for c in row)} |" for row in lines) + note
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = hf.read_json(path)
+    if not all(isinstance(found.get(section), dict) for section in ("win_rate", "length")):
+        raise BadInput(f"{path}: damaged; delete it and run again")
+    return found
 
 
 def _rate(rate: dict[str, float] | None) -> str:

@@ -6,13 +6,12 @@
 import contextlib
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sppo_jax import hub
-from sppo_jax.errors import BadInput, call
+from sppo_jax.errors import BadInput, call, printable
 from sppo_jax.flags import Flags
 
 if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
@@ -20,7 +19,6 @@ if TYPE_CHECKING:  # jax and its company only once the flags are known to be rig
 
 RESET, QUIT = "/reset", "/quit"
 LONGEST_ANSWER = 512  # tokens, where the policy's context has room for twice as much
-COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Message = dict[str, str]
 
@@ -110,13 +108,6 @@ class Conversation:
     def _room(self) -> int:
         """Tokens that a conversation may have."""
         return self.sampler.architecture.max_positions - self.sampler.sampling.max_new_tokens
-
-
-def printable(text: str) -> str:
-    """Generated text for a terminal: characters that would command it (escapes, carriage returns, changes of
-    direction) spelled out; line breaks and tabs stay.
-    """
-    return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _sampler(args: Any) -> "Sampler":

@@ -364,7 +364,7 @@ def _type_name(kind: Any) -> str:
 
 
 def markdown() -> str:
-    """configs/README.md: every knob, and the shipped files that set it otherwise."""
+    """configs/README.md: every knob with its type, default and meaning."""
     lines = ["# Configuration", "", INTRODUCTION, ""]
     for f in dataclasses.fields(Config):
         rows = [row for row in knobs() if row[0].split(".")[0] == f.name]

@@ -4,6 +4,7 @@
 uploads it afterwards.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -58,8 +59,7 @@ def export(
             part.mkdir()
             hf.save(model, part, dtype=dtype)
             config = hf.read_json(base / "config.json")
-            config.pop("torch_dtype", None)
-            config["dtype"] = dtype
+            config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for file in (file for pattern in COPIED for file in base.glob(pattern) if file.is_file()):
                 shutil.copyfile(file, part / file.name)
@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> None:
     )
     flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     args = flags.read(words)
-    to = Path(args.to)
+    to = Path(args.to).absolute()
     if (args.run is None) != (args.iteration is None):
         raise BadInput("--run and --iteration go together")
     if args.run is None and not args.push:
@@ -131,7 +131,6 @@ def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -
     Adapters are put beside the base's weights; once an iteration is finished, its own export has them merged as
     the run did it.
     """
-    import jax
     from flax import nnx
 
     from sppo_jax import checkpoint
@@ -142,7 +141,9 @@ def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -
     if (finished and rank) or not checkpoint.begun(run.checkpoints(t)):
         return hf.load(run.export(t), mesh=mesh)
     if rank:
-        adapted = lora.attach(hf.load(base, mesh=mesh), rank, jax.random.key(0), mesh)
+        whole = hf.load(base, mesh=mesh)
+        architecture = dataclasses.replace(whole.architecture, lora_rank=rank)
+        adapted = lora.beside(whole, architecture, lora.abstract(architecture, mesh))
         graph, trained, *frozen = nnx.split(adapted, Adapter, ...)
     else:
         architecture = hf.read_architecture(base)
@@ -169,7 +170,9 @@ def own_dtype(directory: Path) -> str:
             with safe_open(file, "numpy") as tensors:
                 first = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file}: damaged or not safetensors ({error}); download it again") from None
+            raise BadInput(
+                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
+            ) from None
         said = {"BF16": "bfloat16", "F16": "float16"}.get(first)
     return said if said in DTYPES else "float32"
 
@@ -185,6 +188,8 @@ def _iterations(run: "RunDir") -> list[int]:
 
 def _check_target(to: Path) -> None:
     """Before an hour of reading: is there a place to write to, and nothing in it that would be lost?"""
+    if to.is_symlink():
+        raise BadInput(f"--to {to}: a link; give a directory's own name")
     if to.exists() and not to.is_dir():
         raise BadInput(f"--to {to}: a file is in the way; choose another directory")
     if to.is_dir() and any(to.iterdir()):

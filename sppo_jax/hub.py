@@ -26,9 +26,11 @@ FETCHED = (
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
-    "spm.model",  # PairRM's
     "vocab.json",
     "merges.txt",
+    "LICENSE*",  # which licences of open weights want kept with them
+    "NOTICE*",
+    "USE_POLICY*",
 )
 # Whole models a second time: folders such as original/, and Mistral's consolidated files. Adapters are not weights.
 LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter*.safetensors")

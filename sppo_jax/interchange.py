@@ -3,7 +3,6 @@
 `python -m sppo_jax.interchange --run OUT --iteration T --to FILE` writes a finished iteration's pairs.
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from sppo_jax import records, rundir, sources
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput, call
+from sppo_jax.flags import Flags
 from sppo_jax.records import Pair, prompt_id
 from sppo_jax.rundir import RunDir
 from sppo_jax.sources import Source
@@ -72,6 +72,8 @@ def read(
 
 def write(pairs: Sequence[Pair], path: Path) -> None:
     """The five columns, one row per pair, as `datasets` and the official code read them. Whole, or not there."""
+    if path.is_dir():
+        raise BadInput(f"{path}: a directory; name a file in it")
     columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,19 +85,16 @@ def write(pairs: Sequence[Pair], path: Path) -> None:
 
 def main(words: Sequence[str]) -> None:
     """The command line; raises BadInput for what is wrong with it."""
-    parser = argparse.ArgumentParser(
-        "python -m sppo_jax.interchange",
-        description="Write an iteration's pairs in the official code's columns.",
-    )
+    parser = Flags("sppo_jax.interchange", "Write an iteration's pairs in the official code's columns.")
     parser.add_argument("--run", required=True, metavar="OUT", help="the run's directory")
     parser.add_argument("--iteration", required=True, type=int, metavar="T", help="from 1")
     parser.add_argument("--to", required=True, metavar="FILE", help="parquet file to write")
-    given = parser.parse_args(words)
+    given = parser.read(words)
     path = RunDir(given.run).pairs(given.iteration)
     if not path.is_file():
         raise BadInput(f"--run {given.run}: iteration {given.iteration} has no pairs ({path} is missing)")
     pairs = records.read(path, Pair)
-    write(pairs, Path(given.to))
+    write(pairs, Path(given.to).absolute())
     print(f"{len(pairs)} pairs written to {given.to}")
 
 

@@ -90,7 +90,10 @@ def opened(config: Config) -> Iterator[RunDir]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on success what was written there (file or directory) becomes `path`."""
+    """A temporary name beside `path`; on success what was written there (file or directory) becomes `path`.
+
+    A directory takes the place of one that is there; a file never takes a directory's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _part(path)
     _remove(temporary)
@@ -98,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             _sync(file)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             _remove(path)
         os.replace(temporary, path)
         _sync(path.parent)

@@ -89,6 +89,10 @@ class Sampler:
                     f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens="
                     f"{self.sampling.max_new_tokens} exceed the model's {a.max_positions} positions"
                 )
+            if max(prompt.ids) >= a.vocab:
+                raise BadInput(
+                    f"a prompt holds token id {max(prompt.ids)}, and the model has {a.vocab} tokens"
+                )
             buckets.setdefault(size, []).append(i)
         for size, members in sorted(buckets.items()):
             for start in range(0, len(members), width):

@@ -31,7 +31,8 @@ def play(session: Session) -> None:
         if not run.evaluation(t).exists():
             iterate(session, t)
             report.write(run)
-        card.write(run, t)
+        if run.export(t).exists():
+            card.write(run, t)
     report.write(run)  # once more, for a run that ended between its last evaluation and its report
     session.metrics.say(report.table(run))
     session.metrics.say(f"report: {run.report}")
@@ -39,7 +40,7 @@ def play(session: Session) -> None:
 
 def iterate(session: Session, t: int) -> None:
     """One iteration: sample, judge, regress, export, measure."""
-    made_from = session.made_from(t - 1, f"prompts_{t}")
+    made_from = session.made_from(t - 1, session.trained_on(t))
     heldout.answer(session, t - 1)
 
     if session.given:

@@ -93,9 +93,14 @@ class Session:
         return hf.load(directory, mesh=self.mesh, dtype=self.compute_dtype)
 
     def _adapted(self, t: int) -> Transformer:
-        """The frozen base, kept in the compute dtype, with the adapters after iteration t."""
+        """The frozen base with the adapters after iteration t.
+
+        It is kept in the compute dtype where its files are in that, and as float32 otherwise: what is frozen stays
+        what it was, in exports too.
+        """
         dtype = self.compute_dtype
-        frozen = hf.load(self.base, mesh=self.mesh, dtype=dtype, param_dtype=dtype)
+        kept = dtype if hf.stored_dtypes(self.base) == {dtype.name} else jnp.float32
+        frozen = hf.load(self.base, mesh=self.mesh, dtype=dtype, param_dtype=kept)
         if t == BASE:
             key = jax.random.key(self.config.seed)
             return lora.attach(frozen, self.architecture.lora_rank, key, self.mesh)
@@ -105,7 +110,7 @@ class Session:
         """The adapters after iteration t as a PEFT directory, for serving beside the base and for resuming."""
         with rundir.replacing(self.run.adapter(t)) as part:
             part.mkdir()
-            lora.save(self.policy(t), part, self.source.name)
+            lora.save(self.policy(t), part, self.source.name, self.source.revision)
 
     def take_policy(self, t: int) -> Transformer:
         """The same, given up by the session: training consumes its arrays."""
@@ -149,6 +154,10 @@ class Session:
     def as_judged(self, text: str) -> str:
         """An instruction as the judge reads it."""
         return tokens.chat_text(self.tokenizer, text) if self.config.judge.prompt == "chat" else text
+
+    def trained_on(self, t: int) -> str:
+        """What iteration t starts from besides its policy, as the manifest names it."""
+        return f"pairs_{t}" if self.given else f"prompts_{t}"
 
     def made_from(self, t: int, prompts: str) -> dict[str, str]:
         """What a file is made from: the policy after iteration t, and `prompts` as the manifest names them."""
@@ -235,7 +244,7 @@ class Session:
             "judge": self.judge.identity,
             "prompts_heldout": texts(self.sets.heldout),
             **{f"prompts_{t}": texts(prompts) for t, prompts in enumerate(self.sets.train, 1)},
-            **{f"prompts_{t}": records.digest(pairs) for t, pairs in enumerate(self.given, 1)},
+            **{f"pairs_{t}": records.digest(pairs) for t, pairs in enumerate(self.given, 1)},
         }
 
     def _configuration(self) -> str:
@@ -251,7 +260,9 @@ class Session:
         return jnp.dtype(name)
 
     def _check_prompts(self) -> None:
-        highest = max(max(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part)
+        ids = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]
+        ids += [row for part in self.given for pair in part for row in (pair.prompt_ids, *pair.response_ids)]
+        highest = max(map(max, ids))
         if highest >= self.architecture.vocab:
             raise BadInput(
                 f"{self.base}: the tokenizer gives id {highest}, the model has {self.architecture.vocab} tokens"

@@ -169,7 +169,7 @@ _READERS: dict[str, Callable[[Source, str, Sequence[str]], Iterator[Any]]] = {
 
 def _file(source: Source, name: str) -> Path:
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):  # False, where Path's raises, for names that no file can have
         raise BadInput(f"{source}: no such file")
     if not os.access(path, os.R_OK):
         raise BadInput(f"{source}: cannot be read")

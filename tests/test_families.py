@@ -17,6 +17,7 @@ from sppo_jax import models
 from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf
+from sppo_jax.models.architecture import ACTIVATIONS, FULL, SLIDING
 from sppo_jax.records import Prompt
 from sppo_jax.sampler import Sampler
 
@@ -243,9 +244,46 @@ def test_options_as_published_are_read_as_transformers_reads_them(name, tmp_path
     assert [kind == "sliding_attention" for kind in layers] == list(a.windowed or [a.window is not None] * 3)
 
 
+@pytest.mark.parametrize("family", OWN)
+def test_absent_options_have_the_defaults_of_transformers(family, tmp_path):
+    """config.json with sizes alone, as hand-made ones are; transformers itself writes every key."""
+    sizes = {
+        "vocab_size": 102, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 30,
+        "num_attention_heads": 32, "max_position_embeddings": 512, "architectures": [f"{family}ForCausalLM"],
+    }  # fmt: skip
+    for own in [{}, {"use_sliding_window": True}] if family.startswith("Qwen") else [{}]:
+        (tmp_path / "config.json").write_text(json.dumps(sizes | own | {"model_type": family.lower()}))
+        a, theirs = hf.read_architecture(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+        c = theirs.to_dict()
+        activation = c.get("hidden_activation") or c["hidden_act"]
+        assert (a.kv_heads, a.norm_eps, a.tied) == (
+            c["num_key_value_heads"],
+            c["rms_norm_eps"],
+            c["tie_word_embeddings"],
+        )
+        assert a.head_dim == (c.get("head_dim") or 64 // 32)
+        assert a.activation == ACTIVATIONS[activation]
+        assert a.rope.theta == c["rope_parameters"]["rope_theta"]
+        assert a.rope.kind == c["rope_parameters"]["rope_type"]
+        assert a.qkv_bias == (family == "Qwen2" or c.get("attention_bias", False))
+        assert (a.attention_softcap, a.logit_softcap) == (
+            c.get("attn_logit_softcapping"),
+            c.get("final_logit_softcapping"),
+        )
+        scale = c.get("query_pre_attn_scalar")
+        assert a.query_scale == (None if scale is None else scale**-0.5)
+        window = c.get("sliding_window")
+        kinds = c.get("layer_types") or [FULL if window is None else SLIDING] * 30
+        assert a.window == (window if SLIDING in kinds else None)
+        assert list(a.windowed or [a.window is not None] * 30) == [kind == SLIDING for kind in kinds]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"is_causal": False}, "is_causal=False is not computed"),
+        ({"clip_qkv": 0}, "clip_qkv=0 is not computed"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling and rope_parameters differ"),
         ({"architectures": None}, "architectures is missing"),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"mlp_bias": True}, "mlp_bias=True is not computed"),
@@ -284,3 +322,36 @@ def test_quantised_tensors_are_refused_by_name(tmp_path):
         BadInput, match=r"model\.norm\.weight is F8_E4M3; give a checkpoint that is not quantised"
     ):
         models.load(tmp_path)
+
+
+def test_options_that_say_what_is_computed_anyway_are_taken(tmp_path):
+    make("Llama", {}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"is_causal": True, "mlp_bias": False, "_extra": 1})
+    )
+    assert hf.read_architecture(tmp_path).heads == 6
+
+
+@pytest.mark.parametrize("before", ["one file", "several files"])
+def test_a_checkpoint_saved_over_another_leaves_nothing_of_it(before, tmp_path, monkeypatch):
+    make("Llama", {}, tmp_path / "base")
+    model, to = models.load(tmp_path / "base"), tmp_path / "to"
+    to.mkdir()
+    few, many = hf.SHARD_BYTES, 20_000
+    for limit in (many, few) if before == "several files" else (few, many):
+        monkeypatch.setattr(hf, "SHARD_BYTES", limit)
+        model.norm[...] = model.norm[...] + 1
+        models.save(model, to)
+    shutil.copy(tmp_path / "base/config.json", to)
+    np.testing.assert_array_equal(models.load(to).norm[...], model.norm[...])
+    theirs = AutoModelForCausalLM.from_pretrained(to).model.norm.weight.detach().numpy()
+    np.testing.assert_array_equal(theirs, model.norm[...])
+
+
+def test_what_a_dtype_cannot_hold_is_not_written(tmp_path):
+    make("Llama", {}, tmp_path)
+    model = models.load(tmp_path)
+    model.norm[...] = model.norm[...].at[3].set(1e5)
+    with pytest.raises(BadInput, match=r"model\.norm\.weight is not finite, or not in float16's range"):
+        models.save(model, tmp_path, "float16")

@@ -76,6 +76,8 @@ NEUTRAL = frozenset(
     pretraining_tp unsloth_version unsloth_fixed auto_map
     """.split()  # noqa: SIM905
 )
+# Options that are not computed here, and change nothing while they are false.
+OFF_WHEN_FALSE = frozenset({"attention_bias", "mlp_bias", "use_bidirectional_attention", "use_mrope"})
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -116,9 +118,13 @@ class Options:
         return ACTIVATIONS[value]
 
     def finish(self) -> None:
-        off = (None, False)  # how options are switched off
         for key, value in sorted(self.left.items()):
-            if value not in off and key not in NEUTRAL and not key.startswith("_"):
+            off = (
+                value is None
+                or (value is False and key in OFF_WHEN_FALSE)
+                or (key, value) == ("is_causal", True)
+            )
+            if not off and key not in NEUTRAL and not key.startswith("_"):
                 raise BadInput(
                     f"{self.path}: option {key}={value!r} is not computed here; if it does not change what the model "
                     "computes, delete it from config.json"
@@ -145,9 +151,9 @@ def read_architecture(directory: Path) -> Architecture:
         "mlp": options.take("intermediate_size"),
         "layers": layers,
         "heads": heads,
-        "kv_heads": options.take("num_key_value_heads", default=heads),
+        "kv_heads": options.nullable("num_key_value_heads", int, KV_HEADS.get(family, heads)) or heads,
         "head_dim": options.take("head_dim", default=max(1, model // heads)),
-        "norm_eps": options.take("rms_norm_eps", float),
+        "norm_eps": options.take("rms_norm_eps", float, 1e-6),
         "rope": _rope(options, max_positions),
         "max_positions": max_positions,
         "tied": options.take("tie_word_embeddings", bool, False),
@@ -162,7 +168,9 @@ def read_architecture(directory: Path) -> Architecture:
     return architecture
 
 
-# What each family has of its own; absent keys have the defaults of its class in transformers.
+# What each family has of its own. An absent option has the default of its class in transformers; sizes must be there.
+
+KV_HEADS = {"MistralForCausalLM": 8, "Gemma2ForCausalLM": 4, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 
 
 def _mistral(options: Options, layers: int) -> dict[str, Any]:
@@ -238,6 +246,8 @@ def _windows(options: Options, window: int | None, default: list[str]) -> dict[s
 def _rope(options: Options, max_positions: int) -> Rope:
     theta = options.take("rope_theta", float, 10_000.0)
     before, raw = (options.take(key, object, {}) for key in ("rope_scaling", "rope_parameters"))
+    if before and raw and before != raw:
+        raise BadInput(f"{options.path}: rope_scaling and rope_parameters differ; keep the one that is meant")
     raw = raw or before  # transformers 5 writes rope_parameters
     if not isinstance(raw, dict):
         raise BadInput(f"{options.path}: rope parameters are {raw!r}, needed an object")

@@ -24,8 +24,14 @@ from sppo_jax.models.architecture import Architecture, read_architecture, read_j
 from sppo_jax.models.safetensors_file import Entry, write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Transformer
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # of one exported file, the size that the hub's tools write
-FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of tensors that are weights as they stand
+FLOATS = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F64": "float64",
+}  # dtypes of tensors that are weights as they stand
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,14 @@ class Tensor:
     def write(self, x: jax.Array, a: Architecture, dtype: np.dtype) -> np.ndarray:
         """The checkpoint's tensor, filled from the shards of one layer's parameter without another copy of it."""
         flat = self.theirs.replace(" ", "")
+        assert x.is_fully_addressable, "a checkpoint is written by one process"
         tensor = np.empty([a.size(letter) for letter in flat], dtype)
         ours = tensor.transpose([flat.index(letter) for letter in self.ours])
         for shard in x.addressable_shards:
             if shard.replica_id == 0:
                 # Through a handle of its own: an array keeps the host copy that is made of it.
-                ours[shard.index] = np.asarray(shard.data.addressable_data(0))
+                with np.errstate(over="ignore"):  # what overflows is told by name
+                    ours[shard.index] = np.asarray(shard.data.addressable_data(0))
         return tensor.reshape(self.checkpoint_shape(a))
 
 
@@ -187,6 +195,9 @@ def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) ->
     An adapter's product is added to the matrix beside it: what is written needs no adapter.
     """
     directory, dtype = Path(directory), np.dtype(dtype)
+    # What is left of a checkpoint that was there some readers would prefer.
+    for old in (*directory.glob("model*.safetensors"), directory / INDEX):
+        old.unlink(missing_ok=True)
     files: list[list[Entry]] = [[]]
     filled = 0
     for entry in (e for t in table(model.architecture) for e in entries(model, t, dtype)):
@@ -203,19 +214,16 @@ def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) ->
     if len(files) > 1:
         total = sum(entry.size for members in files for entry in members)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (directory / INDEX).write_text(text, encoding="utf-8")
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, as its index names them; BadInput where one is absent."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        single = directory / "model.safetensors"
-        if not single.is_file():
-            raise BadInput(
-                f"{directory}: no model.safetensors; give a Hugging Face directory with safetensors"
-            )
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():  # first, as transformers looks
         return [single]
+    if not index.exists():
+        raise BadInput(f"{directory}: no model.safetensors; give a Hugging Face directory with safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadInput(f"{index}: weight_map is no object of file names")
@@ -226,6 +234,15 @@ def weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise BadInput(f"{directory}: {name} is missing, though the index names it; download it again")
     return [directory / name for name in names]
+
+
+def stored_dtypes(directory: Path) -> set[str]:
+    """Names of the dtypes of a checkpoint's tensors, such as bfloat16."""
+    found = set()
+    for file in weight_files(directory):
+        with safe_open(file, "numpy") as opened:
+            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  not a dict
+    return {FLOATS.get(name, name) for name in found}
 
 
 def _placed(t: Tensor, a: Architecture, mesh: Mesh) -> jax.sharding.NamedSharding:
@@ -240,7 +257,9 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
             with safe_open(file, "numpy") as tensors:
                 names = list(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file}: damaged or not safetensors ({error}); download it again") from None
+            raise BadInput(
+                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
+            ) from None
         if twice := found.keys() & set(names):
             raise BadInput(f"{file}: tensor {min(twice)} is also in {found[min(twice)].name}")
         found |= dict.fromkeys(names, file)
@@ -314,8 +333,11 @@ def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
     a = model.architecture
     for layer, name in enumerate(t.names(a)):
 
-        def read(layer: int = layer) -> np.ndarray:
-            return t.write(_merged(model, t, layer), a, dtype)
+        def read(layer: int = layer, name: str = name) -> np.ndarray:
+            tensor = t.write(_merged(model, t, layer), a, dtype)
+            if not np.isfinite(tensor).all():
+                raise BadInput(f"{name} is not finite, or not in {dtype}'s range; write another dtype")
+            return tensor
 
         yield Entry(name, t.checkpoint_shape(a), dtype, read)
 

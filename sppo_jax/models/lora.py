@@ -63,11 +63,11 @@ def attach(model: Transformer, rank: int, key: jax.Array, mesh: Mesh) -> Transfo
         return {t.path: initial(t, k) for t, k in zip(table(), keys, strict=True)}
 
     placed = {path: x.sharding for path, x in abstract(a, mesh).items()}
-    return _with(model, a, jax.jit(init, out_shardings=placed)(key))
+    return beside(model, a, jax.jit(init, out_shardings=placed)(key))
 
 
-def save(model: Transformer, directory: Path, base: str) -> None:
-    """Write the adapters as PEFT reads them into an existing `directory`; `base` is the name of the frozen model."""
+def save(model: Transformer, directory: Path, base: str, revision: str | None = None) -> None:
+    """Write the adapters as PEFT reads them into an existing `directory`; `base` and `revision` name the frozen model."""
     a = model.architecture
     entries = [entry for t in table() for entry in hf.entries(model, t, np.dtype(np.float32))]
     write_safetensors(directory / WEIGHTS, entries)
@@ -75,6 +75,7 @@ def save(model: Transformer, directory: Path, base: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": a.lora_rank,
         "lora_alpha": LORA_SCALE * a.lora_rank,
         "lora_dropout": 0.0,
@@ -97,10 +98,11 @@ def load(model: Transformer, directory: Path, mesh: Mesh) -> Transformer:
     files = hf.tensor_files([directory / WEIGHTS])
     hf.check_tensors(directory, table(), a, files)
     weights = {t.path: hf.read_sharded(t, a, mesh, files, np.dtype(np.float32)) for t in table()}
-    return _with(model, a, weights)
+    return beside(model, a, weights)
 
 
-def _with(model: Transformer, a: Architecture, adapters: dict[str, jax.Array]) -> Transformer:
+def beside(model: Transformer, a: Architecture, adapters: dict[str, Any]) -> Transformer:
+    """`model` with other adapters (arrays, or placeholders); `a` is its architecture with their rank."""
     weights: dict[str, Any] = {"embedding": model.embedding[...], "norm": model.norm[...]}
     weights |= {} if model.head is None else {"head": model.head[...]}
     weights |= {
