@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> None:
     )
     flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     args = flags.read(words)
-    to = Path(args.to).absolute()
+    to = Path(args.to)
     if (args.run is None) != (args.iteration is None):
         raise BadInput("--run and --iteration go together")
     if args.run is None and not args.push:
@@ -122,7 +122,7 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
     model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
     described = None if t == BASE else card.text(run, t)
-    export(model, base, to, dtype=dtype or own_dtype(base), card=described)
+    export(model, base, to.absolute(), dtype=dtype or own_dtype(base), card=described)
 
 
 def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -> "Transformer":

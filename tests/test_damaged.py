@@ -1,6 +1,7 @@
 """Damaged checkpoints end the whole command in one line with exit code 2, before anything is compiled or written."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -110,3 +111,30 @@ def test_the_listener_hears_compilations():
     COMPILED.clear()
     jax.jit(lambda x: x + 1)(np.arange(7.0))
     assert COMPILED
+
+
+def test_what_files_spell_does_not_command_the_terminal(several_files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(several_files, tmp_path / "policy")
+    edited(tmp_path / "policy/config.json", lambda c: c.update({"\x1b[2J\x1b[31mowned": 1}))
+    monkeypatch.setattr(
+        "sys.argv", ["sppo_jax.main", *words(tmp_path / "run", model__path=tmp_path / "policy")]
+    )
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
+    with pytest.raises(SystemExit):
+        errors.call(main.main)
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "\\x1b[2J" in told
+
+
+def test_whoever_closes_our_output_gets_no_traceback(capfd):
+    def entry(words):
+        raise BrokenPipeError
+
+    before = os.dup(1)
+    try:
+        errors.call(entry)
+    finally:
+        os.dup2(before, 1)
+    assert capfd.readouterr().err == ""

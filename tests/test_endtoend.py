@@ -89,6 +89,41 @@ def test_published_pairs_are_trained_on_instead_of_playing(played, tmp_path, cap
     assert "expected initial loss" not in capsys.readouterr().out  # complete: nothing is done twice
 
 
+def test_given_pairs_with_ids_beyond_the_vocabulary_are_told_at_once(tmp_path):
+    """A tokenizer that was given words after the model was made."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from sppo_jax import interchange, tiny
+    from sppo_jax.records import Pair
+
+    policy = shutil.copytree(tiny.path("policy"), tmp_path / "policy")
+    grown = AutoTokenizer.from_pretrained(policy)
+    grown.add_tokens(["foxtrotting"])
+    grown.save_pretrained(policy)
+    turns = [
+        [{"content": "Q?", "role": "user"}, {"content": answer, "role": "assistant"}]
+        for answer in ("foxtrotting", "no")
+    ]
+    pair = Pair(*turns, 0.8, 0.7, 0.3, 1, [], [], [0.7, 0.3], 0.5, [], [])
+    interchange.write([pair], tmp_path / "given.parquet")
+    given = words(tmp_path / "run", model__path=policy, pairs__source=f"parquet:{tmp_path}/given.parquet")
+    with pytest.raises(BadInput, match="the tokenizer gives id 768, the model has 768 tokens"):
+        main.main(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_card_alone_does_not_make_an_export(played, tmp_path):
+    """Somebody deletes a finished iteration's export to save room: it stays deleted."""
+    import shutil
+
+    out = shutil.copytree(played, tmp_path / "run")
+    shutil.rmtree(out / "iter_1/export")
+    main.main(words(out, iterations=2))
+    assert not (out / "iter_1/export").exists()
+
+
 def test_each_export_has_a_model_card_with_its_win_rates(played):
     rates = json.loads((played / "iter_2/eval.json").read_text())["win_rate"]["judge"]["base"]
     card = (played / "iter_2/export/README.md").read_text()

@@ -407,3 +407,37 @@ def test_a_damaged_manifest_is_named(begin, text):
     run.manifest.write_text(text)
     with pytest.raises(BadInput, match=r"manifest\.json"):
         card.text(run, 1)
+
+
+def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
+    run = begin(
+        "--pairs.source", "hf:owner/pairs:config@main", "--iterations", "1",
+        prompts={"given pairs 1": {"kept": 99, "rows": 120}, "heldout": {"kept": 6}},
+    )  # fmt: skip
+    text = card.text(run, 1)
+    assert front(text)["datasets"] == ["owner/pairs"]
+    assert "given pairs 1 99" in text
+    for word in ("plays against itself", "Sampling", "Responses per prompt", "embedded:prompts/train"):
+        assert word not in text
+
+
+def test_a_damaged_evaluation_is_named(begin):
+    run = begin()
+    rundir.write_json(run.evaluation(1), {"iteration": 1})
+    with pytest.raises(BadInput, match=r"eval\.json: damaged"):
+        card.text(run, 1)
+
+
+def test_a_link_is_not_written_through(begin, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(BadInput, match="a link; give a directory's own name"):
+        export.main(["--run", str(begin().root), "--iteration", "0", "--to", str(tmp_path / "link")])
+
+
+def test_a_relative_directory_is_below_this_one(begin, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = begin()
+    export.main(["--run", str(run.root), "--iteration", "0", "--to", "."])
+    assert (tmp_path / "here" / "model.safetensors").exists()

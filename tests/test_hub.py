@@ -72,6 +72,7 @@ def test_a_name_becomes_a_directory_of_what_is_read_and_nothing_else(hub, files,
         "original/config.json": b"{}",
         "README.md": b"text",
     }
+    files |= {"LICENSE.txt": b"terms", "NOTICE": b"notice", "USE_POLICY.md": b"policy"}
     commit = hub.add("owner/tiny", files | unread)
     directory, name, revision, log = ask("owner/tiny", HF_TOKEN="hf_secret")
     assert (name, revision) == ("owner/tiny", commit)

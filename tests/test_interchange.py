@@ -276,3 +276,19 @@ def test_the_command_exits_as_the_others_do(tmp_path):
     assert "--iteration" in helped.stdout
     assert refused.stderr.startswith("error: --run ")
     assert refused.stderr.count("\n") == 1
+
+
+def test_a_directory_is_not_replaced_by_a_file(official, tokenizer, tmp_path):
+    own(tokenizer, official, tmp_path / "run")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("data")
+    with pytest.raises(BadInput, match="precious: a directory; name a file in it"):
+        interchange.main(
+            ["--run", str(tmp_path / "run"), "--iteration", "2", "--to", str(tmp_path / "precious")]
+        )
+    assert (tmp_path / "precious" / "file").read_text() == "data"
+
+
+def test_a_bad_flag_is_one_line():
+    with pytest.raises(BadInput, match="--run"):
+        interchange.main(["--iteration", "1"])

@@ -1,5 +1,6 @@
 """Adapters: what they compute, what is trained, and the files that PEFT and transformers read."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,10 +11,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import fit, main, models, sharding
+from sppo_jax import export, fit, main, models, sharding, tiny
 from sppo_jax.config import Fit
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.models import hf, lora
+from tests import test_fit
 from tests.small_game import words
 from tests.test_families import FAMILIES, make, reference, texts
 
@@ -163,9 +165,9 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
         one, two = (tmp_path / run / "iter_2" / name for run in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
     run = tmp_path / "whole"
+    described = json.loads((run / "iter_2/adapter" / lora.CONFIG).read_text())
+    assert (described["base_model_name_or_path"], described["r"]) == ("embedded:policy", 4)
     mesh = sharding.make_mesh(1, 1, 1, devices=devices[:1])
-    from sppo_jax import tiny
-
     model = lora.load(models.load(tiny.path("policy")), run / "iter_2/adapter", mesh)
     table = {t.path: t for t in hf.table(model.architecture)}
     exported = models.load(run / "iter_2/export").layers["gate"][...]
@@ -180,3 +182,42 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
     with torch.no_grad():
         expected, found = (m(torch.tensor(tokens)).logits.numpy() for m in (theirs, peft))
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_adapters_stopped_in_the_middle_of_training_go_on_to_the_same_bits(tmp_path, one_device, monkeypatch):
+    load = models.load
+
+    def adapted_load(path, *, mesh, dtype):
+        return lora.attach(load(path, mesh=mesh, dtype=dtype, param_dtype=dtype), 2, jax.random.key(0), mesh)
+
+    monkeypatch.setattr(test_fit.models, "load", adapted_load)
+    rows = test_fit.pairs_of(16)
+    settings = dataclasses.replace(test_fit.SETTINGS, learning_rate=1e-2)
+    whole = test_fit.train(tmp_path / "whole", rows, settings, one_device)
+    with pytest.raises(Terminated):
+        test_fit.train(tmp_path / "parts", rows, settings, one_device, stop_at=2)
+    again = test_fit.train(tmp_path / "parts", rows, settings, one_device)
+    for a, b in zip(test_fit.leaves(whole), test_fit.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(np.asarray(whole.layers["q_lora_b"][...])).max() > 0
+
+
+@pytest.mark.parametrize(("stored", "kept"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_frozen_weights_lose_nothing_of_what_the_files_hold(stored, kept, tmp_path, monkeypatch):
+    """Under bfloat16 compute: kept as bfloat16 where that is all there is, else exports would be rounded."""
+    base = tmp_path / "base"
+    export.export(models.load(tiny.path("policy")), tiny.path("policy"), base, dtype=stored)
+    seen = []
+
+    def attach(model, rank, key, mesh):
+        seen.append({str(x.dtype) for x in jax.tree.leaves(model)})
+        raise BadInput("enough")
+
+    monkeypatch.setattr(lora, "attach", attach)
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
+    with pytest.raises(BadInput, match="enough"):
+        main.main(
+            words(tmp_path / "run", model__path=base, model__lora_rank=2, model__compute_dtype="bfloat16")
+        )
+    assert seen == [{kept}]

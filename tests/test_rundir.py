@@ -121,3 +121,12 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
         other.join()
     with rundir.opened(Config(out=str(tmp_path))):  # free again, however the other ended
         pass
+
+
+def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("data")
+    with pytest.raises(IsADirectoryError), rundir.replacing(tmp_path / "kept") as part:
+        part.write_text("new")
+    assert (tmp_path / "kept" / "file").read_text() == "data"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

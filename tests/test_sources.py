@@ -383,3 +383,8 @@ def test_unknown_kinds_of_source_are_told(name):
 )  # fmt: skip
 def test_conversations_of_both_layouts_are_read(value, expected):
     assert sources.messages(value) == expected
+
+
+def test_a_name_that_no_file_can_have_is_no_such_file():
+    with pytest.raises(BadInput, match="no such file"):
+        list(sources.rows(Source("prompts.source", f"jsonl:{'a' * 5000}", "train"), ["prompt"]))
