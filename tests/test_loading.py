@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "loading.py"
 
 def test_loading_onto_eight_devices_peaks_little_above_the_checkpoints_size():
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--width", "512", "--json"],
+        [sys.executable, str(SCRIPT), "--width", "768", "--json"],
         env=os.environ, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
