@@ -31,7 +31,8 @@ def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp
     (base / "generation_config.json").write_text(ends)  # the model has overwritten it
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
-    main.main(words(out, model__path=base, prompts__max_length=300, sampling__max_new_tokens=8))
+    longer = {"fit__epochs": 2, "fit__schedule_epochs": 2}  # the first update has rate 0
+    main.main(words(out, model__path=base, prompts__max_length=300, sampling__max_new_tokens=8, **longer))
 
     rows = pq.read_table(out / "iter_1/pairs.parquet").to_pylist()
     assert len(rows) >= 4
