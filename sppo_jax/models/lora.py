@@ -92,7 +92,7 @@ def load(model: Transformer, directory: Path, mesh: Mesh) -> Transformer:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or alpha != LORA_SCALE * rank:
         raise BadInput(
-            f"{directory}: r is {rank!r} and lora_alpha {alpha!r}; needed lora_alpha = {LORA_SCALE:g} r"
+            f"{directory}: r is {rank!r} and lora_alpha {alpha!r}; needed lora_alpha = {LORA_SCALE} r"
         )
     a = dataclasses.replace(model.architecture, lora_rank=rank)
     files = hf.tensor_files([directory / WEIGHTS])

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-LORA_SCALE = 2.0  # alpha / rank of every adapter
+LORA_SCALE = 2  # alpha / rank of every adapter
 
 
 class Adapter(nnx.Param):
