@@ -45,7 +45,7 @@ def text(run: RunDir, t: int) -> str:
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
     how = (
-        "It was fitted to given pairs of answers"
+        "It was fitted to given pairs of answers,"
         if config.pairs.source
         else "The policy plays against itself: it answers prompts, a judge compares its answers, and it is fitted"
     )
@@ -53,7 +53,7 @@ def text(run: RunDir, t: int) -> str:
         f"---\n{front}---",
         f"# {_text(_title(config))}, SPPO iteration {t}",
         f"{_text(base)} after {t} of {config.iterations} iterations of *{PAPER}* (arXiv:2405.00675), made with "
-        f"sppo_jax. {how}, to raise each answer's log-probability by eta times how much more often it wins than "
+        f"sppo_jax. {how} to raise each answer's log-probability by eta times how much more often it wins than "
         "half the time.",
         "## Win rates\n\n" + _win_rates(run, t),
         "## How it was made\n\n" + _table(_facts(config, manifest, t)),
