@@ -24,20 +24,6 @@ if TYPE_CHECKING:  # jax and its company only once the flags are known to be rig
     from sppo_jax.models.transformer import Transformer
     from sppo_jax.rundir import RunDir
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE*",  # which licences of open weights want kept with them
-    "NOTICE*",
-    "USE_POLICY*",
-)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,7 +47,7 @@ def export(
             config = hf.read_json(base / "config.json")
             config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in (file for pattern in COPIED for file in base.glob(pattern) if file.is_file()):
+            for file in (file for pattern in hub.BESIDE for file in base.glob(pattern) if file.is_file()):
                 shutil.copyfile(file, part / file.name)
             if card is not None:
                 (part / "README.md").write_text(card, encoding="utf-8")

@@ -15,11 +15,8 @@ from urllib.parse import urlsplit
 
 from sppo_jax.errors import BadInput
 
-FETCHED = (
-    "config.json",
+BESIDE = (  # what belongs to a checkpoint besides its configuration and weights
     "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -32,6 +29,7 @@ FETCHED = (
     "NOTICE*",
     "USE_POLICY*",
 )
+FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", *BESIDE)
 # Whole models a second time: folders such as original/, and Mistral's consolidated files. Adapters are not weights.
 LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter*.safetensors")
 LOG_IN = "log in (hf auth login) or set HF_TOKEN"
