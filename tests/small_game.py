@@ -1,5 +1,10 @@
 """A game small enough to be played many times: what tests of whole runs share."""
 
+import hashlib
+
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file
+
 SMALL = {
     "iterations": 1,
     "seed": 0,
@@ -24,3 +29,10 @@ def words(out, **options):
     """The command line of the small game with other values; section__key stands for section.key."""
     knobs = SMALL | {key.replace("__", "."): value for key, value in options.items()} | {"out": out}
     return [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+
+
+def digest(out, t=1):
+    """What a run made: pairs and final parameters, by content."""
+    weights = load_file(out / f"iter_{t}/export/model.safetensors")
+    values = b"".join(name.encode() + x.tobytes() for name, x in sorted(weights.items()))
+    return pq.read_table(out / f"iter_{t}/pairs.parquet").to_pylist(), hashlib.sha256(values).hexdigest()

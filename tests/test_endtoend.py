@@ -1,14 +1,10 @@
 """The whole game through the command line's own function, and as a process where processes are the point."""
 
-import hashlib
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +13,7 @@ from safetensors.numpy import load_file
 
 from sppo_jax import main, rundir
 from sppo_jax.errors import BadInput
-from tests.small_game import words
+from tests.small_game import digest, words
 
 ORACLE = "sppo_jax.tiny.world:oracle"
 
@@ -42,13 +38,6 @@ def played(tmp_path_factory):
         patch.setattr(jax, "devices", lambda *a: devices[:1])
         main.main(words(out, iterations=2))
     return out
-
-
-def digest(out, t=1):
-    """What a run made: pairs and final parameters, by content."""
-    weights = load_file(out / f"iter_{t}/export/model.safetensors")
-    values = b"".join(name.encode() + x.tobytes() for name, x in sorted(weights.items()))
-    return pq.read_table(out / f"iter_{t}/pairs.parquet").to_pylist(), hashlib.sha256(values).hexdigest()
 
 
 def test_a_run_leaves_the_contracts_files_and_nothing_half_written(played):
@@ -360,79 +349,6 @@ def digest_pairs(out):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(words_, tmp_path, devices=1, name="log"):
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONUNBUFFERED": "1",
-    }
-    log = (tmp_path / name).open("w")
-    return subprocess.Popen(
-        [sys.executable, "-m", "sppo_jax.main", *words_], stdout=log, stderr=subprocess.STDOUT, env=env
-    )
-
-
-def finish(process, tmp_path, name="log", code=0):
-    assert process.wait(300) == code, (tmp_path / name).read_text()
-    return (tmp_path / name).read_text()
-
-
-def wait_for(path, process, pattern=None):
-    for _ in range(3000):
-        if process.poll() is not None:
-            return
-        if path.exists() and (pattern is None or pattern in path.read_text()):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} did not come")
-
-
-def test_T16_killed_in_three_places_and_started_again_gives_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(words(whole), tmp_path), tmp_path)
-    for milestone in (
-        "iter_1/responses/shard-00001-of-00003.parquet",
-        "iter_1/pairs.parquet",
-        "iter_1/checkpoints/1",
-    ):
-        process = start(words(killed), tmp_path)
-        wait_for(killed / milestone, process)
-        process.kill()
-        process.wait()
-        assert not (killed / "iter_1/eval.json").exists()
-    finish(start(words(killed), tmp_path), tmp_path)
-    assert digest(whole) == digest(killed)
-
-
-def test_sigterm_checkpoints_and_exits_with_143(tmp_path):
-    out = tmp_path / "run"
-    options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
-    process = start(words(out, **options), tmp_path)
-    wait_for(out / "metrics.jsonl", process, '"stage": "fit"')
-    process.send_signal(signal.SIGTERM)
-    assert "run the same command again to resume" in finish(process, tmp_path, code=143)
-    saved = [int(p.name) for p in (out / "iter_1/checkpoints").iterdir() if p.name.isdigit()]
-    assert saved
-    assert saved[0] < 400
-
-
-def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
-    responses = []
-    for devices, mesh in ((1, {}), (8, {"mesh__fsdp": 4, "mesh__tensor": 2})):
-        out = tmp_path / f"run{devices}"
-        options = mesh | {"sampling__temperature": 0, "sampling__responses": 2, "fit__global_batch": 4}
-        # Greedy responses are all alike, so there is nothing to train on, which is told in one line.
-        log = finish(start(words(out, **options), tmp_path, devices), tmp_path, code=2)
-        assert log.splitlines()[-1].startswith("error: iteration 1: no prompt has a preferred response")
-        shards = sorted((out / "iter_1/responses").iterdir())
-        responses.append([row["response_ids"] for path in shards for row in pq.read_table(path).to_pylist()])
-    assert responses[0] == responses[1]
-
-
-def test_eight_devices_play_the_whole_game(tmp_path):
-    log = finish(start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), tmp_path, 8), tmp_path)
-    assert "report:" in log
-
-
 @pytest.mark.parametrize(
     ("words_", "said"),
     [
@@ -575,33 +491,6 @@ def test_another_configuration_or_other_weights_in_the_same_directory_are_refuse
     with pytest.raises(BadInput, match="base_weights differ"):
         main.main(words(played, iterations=2))
     rundir.write_json(played / "manifest.json", manifest)
-
-
-def test_a_judge_that_dies_in_the_middle_is_one_line_and_the_run_resumes(tmp_path):
-    out = tmp_path / "run"
-    process = start(words(out, judge__backend="torch", sampling__shard_prompts=1), tmp_path)
-    wait_for(out / "iter_1/responses/shard-00001-of-00007.parquet", process)
-    child = next(
-        int(pid) for pid in os.listdir("/proc")
-        if pid.isdigit() and sidecar_of(pid) == process.pid
-    )  # fmt: skip
-    os.kill(child, signal.SIGKILL)
-    log = finish(process, tmp_path, code=2)
-    assert log.splitlines()[-1].startswith("error: PairRM's sidecar ended")
-    assert "again to resume" in log.splitlines()[-1]
-    finish(start(words(out, judge__backend="torch", sampling__shard_prompts=1), tmp_path), tmp_path)
-
-
-def sidecar_of(pid):
-    """The parent of a sidecar process, else None."""
-    try:
-        with open(f"/proc/{pid}/cmdline") as file:
-            if "sppo_jax.pairrm.sidecar" not in file.read():
-                return None
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return None
 
 
 def test_help_lists_every_knob(capsys):
