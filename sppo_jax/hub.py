@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 from sppo_jax.errors import BadInput
 
-BESIDE = (  # what belongs to a checkpoint besides its configuration and weights
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -25,10 +24,13 @@ BESIDE = (  # what belongs to a checkpoint besides its configuration and weights
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "LICENSE*",  # which licences of open weights want kept with them
-    "NOTICE*",
-    "USE_POLICY*",
 )
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # which those of open weights want kept with them
+BESIDE = (
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    *LICENCES,
+)  # what a checkpoint has besides model and config.json
 FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", *BESIDE)
 # Whole models a second time: folders such as original/, and Mistral's consolidated files. Adapters are not weights.
 LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter*.safetensors")

@@ -236,7 +236,7 @@ class Session:
         def texts(prompts: Sequence[Prompt]) -> str:
             return rundir.sha256_text("\0".join(prompt.text for prompt in prompts))
 
-        names = (*tokens.TOKENIZER_FILES, "generation_config.json")
+        names = (*hub.TOKENIZER_FILES, "generation_config.json")
         files = [self.base / name for name in names if (self.base / name).is_file()]
         return {
             "base_weights": rundir.sha256([*hf.weight_files(self.base), self.base / "config.json"]),

@@ -13,13 +13,6 @@ from sppo_jax.models.hf import read_json
 from sppo_jax.records import Prompt
 
 PROBE, ANSWER = "Is this shown?", "It is shown."  # what a template must render, and what most do
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
 # Llama 3.2's template writes today's date, and a run that goes on tomorrow must see the same ids: for a template
 # that asks, it is always the day that Llama's templates fall back to. The line's end is the tag's own.
 TODAY = (

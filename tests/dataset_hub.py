@@ -1,17 +1,17 @@
 """A hub of datasets on this machine: the few addresses that the `datasets` library asks, over files in memory."""
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tests import hub_stub
 
 COMMIT = "a" * 40
 
@@ -96,17 +96,8 @@ def _parquet(rows):
     return sink.getvalue()
 
 
-@contextlib.contextmanager
 def serving():
-    hub = Hub()
-    thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.server.shutdown()
-        hub.server.server_close()
-        thread.join()
+    return hub_stub.serving(Hub)
 
 
 def environment(hub, home):

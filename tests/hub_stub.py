@@ -162,8 +162,8 @@ def _json(request, value, status=200, headers=()):
 
 
 @contextlib.contextmanager
-def serving():
-    hub = Hub()
+def serving(kind=Hub):
+    hub = kind()
     thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from sppo_jax import models
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf
+from tests.test_families import texts
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +38,10 @@ def copy(checkpoint, tmp_path):
     return shutil.copytree(checkpoint[0], tmp_path / "copy")
 
 
-def padded(side, lengths=(20, 13, 9, 5), width=20, vocab=102):
-    tokens = np.random.default_rng(0).integers(0, vocab, (len(lengths), width))
-    valid = np.zeros(tokens.shape, bool)
-    for row, n in enumerate(lengths):
-        valid[row, slice(width - n, None) if side == "left" else slice(n)] = True
-    return tokens, valid
-
-
 def test_the_window_is_shorter_than_the_texts_and_matters(checkpoint, copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
-    tokens, valid = padded("right")
+    tokens, valid = texts("right")
     with_window, without = (models.load(d)(jnp.asarray(tokens)) for d in (checkpoint[0], copy))
     assert np.abs(np.asarray(with_window - without))[0, 10:].max() > 0.1
 

@@ -314,9 +314,8 @@ def read_sharded(
             if not np.isfinite(part).all():
                 raise BadInput(f"{files[name]}: {name} holds NaN or infinite values")
             piece[layer if t.stacked else ...] = part
-        # Only one device may keep the buffer itself (the CPU does): training writes in place.
-        for i, device in enumerate(devices):
-            arrays.append(jax.device_put(piece, device, may_alias=None if i == 0 else False))
+        # On a CPU every holder reads this one buffer; jax writes into none that it did not make itself.
+        arrays += [jax.device_put(piece, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, placed, arrays)
 
 
