@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from sppo_jax import pairrm
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import pairing, torch_model, wire
+from sppo_jax.pairrm import layout, pairing, torch_model, wire
 from sppo_jax.pairrm.format import Formatter
 from sppo_jax.pairrm.sidecar import score
 
@@ -47,12 +47,12 @@ def arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def model() -> torch_model.PairRM:
-    return torch_model.load(MODEL)
+    return torch_model.load(layout.read(MODEL))
 
 
 @pytest.fixture(scope="module")
 def formatter() -> Formatter:
-    return Formatter.from_directory(MODEL)
+    return Formatter.of(layout.read(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def judge() -> Iterator[pairrm.SidecarJudge]:
 def case(name: str) -> tuple[Formatter, list[str], list[list[str]]]:
     """The formatter of a golden case, reading control tokens as the reference does, its prompts and responses."""
     limits = TEXTS["cases"][name]
-    formatter = Formatter.from_directory(
-        MODEL,
+    formatter = Formatter.of(
+        layout.read(MODEL),
         source_maxlength=limits["source_max_length"],
         candidate_maxlength=limits["candidate_max_length"],
         neutralise=False,
@@ -145,7 +145,7 @@ def test_score_does_not_depend_on_batch_mates(model: torch_model.PairRM, formatt
 
 
 def test_truncation_budget_belongs_to_the_prompt(formatter: Formatter) -> None:
-    long = Formatter.from_directory(MODEL, source_maxlength=48, candidate_maxlength=16)
+    long = Formatter.of(layout.read(MODEL), source_maxlength=48, candidate_maxlength=16)
     text = "the model compares two answers " * 40
     for prompt in ("hello!", "the ranker scores a short story " * 2, text):
         pair = long.pair(prompt, text, text)
@@ -304,7 +304,7 @@ def test_weights_must_fit_exactly(tmp_path: Path, change: dict[str, Any], compla
     weights = {**load_file(MODEL / "model.safetensors"), **change}
     save_file({k: v for k, v in weights.items() if v is not None}, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match=complaint):
-        torch_model.load(tmp_path)
+        torch_model.load(layout.read(tmp_path))
 
 
 def test_frames_refuse_what_is_no_frame() -> None:

@@ -196,12 +196,12 @@ def test_policy_tokenizer_gives_one_bos_and_inverts() -> None:
 
 
 def test_judge_agrees_with_the_truth_on_held_out_prompts() -> None:
-    from sppo_jax.pairrm import torch_model
+    from sppo_jax.pairrm import layout, torch_model
     from sppo_jax.pairrm.format import Formatter
     from sppo_jax.tiny.build_pairrm import agreement, held_out_pairs
 
-    model = torch_model.load(tiny.path("pairrm"))
-    formatter = Formatter.from_directory(tiny.path("pairrm"))
+    checkpoint = layout.read(tiny.path("pairrm"))
+    model, formatter = torch_model.load(checkpoint), Formatter.of(checkpoint)
     figures = agreement(model, formatter, held_out_pairs("plain", 400, seed=99))
     assert figures["accuracy"] >= 0.85, figures
     assert figures["accuracy_where_clear"] >= 0.90, figures

@@ -31,7 +31,7 @@ class SidecarJudge:
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         """`path` is a directory in the PairRM-hf layout; raises BadInput, before anything is started, when it is not."""
-        self.path = layout.find(path).resolve()
+        self.path = layout.read(path).directory.resolve()
         self._stderr = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the process)
         threads = threads or _available_cpus()
         command = [sys.executable, "-P", "-m", "sppo_jax.pairrm.sidecar"]

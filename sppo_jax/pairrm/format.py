@@ -15,7 +15,6 @@ the three rows that the head reads are found by construction, never by searching
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,14 +104,13 @@ class Formatter:
         self._dropped = {id for id in control.values() if id is not None} if neutralise else set()
 
     @classmethod
-    def from_directory(cls, path: str | Path, **options: Any) -> "Formatter":
-        """The formatter of the PairRM in `path`; `options` as for the class. Raises BadInput for unreadable files."""
-        directory = layout.find(path)
+    def of(cls, checkpoint: layout.Checkpoint, **options: Any) -> "Formatter":
+        """The formatter of a PairRM; `options` as for the class. Raises BadInput for an unreadable tokenizer."""
         try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
         except Exception as error:  # the Rust side raises plain Exception
-            raise BadInput(f"PairRM: {str(directory / 'tokenizer.json')!r} is unreadable: {error}") from None
-        return cls(tokenizer, layout.read_config(directory), **options)
+            raise BadInput(f"PairRM: {str(checkpoint.tokenizer)!r} is unreadable: {error}") from None
+        return cls(tokenizer, checkpoint.config, **options)
 
     def body(self, text: str) -> Ids:
         """Ids of a text by itself, int32 [tokens], any length: no prefix, no [CLS] or [SEP], nothing cut off."""

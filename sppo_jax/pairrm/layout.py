@@ -1,7 +1,8 @@
-"""Where a PairRM lies on disk: the three files of the PairRM-hf layout, and the hash that names what they hold."""
+"""Where a PairRM lies on disk: its files, its options, and the hash that names what they hold."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,41 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _HOW_TO_GET = "the PairRM-hf layout is expected, as in the repository llm-blender/PairRM-hf"
 
 
-def find(path: str | Path) -> Path:
-    """The directory `path`, once it is known to hold every file of the layout. Raises BadInput naming what is not there."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A PairRM on this machine's disk, known to be complete."""
+
+    directory: Path
+    config: dict[str, Any]  # options of transformers' DebertaV2Config, and those of the pair head
+    weights: Path  # safetensors with pretrained_model.* and head_layer.{1,4}.*
+    tokenizer: Path
+
+    @property
+    def identity(self) -> str:
+        """`sha256:` and the hash of the files and their names: equal exactly when the judge is."""
+        whole = hashlib.sha256()
+        for name in FILES:
+            with (self.directory / name).open("rb") as file:
+                whole.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{whole.hexdigest()}"
+
+
+def read(path: str | Path) -> Checkpoint:
+    """The PairRM in the directory `path`. Raises BadInput naming what is missing or is not a PairRM's."""
     directory = Path(path)
     if not directory.is_dir():
         raise BadInput(f"PairRM: there is no directory {str(path)!r}; {_HOW_TO_GET}")
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
         raise BadInput(f"PairRM: {str(path)!r} lacks {', '.join(missing)}; {_HOW_TO_GET}")
-    return directory
+    return Checkpoint(
+        directory, _config(directory), directory / "model.safetensors", directory / "tokenizer.json"
+    )
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a PairRM as a dict. Raises BadInput when it is not a DeBERTa-v2 with the pair head."""
-    file = find(path) / "config.json"
+def _config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises BadInput when it is not a DeBERTa-v2 with the pair head."""
+    file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -35,13 +57,3 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if config.get("n_tasks", 1) != 1:
         raise BadInput(f"PairRM: {str(file)!r} has n_tasks {config['n_tasks']}; only 1 is a preference")
     return config
-
-
-def identity(path: str | Path) -> str:
-    """`sha256:` and the hash of the three files and their names: equal exactly when the judge is."""
-    directory = find(path)
-    whole = hashlib.sha256()
-    for name in FILES:
-        with (directory / name).open("rb") as file:
-            whole.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{whole.hexdigest()}"

@@ -120,9 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         try:
-            model = torch_model.load(options.path)
-            formatter = Formatter.from_directory(options.path)
-            hello = {"identity": layout.identity(options.path)}
+            checkpoint = layout.read(options.path)
+            model = torch_model.load(checkpoint)
+            formatter = Formatter.of(checkpoint)
+            hello = {"identity": checkpoint.identity}
         except BadInput as error:
             wire.write_frame(frames, {"error": str(error)})
             return 2

@@ -5,7 +5,6 @@ keeps the data type of whatever checkpoint it meets and so can squeeze float32 w
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout
 from sppo_jax.pairrm.format import Pair
+from sppo_jax.pairrm.layout import Checkpoint
 
 # A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
 _BUFFERS = {"pretrained_model.embeddings.position_ids"}
@@ -76,14 +75,13 @@ class PairRM(nn.Module):
         return self(pairs).numpy() if pairs else np.zeros(0, np.float32)
 
 
-def load(path: str | Path) -> PairRM:
-    """The PairRM in `path`, in evaluation mode. Raises BadInput naming the tensor that is missing, extra or misshapen."""
-    directory = layout.find(path)
+def load(checkpoint: Checkpoint) -> PairRM:
+    """Its network, in evaluation mode. Raises BadInput naming the tensor that is missing, extra or misshapen."""
     try:
-        model = PairRM(layout.read_config(directory))
+        model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"PairRM: {str(directory / 'config.json')!r} describes no model: {error!r}") from None
-    file = directory / "model.safetensors"
+        raise BadInput(f"PairRM: {str(checkpoint.directory)!r} describes no model: {error!r}") from None
+    file = checkpoint.weights
     wanted = model.state_dict()
     try:
         with safe_open(file, framework="pt") as stored:
