@@ -1,4 +1,4 @@
-"""Stage 2, second half, in PyTorch: token ids of pairs → PairRM's logits, in float32 on the CPU.
+"""Stage 2, second half, in PyTorch: token ids of pairs → PairRM's logits.
 
 The network is built from config.json and filled from model.safetensors. It is never made by `from_pretrained`, which
 keeps the data type of whatever checkpoint it meets and so can squeeze float32 weights through float16 on the way.
@@ -51,12 +51,14 @@ class PairRM(nn.Module):
         for row, pair in enumerate(pairs):
             ids[row, : len(pair)] = pair.ids
             mask[row, : len(pair)] = 1
-        return self.pretrained_model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state
+        device = self.head_layer[1].weight.device
+        ids_NT, mask_NT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        return self.pretrained_model(ids_NT, mask_NT).last_hidden_state
 
     def at_marks(self, hidden: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
         """The rows of `hidden` at the three prefix tokens, float32 [N, 3, hidden]."""
-        marks = torch.tensor([pair.marks for pair in pairs])
-        return hidden[torch.arange(len(pairs))[:, None], marks]
+        marks = torch.tensor([pair.marks for pair in pairs], device=hidden.device)
+        return hidden[torch.arange(len(pairs), device=hidden.device)[:, None], marks]
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """states [N, 3, hidden] → C [N]."""
@@ -72,11 +74,13 @@ class PairRM(nn.Module):
     @torch.inference_mode()
     def logits(self, pairs: Sequence[Pair]) -> np.ndarray:
         """C for N pairs as NumPy, float32 [N]. A pair's value does not depend on the others, up to rounding."""
-        return self(pairs).numpy() if pairs else np.zeros(0, np.float32)
+        return self(pairs).float().cpu().numpy() if pairs else np.zeros(0, np.float32)
 
 
-def load(checkpoint: Checkpoint) -> PairRM:
-    """Its network, in evaluation mode. Raises BadInput naming the tensor that is missing, extra or misshapen."""
+def load(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> PairRM:
+    """Its network in `dtype` on `device`, in evaluation mode. Raises BadInput naming the tensor that is missing, extra or misshapen."""
     try:
         model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
@@ -101,4 +105,4 @@ def load(checkpoint: Checkpoint) -> PairRM:
                 tensor.copy_(value)
     except SafetensorError as error:
         raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error}") from None
-    return model.eval()
+    return model.to(device, dtype).eval()
