@@ -19,8 +19,7 @@ from safetensors.numpy import load_file, save_file
 from sppo_jax import pairrm
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import layout, pairing, torch_model, wire
-from sppo_jax.pairrm.format import Formatter
-from sppo_jax.pairrm.sidecar import score
+from sppo_jax.pairrm.format import Formatter, Limits
 
 GOLDEN = Path(__file__).parent / "golden" / "pairrm"
 MODEL = GOLDEN / "pairrm_hf"
@@ -66,8 +65,7 @@ def case(name: str) -> tuple[Formatter, list[str], list[list[str]]]:
     limits = TEXTS["cases"][name]
     formatter = Formatter.of(
         layout.read(MODEL),
-        source_maxlength=limits["source_max_length"],
-        candidate_maxlength=limits["candidate_max_length"],
+        Limits(limits["source_max_length"], limits["candidate_max_length"]),
         neutralise=False,
     )
     examples = limits["examples"]
@@ -77,7 +75,11 @@ def case(name: str) -> tuple[Formatter, list[str], list[list[str]]]:
 def in_process(
     model: torch_model.PairRM, formatter: Formatter, prompts: Any, responses: Any, tokens: int = 4096
 ) -> np.ndarray:
-    return score(model, formatter, prompts, responses, tokens, lambda done, total: None)
+    """Logits [n, K, K] in this process, in batches of at most so many tokens."""
+    logits = np.zeros((len(prompts), len(responses[0]), len(responses[0])), np.float32)
+    for batch in pairing.batches(pairing.plan(formatter, prompts, responses), tokens):
+        pairing.scatter(logits, batch, model.logits([work.pair for work in batch]))
+    return logits
 
 
 def antisymmetric(logits: np.ndarray) -> np.ndarray:
@@ -145,7 +147,7 @@ def test_score_does_not_depend_on_batch_mates(model: torch_model.PairRM, formatt
 
 
 def test_truncation_budget_belongs_to_the_prompt(formatter: Formatter) -> None:
-    long = Formatter.of(layout.read(MODEL), source_maxlength=48, candidate_maxlength=16)
+    long = Formatter.of(layout.read(MODEL), Limits(48, 16))
     text = "the model compares two answers " * 40
     for prompt in ("hello!", "the ranker scores a short story " * 2, text):
         pair = long.pair(prompt, text, text)

@@ -58,21 +58,46 @@ class Pair:
         return 1, len(self.source) + 1, len(self.source) + len(self.first) + 1
 
 
-class Formatter:
-    """Turns texts into PairRM's ids. A prompt or response is tokenised once and reused for all of its pairs.
+@dataclass(frozen=True)
+class Limits:
+    """How much PairRM reads, in tokens of a segment, [CLS], prefix and [SEP] included. 0: as the checkpoint says.
 
-    The length budget belongs to the prompt, not to the batch as in the original: a prompt's segment of L tokens (at most
-    `source_maxlength`) leaves each candidate `candidate_maxlength + (source_maxlength - L) // 2`; what is longer loses
-    its right end and keeps its [SEP]. The limits come from the arguments, else from config.json, else 1224 and 412.
+    The budget belongs to the prompt, not to the batch as in the original: of `total`, a prompt's segment takes L (at most
+    `source`) and leaves each response (total - L) // 2, which is at least `candidate`. What is longer loses its right end
+    and keeps its [SEP].
     """
+
+    source: int = 0
+    candidate: int = 0
+    total: int = 0  # 0: source + 2 candidate
+
+    def of(self, config: Mapping[str, Any]) -> "Limits":
+        """With every 0 filled in: from config.json, else 1224 and 412. Raises BadInput for what leaves no room."""
+        source = self.source or int(config.get("source_maxlength") or SOURCE_MAXLENGTH)
+        candidate = self.candidate or int(config.get("candidate_maxlength") or CANDIDATE_MAXLENGTH)
+        total = self.total or source + 2 * candidate
+        if min(source, candidate) < 4:
+            raise BadInput(
+                f"PairRM: limits of {source} tokens for the prompt and {candidate} for a response leave no room for "
+                "text; each must be at least 4"
+            )
+        if total < source + 2 * candidate:
+            raise BadInput(
+                f"PairRM: a total of {total} tokens is less than a prompt of {source} and two responses of {candidate} "
+                f"take; make it at least {source + 2 * candidate}, or the others smaller"
+            )
+        return Limits(source, candidate, total)
+
+
+class Formatter:
+    """Turns texts into PairRM's ids. A prompt or response is tokenised once and reused for all of its pairs."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         config: Mapping[str, Any],
+        limits: Limits = Limits(),
         *,
-        source_maxlength: int | None = None,
-        candidate_maxlength: int | None = None,
         neutralise: bool = True,
     ) -> None:
         tokenizer.no_truncation()
@@ -82,17 +107,12 @@ class Formatter:
         for text, key in PREFIXES.items():
             if config.get(key, self._prefix[text]) != self._prefix[text]:
                 raise BadInput(
-                    f"PairRM: config.json has {key} {config[key]}, but tokenizer.json gives {text!r} the id "
+                    f"PairRM: config.json has {key} {config[key]}, but the tokenizer gives {text!r} the id "
                     f"{self._prefix[text]}: the two files do not belong together"
                 )
         self._cls, self._sep = _token_id(tokenizer, "[CLS]"), _token_id(tokenizer, "[SEP]")
         self.pad_id = int(config.get("pad_token_id") or 0)
-        self.source_maxlength = int(source_maxlength or config.get("source_maxlength") or SOURCE_MAXLENGTH)
-        self.candidate_maxlength = int(
-            candidate_maxlength or config.get("candidate_maxlength") or CANDIDATE_MAXLENGTH
-        )
-        if min(self.source_maxlength, self.candidate_maxlength) < 4:
-            raise BadInput("PairRM: source_maxlength and candidate_maxlength must be at least 4 tokens")
+        self.limits = limits.of(config)
 
         added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
         # [UNK] says nothing about structure, and ordinary text yields it too.
@@ -104,13 +124,19 @@ class Formatter:
         self._dropped = {id for id in control.values() if id is not None} if neutralise else set()
 
     @classmethod
-    def of(cls, checkpoint: layout.Checkpoint, **options: Any) -> "Formatter":
-        """The formatter of a PairRM; `options` as for the class. Raises BadInput for an unreadable tokenizer."""
+    def of(
+        cls,
+        checkpoint: layout.Checkpoint,
+        limits: Limits = Limits(),
+        *,
+        neutralise: bool = True,
+    ) -> "Formatter":
+        """The formatter of a PairRM. Raises BadInput for an unreadable tokenizer or impossible limits."""
         try:
             tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
         except Exception as error:  # the Rust side raises plain Exception
             raise BadInput(f"PairRM: {str(checkpoint.tokenizer)!r} is unreadable: {error}") from None
-        return cls(tokenizer, checkpoint.config, **options)
+        return cls(tokenizer, checkpoint.config, limits, neutralise=neutralise)
 
     def body(self, text: str) -> Ids:
         """Ids of a text by itself, int32 [tokens], any length: no prefix, no [CLS] or [SEP], nothing cut off."""
@@ -132,13 +158,16 @@ class Formatter:
 
     def prompt(self, prompt: str, responses: list[str]) -> "PromptPairs":
         """Tokenise a prompt and its K responses; the result yields the ids of any ordered pair of them."""
-        source = self._segment("<|source|>", self.body(prompt), self.source_maxlength)
-        limit = self.candidate_maxlength + (self.source_maxlength - len(source)) // 2
-        bodies = [self.body(text)[: limit - 3] for text in responses]
+        asked = self.body(prompt)
+        source = self._segment("<|source|>", asked, self.limits.source)
+        limit = (self.limits.total - len(source)) // 2
+        bodies = [self.body(text) for text in responses]
         return PromptPairs(
             source,
             [self._segment("<|candidate1|>", body, limit) for body in bodies],
             [self._segment("<|candidate2|>", body, limit) for body in bodies],
+            cut_prompt=len(asked) > self.limits.source - 3,
+            cut_responses=[len(body) > limit - 3 for body in bodies],
         )
 
     def pair(self, prompt: str, first: str, second: str) -> Pair:
@@ -153,6 +182,8 @@ class PromptPairs:
     source: Ids
     as_first: list[Ids]
     as_second: list[Ids]
+    cut_prompt: bool  # the model reads only the beginning of the prompt
+    cut_responses: list[bool]  # [K], the same of each response
 
     def pair(self, i: int, j: int) -> Pair:
         """Response i shown first, j second. i == j is allowed: the model's reading of two equal responses."""
@@ -163,6 +194,6 @@ def _token_id(tokenizer: Tokenizer, text: str) -> int:
     id = tokenizer.token_to_id(text)
     if id is None:
         raise BadInput(
-            f"PairRM: tokenizer.json does not know the token {text!r}; it is not a PairRM's tokenizer"
+            f"PairRM: the tokenizer does not know the token {text!r}; it is not a PairRM's tokenizer"
         )
     return int(id)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class Checkpoint:
     config: dict[str, Any]  # options of transformers' DebertaV2Config, and those of the pair head
     weights: Path  # safetensors with pretrained_model.* and head_layer.{1,4}.*
     tokenizer: Path
+    backbone: Path | None = None  # the directory that completes a ranker's; None: it is complete
+    sources: dict[str, str] = field(default_factory=dict)  # repository → commit of what came from the hub
 
     @property
     def identity(self) -> str:
@@ -31,7 +33,7 @@ class Checkpoint:
         return f"sha256:{whole.hexdigest()}"
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
     """The PairRM in the directory `path`. Raises BadInput naming what is missing or is not a PairRM's."""
     directory = Path(path)
     if not directory.is_dir():
