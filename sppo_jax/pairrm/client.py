@@ -1,62 +1,99 @@
-"""Stage 2's end of the pipe: starts the PairRM sidecar, sends it texts, gets logits [n, K, K] back."""
+"""Stage 2's end of the pipe: keeps a scoring process alive, sends it texts, gets logits [n, K, K] back.
 
-import contextlib
+Whatever befalls the process (it crashes, is killed, hangs, runs out of memory, writes garbage or scores that are no
+numbers), it is ended, started again after a pause, and asked for what is missing; scores that have arrived are kept. When
+that helps no more, it fails with one line that says why and names the prompts.
+"""
+
 import os
-import subprocess
 import sys
-import tempfile
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self, cast
+from typing import Any, Self
 
 import numpy as np
 
+from sppo_jax import hub
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import layout, wire
+from sppo_jax.pairrm.format import Limits
+from sppo_jax.pairrm.process import Broken, Child
 
 Progress = Callable[[int, int], None]
 
-_REQUEST_PROMPTS = 1024  # bounds the sidecar's memory for token ids
+_REQUEST_PROMPTS = 1024  # bounds the process's memory for token ids
 _REQUEST_BYTES = wire.MAX_FRAME // 4
-_CLOSE_SECONDS = 5.0
+_FEWER = (
+    8  # after a failure without a score the next request is so many times smaller: five reach a single prompt
+)
+_FIRST_TOKENS, _FEWEST_TOKENS = (
+    4096,
+    256,
+)  # of a batch, when one killed its process; then half, and half again
+_SHOWN = 80  # characters of a prompt in an error
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the client waits before it gives a process up, and how often it tries."""
+
+    start: float = 300.0  # seconds without any sign of life while it loads: a cold disk may hold it up
+    silence: float = 30.0  # the same afterwards
+    stall: int = 900  # signs of life, one a second, without any score
+    restarts: int = 5  # in a row without any new score
+    pause: float = 0.1  # seconds before the first restart, then twice as long each time, at most
+    longest_pause: float = 10.0
 
 
 class SidecarJudge:
-    """PairRM in a process of its own. Started by the constructor, asked for the first time by `identity` or `compare`.
+    """PairRM in a process of its own. The constructor starts it; it loads until it is first asked.
 
-    Not for use by two threads at once. Once closed, or once the sidecar has died, every call raises BadInput.
+    Not for use by two threads at once. After an error or an interruption it can be asked again; once closed, every call
+    raises BadInput.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        """`path` is a directory in the PairRM-hf layout; raises BadInput, before anything is started, when it is not."""
-        self.path = layout.read(path).directory.resolve()
-        self._stderr = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the process)
-        threads = threads or _available_cpus()
-        command = [sys.executable, "-P", "-m", "sppo_jax.pairrm.sidecar"]
-        command += ["--path", str(self.path), "--threads", str(threads)]
-        # The kernel's notice comes when the *thread* that started the child ends, so only the main one may ask for it.
-        if threading.current_thread() is threading.main_thread():
-            command.append("--die-with-parent")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=_environment(threads),
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
-        )
-        self._stop = weakref.finalize(self, _stop, self._process, self._stderr)
-        self._identity: str | None = None
-        self._last_id = 0
+    def __init__(
+        self,
+        checkpoint: layout.Checkpoint,
+        *,
+        threads: int | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        dtype: str = "auto",
+        command: Sequence[str] | None = None,
+        name: str = "PairRM",
+        patience: Patience = Patience(),
+        tell: Callable[[str], None] = hub.say,
+    ) -> None:
+        """`command` runs another program that speaks as wire.py says; `checkpoint` then only says who judges.
 
-    @property
+        `threads`: CPU threads (default: all that this process may use). `dtype`: auto (bfloat16 on a GPU, else float32),
+        float32 or bfloat16. `name` is its name in messages, `tell` hears of each restart. Raises BadInput for limits
+        that leave no room and a command that cannot be started.
+        """
+        limits.of(checkpoint.config)
+        self.sources = checkpoint.sources
+        self.cut: Counter[str] = Counter()  # "prompts", "responses" of which only a part was read
+        self._checkpoint, self._name, self._patience, self._tell = checkpoint, name, patience, tell
+        threads = threads or _available_cpus()
+        self._command = list(command or _sidecar(checkpoint, threads, limits, dtype))
+        self._environment = _environment(threads)
+        self._closed = self._ready = False
+        self._child: Child | None = None
+        self._last_id = 0
+        self._tokens: int | None = None  # of a batch, once a process has died for lack of memory, perhaps
+        self._luck = False  # a score has arrived since the last failure
+        self._restarts = 0  # without one
+        self._prompts = _REQUEST_PROMPTS  # of the next request, at most
+        self._start()
+
+    @cached_property
     def identity(self) -> str:
-        """Hash of the model's files. Waits until the sidecar has loaded; raises BadInput when it cannot."""
-        if self._identity is None:
-            self._identity = str(self._read()["identity"])
-        return self._identity
+        """Hash of the model's files."""
+        return self._checkpoint.identity
 
     def compare(
         self,
@@ -67,25 +104,29 @@ class SidecarJudge:
         """Logits, float32 [n, K, K]: [p, i, j] is that response i, shown first, beats j; the diagonal is 0.
 
         prompts [n] are raw instructions, responses [n][K] decoded text. `on_progress(done, total)` counts ordered pairs.
-        Raises ValueError for shapes that do not fit, BadInput when the judge fails or dies.
+        Raises ValueError for shapes that do not fit, BadInput when the judge fails for good.
         """
         n, k = len(prompts), len(responses[0]) if responses else 0
         if len(responses) != n or any(len(row) != k for row in responses):
             raise ValueError(f"{n} prompts need {n} rows of equally many responses")
-        _ = self.identity
-        logits = np.zeros((n, k, k), np.float32)
-        for part in _requests(prompts, responses):
-            before = part.start * k * (k - 1)
-
-            def report(done: int, before: int = before) -> None:
-                if on_progress is not None:
-                    on_progress(before + done, n * k * (k - 1))
-
-            logits[part] = self._ask(prompts[part], responses[part], report)
-        return logits
+        if self._closed:
+            raise BadInput(f"{self._name}: this judge is closed; load it again")
+        scores = _Scores(n, k)
+        try:
+            while (missing := scores.missing()).size:
+                asked = _request(missing[: self._prompts], prompts, responses)
+                try:
+                    self._ask(asked, prompts, responses, scores, on_progress)
+                except Broken as broken:
+                    self._start_again(broken, [prompts[i] for i in asked])
+        except BaseException:  # an answer may be under way: the next request needs another process
+            self._stop()
+            raise
+        return scores.logits
 
     def close(self) -> None:
-        """Close the pipe, which ends the sidecar; kill it when it has not ended after five seconds."""
+        """End the process."""
+        self._closed = True
         self._stop()
 
     def __enter__(self) -> Self:
@@ -95,75 +136,206 @@ class SidecarJudge:
         self.close()
 
     def _ask(
-        self, prompts: Sequence[str], responses: Sequence[Sequence[str]], report: Callable[[int], None]
-    ) -> Any:
+        self,
+        asked: Sequence[int],
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        scores: "_Scores",
+        on_progress: Progress | None,
+    ) -> None:
+        """One request and its whole answer into `scores`. Raises Broken."""
+        child = self._loaded()
         self._last_id += 1
-        name = self._last_id
-        message = {"id": name, "prompts": list(prompts), "responses": [list(row) for row in responses]}
+        message = {
+            "id": self._last_id,
+            "prompts": [prompts[i] for i in asked],
+            "responses": [list(responses[i]) for i in asked],
+        }
+        if scores.begun(asked):
+            message["cells"] = scores.cells(asked)
+        if self._tokens is not None:
+            message["tokens"] = self._tokens
         try:
-            frame = wire.encode(message)
+            child.send(wire.encode(message))
         except wire.FrameError as error:
-            raise BadInput(f"PairRM: a prompt and its responses are too long to judge: {error}") from None
-        try:
-            self._send(frame)
-            while "logits" not in (answer := self._read()):
-                report(int(answer["done"]))
-        except BadInput:
-            raise
-        except BaseException:  # interrupted between or inside frames: the stream is out of step for good
-            self.close()
-            raise
-        return answer["logits"]
+            raise BadInput(
+                f"{self._name}: a prompt and its responses are too long to judge: {error}"
+            ) from None
+        beats = 0
+        while True:
+            frame = child.receive(self._patience.silence)
+            if "alive" in frame:
+                beats += 1
+                self._check_stall(beats)
+                continue
+            if frame.get("id") != self._last_id:
+                raise Broken(f"wrote garbage (an answer to {str(frame.get('id'))[:20]!r})")
+            if not {"cells", "end", "error"} & frame.keys():
+                raise Broken("wrote garbage (an answer that is none)")
+            if "error" in frame:
+                raise Broken(f"could not go on ({_one_line(frame['error'])[:300]})")
+            new = scores.take(frame, asked) if "cells" in frame else 0
+            self.cut.update(_cut(frame))
+            if new:
+                beats = 0
+                self._luck = True
+                if on_progress is not None:
+                    on_progress(scores.done, scores.total)
+            if "end" in frame:
+                break
+        if open_ := len(scores.cells(asked)):
+            raise Broken(f"wrote garbage (an answer without {open_} of its scores)")
+        self._prompts = min(2 * self._prompts, _REQUEST_PROMPTS)
 
-    def _send(self, frame: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(frame)
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):  # ValueError: closed on our side
-            self._fail("its pipe is closed")
+    def _loaded(self) -> Child:
+        """The process, when it has said that it is ready. Raises Broken, and BadInput when it says that it never will be."""
+        if self._child is None:
+            self._start()
+        assert self._child is not None
+        beats = 0
+        while not self._ready:
+            frame = self._child.receive(self._patience.start)
+            if "error" in frame:
+                raise BadInput(_one_line(f"{self._name}: {frame['error']}"))
+            beats += 1
+            self._check_stall(beats)
+            if "alive" not in frame and frame.get("ready") is not True:
+                raise Broken("wrote garbage (no word that it is ready)")
+            self._ready = "ready" in frame
+        return self._child
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            message = wire.read_frame(cast(BinaryIO, self._process.stdout))
-        except (wire.FrameError, ValueError) as error:
-            self._fail(str(error))
-        if message is None:
-            self._fail("it closed its output")
-        if "error" in message:
-            raise BadInput(_one_line(f"PairRM: {message['error']}"))
-        return message
+    def _check_stall(self, beats: int) -> None:
+        if beats > self._patience.stall:
+            raise Broken(f"got nowhere for {self._patience.stall} s")
 
-    def _fail(self, what: str) -> NoReturn:
-        if not self._stop.alive:
-            raise BadInput("PairRM: this judge is closed; load it again")
-        try:
-            status = self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        self._stderr.seek(0)
-        said = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
-        self.close()
-        last = f"; its last words: {said[-1].strip()[:300]!r}" if said else ""
-        raise BadInput(
-            _one_line(
-                f"PairRM's sidecar ended with exit status {status} ({what}){last}; run the same command again to resume"
+    def _start_again(self, broken: Broken, asked: Sequence[str]) -> None:
+        """Another process after a pause, with smaller requests if this one scored nothing. BadInput when that is all."""
+        said = self._child.last_words() if self._child is not None else ""
+        at_work = self._ready
+        self._stop()
+        if self._luck:
+            self._restarts, self._luck = 0, False
+        elif at_work:
+            self._prompts = max(1, min(self._prompts, len(asked)) // _FEWER)
+            if broken.died:
+                self._tokens = max(_FEWEST_TOKENS, self._tokens // 2) if self._tokens else _FIRST_TOKENS
+        if self._restarts == self._patience.restarts:
+            self._restarts, self._prompts = 0, _REQUEST_PROMPTS
+            raise BadInput(
+                f"{self._name}: {_shown(asked)} cannot be judged: its process {broken}"
+                + ("" if at_work else " before it was ready")
+                + (f", its last words {said!r}" if said else "")
+                + f", and {self._patience.restarts} restarts did not help; run the same command again to resume"
             )
+        time.sleep(min(self._patience.pause * 2**self._restarts, self._patience.longest_pause))
+        self._restarts += 1
+        self._tell(
+            f"{self._name}: its process {broken}; started again ({self._restarts} of {self._patience.restarts})"
         )
+        self._start()
+
+    def _start(self) -> None:
+        self._ready = False
+        try:
+            self._child = Child(self._command, self._environment)
+        except BadInput as error:
+            raise BadInput(f"{self._name}: {error}") from None
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
 
 
-def _requests(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Iterator[slice]:
-    """Cut n prompts into requests of bounded number and size; a single prompt is never cut."""
-    start = size = 0
-    for n, (prompt, row) in enumerate(zip(prompts, responses, strict=True)):
-        more = 6 * (len(prompt) + sum(map(len, row)))  # escaped in JSON: six bytes, twelve beyond U+FFFF
-        if n > start and (n - start >= _REQUEST_PROMPTS or size + more > _REQUEST_BYTES):
-            yield slice(start, n)
-            start, size = n, 0
-        size += more
-    if len(prompts) > start:
-        yield slice(start, len(prompts))
+class _Scores:
+    """The logits of one comparison as they come in, and which of them are there."""
+
+    def __init__(self, n: int, k: int) -> None:
+        self.logits = np.zeros((n, k, k), np.float32)
+        self._known = np.zeros((n, k, k), bool)
+        self._known[:, np.arange(k), np.arange(k)] = True
+        self.total = n * k * (k - 1)
+
+    @property
+    def done(self) -> int:
+        return self.total - int((~self._known).sum())
+
+    def missing(self) -> np.ndarray:
+        """Prompts of which a cell is missing, in order."""
+        return np.flatnonzero(~self._known.all(axis=(1, 2)))
+
+    def begun(self, asked: Sequence[int]) -> bool:
+        """Whether some but not all cells of one of these prompts are known."""
+        known, k = self._known[list(asked)], self._known.shape[1]
+        return bool((known.sum(axis=(1, 2)) > k).any())
+
+    def cells(self, asked: Sequence[int]) -> list[list[int]]:
+        """The missing ones, as [place in `asked`, i, j]."""
+        return np.argwhere(~self._known[list(asked)]).tolist()
+
+    def take(self, frame: dict[str, Any], asked: Sequence[int]) -> int:
+        """Write a frame's scores where none is yet; returns how many. Raises Broken for what cannot be an answer."""
+        cells, values = _array(frame, "cells", "iu"), _array(frame, "logits", "fiu")
+        if values.size == 0 and cells.size == 0:
+            return 0
+        if cells.ndim != 2 or cells.shape[1] != 3 or values.shape != cells.shape[:1]:
+            raise Broken("wrote garbage (cells and logits that do not belong together)")
+        k = self._known.shape[1]
+        p, i, j = cells.T
+        if (cells < 0).any() or (p >= len(asked)).any() or (cells[:, 1:] >= k).any() or (i == j).any():
+            raise Broken("wrote garbage (a score for a pair that there is not)")
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise Broken("gave a score that is not a finite number")
+        place = np.asarray(asked)[p], i, j
+        new = ~self._known[place]
+        self.logits[tuple(axis[new] for axis in place)] = values[new]
+        before = self.done
+        self._known[place] = True
+        return self.done - before
+
+
+def _array(frame: dict[str, Any], key: str, kinds: str) -> np.ndarray:
+    try:
+        array = np.asarray(frame.get(key))
+    except (ValueError, OverflowError):  # ragged
+        array = np.asarray(None)
+    if array.size and array.dtype.kind not in kinds:
+        raise Broken(f"wrote garbage ({key} that are no numbers)")
+    return array
+
+
+def _cut(frame: dict[str, Any]) -> dict[str, int]:
+    cut = frame.get("cut", {})
+    if not isinstance(cut, dict) or not all(isinstance(count, int) and count >= 0 for count in cut.values()):
+        raise Broken("wrote garbage (a cut that counts nothing)")
+    return {key: cut[key] for key in ("prompts", "responses") if cut.get(key)}
+
+
+def _request(
+    missing: Sequence[int] | np.ndarray, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+) -> list[int]:
+    """The first of the `missing` prompts that fit into one frame; a single one always does."""
+    asked: list[int] = []
+    size = 0
+    for i in map(int, missing):
+        # Escaped in JSON: six bytes, twelve beyond U+FFFF.
+        size += 6 * (len(prompts[i]) + sum(map(len, responses[i])))
+        if asked and size > _REQUEST_BYTES:
+            break
+        asked.append(i)
+    return asked
+
+
+def _sidecar(checkpoint: layout.Checkpoint, threads: int, limits: Limits, dtype: str) -> list[str]:
+    command = [sys.executable, "-P", "-m", "sppo_jax.pairrm.sidecar"]
+    command += ["--path", str(checkpoint.directory.resolve()), "--threads", str(threads), "--dtype", dtype]
+    command += ["--source", str(limits.source), "--candidate", str(limits.candidate)]
+    command += ["--total", str(limits.total)]
+    if checkpoint.backbone is not None:
+        command += ["--backbone", str(checkpoint.backbone.resolve())]
+    return command
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -184,19 +356,10 @@ def _available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _shown(asked: Sequence[str]) -> str:
+    first = f"the prompt {_one_line(asked[0])[:_SHOWN]!r}"
+    return first if len(asked) == 1 else f"{first} and {len(asked) - 1} more"
 
 
-def _stop(process: subprocess.Popen[bytes], stderr: BinaryIO) -> None:
-    if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-    if process.stdout is not None:
-        process.stdout.close()
-    try:
-        process.wait(_CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    stderr.close()
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -1,15 +1,16 @@
 """Stage 2, between text and network: which ordered pairs of K to score, in which batches, and where the logits go.
 
-Nothing here changes a score; it only avoids work. Responses with equal ids are scored once and copied, so that two equal
+Nothing here changes a score; it only avoids work. Pairs with equal ids are scored once and copied, so that two equal
 answers have the same logit in both orders and hence a preference of exactly one half.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sppo_jax.pairrm.format import Formatter, Pair
+from sppo_jax.pairrm.format import Formatter, Pair, PromptPairs
 
 Cell = tuple[int, int, int]  # prompt, first, second: a place in logits [n, K, K]
 
@@ -24,31 +25,56 @@ class Work:
 
 def plan(formatter: Formatter, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[Work]:
     """All ordered pairs i != j of each prompt's K responses; both orders, off the diagonal, are in the list."""
-    works: list[Work] = []
-    for n, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
-        segments = formatter.prompt(prompt, list(texts))
+    return distinct(read(formatter, prompts, responses))
+
+
+def read(
+    formatter: Formatter, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+) -> list[PromptPairs]:
+    """Tokenise prompts [n] and responses [n][K]."""
+    return [formatter.prompt(p, list(texts)) for p, texts in zip(prompts, responses, strict=True)]
+
+
+def distinct(texts: Sequence[PromptPairs]) -> list[Work]:
+    """What to score so that each ordered pair i != j has its logit: equal ids once, within a prompt and across."""
+    works: dict[tuple[bytes, bytes, bytes], Work] = {}
+    for n, segments in enumerate(texts):
+        source = segments.source.tobytes()
         groups: dict[bytes, list[int]] = {}
         for i, ids in enumerate(segments.as_first):
             groups.setdefault(ids.tobytes(), []).append(i)
-        for first in groups.values():
-            for second in groups.values():
-                cells = [(n, i, j) for i in first for j in second if i != j]
-                if cells:
-                    works.append(Work(segments.pair(first[0], second[0]), cells))
-    return works
+        for a, first in groups.items():
+            for b, second in groups.items():
+                if cells := [(n, i, j) for i in first for j in second if i != j]:
+                    new = Work(segments.pair(first[0], second[0]), [])
+                    works.setdefault((source, a, b), new).cells.extend(cells)
+    return list(works.values())
+
+
+def in_order(works: Sequence[Work]) -> list[Work]:
+    """Longest first (running out of memory shows at once), the two orders of a pair next to each other."""
+    return sorted(works, key=lambda work: (-len(work.pair), _couple(work)))
 
 
 def batches(works: Sequence[Work], batch_tokens: int) -> Iterator[list[Work]]:
-    """Batches of like length, longest first (running out of memory shows at once), each at most `batch_tokens`
-    tokens after padding, or a single pair where one alone is longer."""
+    """Batches of like length, longest first, each at most `batch_tokens` tokens after padding, or a single pair where
+    one alone is longer. The two orders of a pair share a batch wherever they fit into one."""
     batch: list[Work] = []
-    for work in sorted(works, key=lambda work: len(work.pair), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0].pair) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(work)
+    for _, both in itertools.groupby(in_order(works), _couple):
+        couple = list(both)
+        for part in [couple] if len(couple) * len(couple[0].pair) <= batch_tokens else [[w] for w in couple]:
+            if batch and (len(batch) + len(part)) * len(batch[0].pair) > batch_tokens:
+                yield batch
+                batch = []
+            batch = batch + part
     if batch:
         yield batch
+
+
+def _couple(work: Work) -> Cell:
+    """The same for the two orders of a pair, which `distinct` always finds together and in the same prompt."""
+    n, i, j = work.cells[0]
+    return n, min(i, j), max(i, j)
 
 
 def scatter(logits: np.ndarray, batch: Sequence[Work], scores: np.ndarray) -> int:

@@ -1,46 +1,51 @@
 """Stage 2's own process: PairRM in PyTorch behind a pipe, so that no JAX process ever imports torch.
 
-    python -m sppo_jax.pairrm.sidecar --path DIR [--threads N] [--batch-tokens M]
+    python -m sppo_jax.pairrm.sidecar --path DIR [--backbone DIR] [--threads N] [--batch-tokens M] [--dtype D] [limits]
 
-Reads frames (see wire.py) from standard input and writes frames to what was standard output:
-
-    → nothing                                          ← {"identity": "sha256:…"}, or {"error": "…"}, once at the start
-    → {"id": 7, "prompts": [n], "responses": [n][K]}   ← {"id": 7, "done": pairs, "total": pairs}, after each batch
-                                                       ← {"id": 7, "logits": [n][K][K]}, or {"id": 7, "error": "…"}
-
-It ends when standard input does.
+Reads and writes the frames that wire.py describes: texts come in, and the logits of each batch leave as soon as they are
+known. Out of memory, it goes on with smaller batches. It ends when its standard input does.
 """
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout, pairing, torch_model, wire
-from sppo_jax.pairrm.format import Formatter
+from sppo_jax.pairrm import layout, pairing, wire
+from sppo_jax.pairrm.format import Formatter, Limits, PromptPairs
+
+if TYPE_CHECKING:
+    from sppo_jax.pairrm import torch_model
 
 BATCH_TOKENS = 8192
 
-
-def private_stdout() -> BinaryIO:
-    """A private copy of standard output for frames; the public one then leads to standard error, so that a library's
-    print cannot break the stream."""
-    frames = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return frames
+Scorer = Callable[[list[pairing.Work]], np.ndarray]
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the thread that started us ends; elsewhere the end of standard input has to do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+class Unscored(Exception):
+    """Pairs without a score; the message says why."""
+
+    def __init__(self, why: str, cells: list[pairing.Cell]) -> None:
+        super().__init__(why)
+        self.cells = cells
+
+
+class Budget:
+    """Tokens of a batch, padding included: what was asked for, less what memory has refused."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def refuse(self, batch: Sequence[pairing.Work]) -> None:
+        """`batch` did not fit: half of it may, now and later. Raises Unscored when it is a single pair."""
+        if len(batch) == 1:
+            raise Unscored(f"a pair of {len(batch[0].pair)} tokens does not fit into memory", batch[0].cells)
+        self.tokens = len(batch) * len(batch[0].pair) // 2
 
 
 def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -55,82 +60,152 @@ def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return prompts, responses
 
 
-def score(
-    model: torch_model.PairRM,
-    formatter: Formatter,
-    prompts: list[str],
-    responses: list[list[str]],
-    batch_tokens: int,
-    on_progress: Callable[[int, int], None],
-) -> np.ndarray:
-    """Logits of all ordered pairs, float32 [n, K, K] with a zero diagonal; raises ValueError for a score that is no number."""
-    k = len(responses[0]) if responses else 0
-    logits = np.zeros((len(prompts), k, k), np.float32)
-    works = pairing.plan(formatter, prompts, responses)
-    done, total = 0, len(prompts) * k * (k - 1)
-    for batch in pairing.batches(works, batch_tokens):
-        scores = model.logits([work.pair for work in batch])
-        if not np.isfinite(scores).all():
-            n, i, j = batch[int(np.flatnonzero(~np.isfinite(scores))[0])].cells[0]
-            raise ValueError(f"the score of responses {i} and {j} to prompt {n} is not a finite number")
-        done += pairing.scatter(logits, batch, scores)
-        on_progress(done, total)
-    return logits
+def needed(works: Sequence[pairing.Work], cells: Sequence[Sequence[int]] | None) -> list[pairing.Work]:
+    """Those of `works` that score one of `cells`; all of them when that is None."""
+    if cells is None:
+        return list(works)
+    wanted = {tuple(cell) for cell in cells}
+    return [work for work in works if not wanted.isdisjoint(work.cells)]
 
 
-def serve(
-    requests: BinaryIO, frames: BinaryIO, model: torch_model.PairRM, formatter: Formatter, tokens: int
-) -> None:
-    """Answer requests until `requests` ends. A request that fails is answered with its error; the next may succeed."""
-    while (message := wire.read_frame(requests)) is not None:
-        name = message.get("id")
+def scored(
+    works: Sequence[pairing.Work], scorer: Scorer, budget: Budget
+) -> Iterator[tuple[list[pairing.Work], np.ndarray]]:
+    """Batches of `works` and their scores, float32. Raises Unscored for a pair too large for memory."""
+    left = pairing.in_order(works)
+    while left:
+        for batch in pairing.batches(left, budget.tokens):
+            try:
+                scores = scorer(batch)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                scores = None
+            if scores is None:  # out of the handler, whose error holds on to the tensors
+                print(f"sidecar: out of memory with a batch of {len(batch)} pairs", file=sys.stderr)
+                budget.refuse(batch)
+                break
+            left = left[len(batch) :]
+            yield batch, np.asarray(scores, np.float32)
 
-        def report(done: int, total: int, name: Any = name) -> None:
-            wire.write_frame(frames, {"id": name, "done": done, "total": total})
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: PyTorch says so in three ways, the CPU's in words only."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate", "out of memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
+
+
+class Cuts:
+    """How many texts are read only in part, told once for each prompt: when its last pair has its score."""
+
+    def __init__(self, texts: Sequence[PromptPairs], works: Sequence[pairing.Work]) -> None:
+        self._texts = texts
+        self._open = Counter(n for work in works for n, _, _ in work.cells)
+
+    def told(self, batch: Sequence[pairing.Work]) -> dict[str, int]:
+        """Of the prompts that `batch` completes."""
+        prompts = responses = 0
+        for n, count in Counter(n for work in batch for n, _, _ in work.cells).items():
+            self._open[n] -= count
+            if self._open[n] == 0:
+                prompts += bool(self._texts[n].cut_prompt)
+                responses += sum(map(bool, self._texts[n].cut_responses))
+        return {"prompts": prompts, "responses": responses}
+
+
+def answer(
+    message: dict[str, Any], formatter: Formatter, scorer: Scorer, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """A request → the frames that answer it, without its id. Raises ValueError for what is no request, and Unscored."""
+    prompts, responses = check_request(message)
+    budget.tokens = min(budget.tokens, message.get("tokens") or budget.tokens)
+    texts = pairing.read(formatter, prompts, responses)
+    works = needed(pairing.distinct(texts), message.get("cells"))
+    cuts = Cuts(texts, works)
+    for batch, scores in scored(works, scorer, budget):
+        good = np.isfinite(scores)
+        bad = [cell for work, fine in zip(batch, good, strict=True) if not fine for cell in work.cells]
+        batch = [work for work, fine in zip(batch, good, strict=True) if fine]
+        counts = [len(work.cells) for work in batch]
+        yield {
+            "cells": [cell for work in batch for cell in work.cells],
+            "logits": np.repeat(scores[good], counts).tolist(),
+            "cut": cuts.told(batch),
+        }
+        if bad:
+            n, i, j = bad[0]
+            raise Unscored(f"the score of responses {i} and {j} to prompt {n} is not a finite number", bad)
+    yield {"end": True, "cut": {"prompts": 0, "responses": 0}}
+
+
+def load(options: argparse.Namespace) -> tuple["torch_model.PairRM", Formatter, str]:
+    """The network, what feeds it, and the device that it is on. Raises BadInput."""
+    import torch
+
+    from sppo_jax.pairrm import torch_model
+
+    if options.threads > 0:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "bfloat16" if device == "cuda" else "float32"
+    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
+    checkpoint = layout.read(options.path, options.backbone)
+    formatter = Formatter.of(checkpoint, Limits(options.source, options.candidate, options.total))
+    return torch_model.load(checkpoint, device=device, dtype=dtype), formatter, device
+
+
+def serve(replies: wire.Replies, model: "torch_model.PairRM", formatter: Formatter, tokens: int) -> None:
+    """Answer requests until they end. One that fails is answered with its error; the next may succeed."""
+    budget = Budget(tokens)
+
+    def scorer(batch: list[pairing.Work]) -> np.ndarray:
+        return model.logits([work.pair for work in batch])
+
+    for message in replies.requests(sys.stdin.buffer):
+        name = {"id": message.get("id")}
         try:
-            logits = score(model, formatter, *check_request(message), tokens, report)
-            answer = wire.encode({"id": name, "logits": logits.tolist()})
+            for frame in answer(message, formatter, scorer, budget):
+                replies.send(name | frame)
         except BrokenPipeError:
             raise
+        except Unscored as error:
+            replies.send(name | {"error": str(error), "cells": error.cells})
         except Exception as error:  # whatever it was, the asker is told
-            answer = wire.encode({"id": name, "error": f"{type(error).__name__}: {error}"})
-        frames.write(answer)
-        frames.flush()
+            replies.send(name | {"error": f"{type(error).__name__}: {error}", "cells": []})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Load the model, say who it is, serve. Returns the exit status."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sppo_jax.pairrm.sidecar", description=__doc__)
-    parser.add_argument("--path", required=True, help="directory in the PairRM-hf layout")
+    parser.add_argument("--path", required=True, help="directory of a PairRM")
+    parser.add_argument("--backbone", help="directory that completes a ranker's")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for PyTorch (0: its own choice)")
     parser.add_argument(
         "--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens per forward, padding included"
     )
-    parser.add_argument(
-        "--die-with-parent", action="store_true", help="end when the thread that started us ends"
-    )
-    options = parser.parse_args(argv)
-    # A SIGTERM to the whole job is for the parent, which still needs us until it has saved its work.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if options.die_with_parent:
-        die_with_parent()
-    frames = private_stdout()
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    for name in ("source", "candidate", "total"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="tokens (0: as the checkpoint says)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load the model, say so, serve. Returns the exit status."""
+    options = arguments(argv)
+    wire.stay_with_parent()
+    replies = wire.Replies(wire.private_stdout())  # before the imports that take seconds
     try:
         try:
-            checkpoint = layout.read(options.path)
-            model = torch_model.load(checkpoint)
-            formatter = Formatter.of(checkpoint)
-            hello = {"identity": checkpoint.identity}
+            model, formatter, device = load(options)
         except BadInput as error:
-            wire.write_frame(frames, {"error": str(error)})
+            replies.send({"error": str(error)})
             return 2
-        wire.write_frame(frames, hello)
-        serve(sys.stdin.buffer, frames, model, formatter, options.batch_tokens)
+        replies.send({"ready": True, "device": device})
+        serve(replies, model, formatter, options.batch_tokens)
     except BrokenPipeError:  # the reader is gone: nothing is left to do
-        frames = open(os.devnull, "wb")  # noqa: SIM115  (what was buffered must not fail again at exit)
         return 0
     except wire.FrameError as error:
         print(f"sidecar: {error}", file=sys.stderr)
@@ -139,4 +214,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # no orderly end of threads and libraries that nobody waits for
