@@ -1,9 +1,15 @@
 """Stage 2, second half, in PyTorch: token ids of pairs → PairRM's logits.
 
-The network is built from config.json and filled from model.safetensors. It is never made by `from_pretrained`, which
-keeps the data type of whatever checkpoint it meets and so can squeeze float32 weights through float16 on the way.
+Parameters and layers are transformers' own; only the attention is written here, because theirs spends more time on moving
+the position terms about than on the network's products. The network is built from config.json and filled from
+model.safetensors. It is never made by `from_pretrained`, which keeps the data type of whatever checkpoint it meets and so
+can squeeze float32 weights through float16 on the way.
+
+Letters: N pairs, T tokens of the longest, H heads, C channels of a head, O = 2T - 1 offsets i - j between two tokens,
+R rows of the table of relative positions, L layers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +17,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn import functional
 from transformers import DebertaV2Config, DebertaV2Model
+from transformers.models.deberta_v2.modeling_deberta_v2 import (
+    DisentangledSelfAttention,
+    make_log_bucket_position,
+)
 
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm.format import Pair
@@ -19,6 +30,54 @@ from sppo_jax.pairrm.layout import Checkpoint
 
 # A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
 _BUFFERS = {"pretrained_model.embeddings.position_ids"}
+# What every PairRM has, and the attention below takes for granted.
+_FIXED: dict[str, Any] = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "share_att_key": True,
+    "type_vocab_size": 0,
+    "conv_kernel_size": 0,
+}
+# On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
+_PIECE, _STRIP = 2**21, 64
+
+
+def skew(products: torch.Tensor) -> torch.Tensor:
+    """products [..., S, T + S - 1] → a view [..., S, T]: row r begins S - 1 - r places to the right.
+
+    So products of S tokens i with all offsets i - j, in falling order, become terms of (i, j).
+    """
+    rows, width = products.shape[-2:]
+    if rows == 1:
+        return products
+    lines = products.flatten(-2)[..., rows - 1 : -1].unflatten(-1, (rows, width - 1))
+    return lines[..., : width - rows + 1]
+
+
+def position_scores(
+    query_NHTC: torch.Tensor,
+    key_NHTC: torch.Tensor,
+    far_key_HOC: torch.Tensor,
+    far_query_HOC: torch.Tensor,
+    strip: int,
+) -> torch.Tensor:
+    """Scores [N, H, T, T] of content to position and of position to content: Q_i Kr(i - j) + K_j Qr(i - j).
+
+    Both tables are in falling order of the offset as their own token sees it: of i - j for the keys, of j - i for the
+    queries. In strips of `strip` rows the products are only those that are needed, but for `strip` - 1 in each row.
+    """
+    tokens = query_NHTC.shape[2]
+    scores = query_NHTC.new_empty(*query_NHTC.shape[:3], tokens)
+    starts = range(0, tokens, strip)
+    for start in starts:
+        end = min(start + strip, tokens)
+        near = slice(tokens - end, 2 * tokens - 1 - start)
+        scores[:, :, start:end] = skew(query_NHTC[:, :, start:end] @ far_key_HOC[:, near].mT)
+    for start in starts:
+        end = min(start + strip, tokens)
+        near = slice(tokens - end, 2 * tokens - 1 - start)
+        scores[..., start:end] += skew(key_NHTC[:, :, start:end] @ far_query_HOC[:, near].mT).mT
+    return scores
 
 
 class PairRM(nn.Module):
@@ -28,9 +87,21 @@ class PairRM(nn.Module):
     the first response is better, given that it is shown first.
     """
 
+    pretrained_model: Any  # transformers' modules, whose attributes have no types
+    positions: (
+        torch.Tensor | None
+    )  # the projected tables of positions [L, 2, H, R, C], once the weights are final
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.pretrained_model = DebertaV2Model(DebertaV2Config(**config))
+        options = DebertaV2Config(**config)
+        odd = [name for name, value in _FIXED.items() if (getattr(options, name, 0) or 0) != value]
+        odd += ["pos_att_type"] * (set(options.pos_att_type or ()) != {"c2p", "p2c"})
+        if odd:
+            raise BadInput(
+                f"PairRM: config.json has {odd[0]} {getattr(options, odd[0], None)!r}, which no PairRM has"
+            )
+        self.pretrained_model = DebertaV2Model(options)
         hidden = int(config["hidden_size"])
         dropout = float(config.get("drop_out", 0.05))
         # Indices 1 and 4 are the names in the checkpoint.
@@ -42,6 +113,21 @@ class PairRM(nn.Module):
             nn.Linear(hidden, 1),
         )
         self.pad_id = int(config.get("pad_token_id") or 0)
+        self.register_buffer("positions", None, persistent=False)
+
+    def train(self, mode: bool = True) -> "PairRM":
+        if mode:
+            self.positions = None
+        return super().train(mode)
+
+    def fix(self) -> "PairRM":
+        """Evaluation mode, and what depends on weights alone computed once; for weights that stay as they are."""
+        self.eval()
+        with torch.no_grad():
+            self.positions = torch.stack(
+                [self._positions(n) for n in range(len(self.pretrained_model.encoder.layer))]
+            )
+        return self
 
     def hidden(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Last hidden states, float32 [N, T, hidden], T the longest of N; padding is masked and changes nothing."""
@@ -51,9 +137,67 @@ class PairRM(nn.Module):
         for row, pair in enumerate(pairs):
             ids[row, : len(pair)] = pair.ids
             mask[row, : len(pair)] = 1
-        device = self.head_layer[1].weight.device
+        device = next(self.parameters()).device
         ids_NT, mask_NT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-        return self.pretrained_model(ids_NT, mask_NT).last_hidden_state
+        rows_O = self._rows(longest).to(device)
+        padding = None if mask.all() else mask_NT[:, None, None] == 0
+        hidden = self.pretrained_model.embeddings(ids_NT, mask=mask_NT)
+        for n, layer in enumerate(self.pretrained_model.encoder.layer):
+            known = None if torch.is_grad_enabled() else self.positions
+            far_key, far_query = self._positions(n) if known is None else known[n]
+            far = far_key[:, rows_O.flip(0)], far_query[:, rows_O]
+            mixed = self._attend(layer.attention.self, hidden, *far, padding)
+            attended = layer.attention.output(mixed, hidden)
+            hidden = layer.output(layer.intermediate(attended), attended)
+        return hidden
+
+    def _rows(self, tokens: int) -> torch.Tensor:
+        """Which row of the table of relative positions an offset has, int64 [O], for offsets from 1 - T to T - 1."""
+        attention = self.pretrained_model.encoder.layer[0].attention.self
+        offset, span = torch.arange(1 - tokens, tokens), attention.pos_ebd_size
+        if attention.position_buckets > 0:
+            offset = make_log_bucket_position(
+                offset, attention.position_buckets, attention.max_relative_positions
+            ).long()
+        return (offset + span).clamp(0, 2 * span - 1)
+
+    def _positions(self, layer: int) -> torch.Tensor:
+        """Keys and queries [2, H, R, C] of the relative positions, divided by what scores are divided by."""
+        encoder = self.pretrained_model.encoder
+        attention = encoder.layer[layer].attention.self
+        table = attention.pos_dropout(encoder.get_rel_embedding())
+        both = torch.stack([attention.key_proj(table), attention.query_proj(table)]) * _scale(attention)
+        return both.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    def _attend(
+        self,
+        attention: DisentangledSelfAttention,
+        hidden: torch.Tensor,
+        far_key_HOC: torch.Tensor,
+        far_query_HOC: torch.Tensor,
+        padding: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """softmax((Q_i K_j + Q_i Kr(i - j) + K_j Qr(i - j)) / sqrt(3 C)) V (arXiv:2006.03654), [N, T, hidden]."""
+        heads, tokens = attention.num_attention_heads, hidden.shape[1]
+        query, key, value = (
+            project(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for project in (attention.query_proj, attention.key_proj, attention.value_proj)
+        )
+        cached = hidden.device.type == "cpu"
+        some = max(1, _PIECE // (len(hidden) * tokens**2)) if cached else heads
+        strip = _STRIP if cached else tokens
+        mixed = []
+        for start in range(0, heads, some):
+            part = slice(start, start + some)
+            q, k, v = query[:, part], key[:, part], value[:, part]
+            bias = position_scores(q, k, far_key_HOC[part], far_query_HOC[part], strip)
+            if padding is not None:
+                bias = bias.masked_fill(padding, -torch.inf)
+            dropout = attention.dropout.p if self.training else 0.0
+            mixed.append(
+                functional.scaled_dot_product_attention(q, k, v, bias, dropout, scale=_scale(attention))
+            )
+        return torch.cat(mixed, 1).transpose(1, 2).flatten(2)
 
     def at_marks(self, hidden: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
         """The rows of `hidden` at the three prefix tokens, float32 [N, 3, hidden]."""
@@ -75,6 +219,10 @@ class PairRM(nn.Module):
     def logits(self, pairs: Sequence[Pair]) -> np.ndarray:
         """C for N pairs as NumPy, float32 [N]. A pair's value does not depend on the others, up to rounding."""
         return self(pairs).float().cpu().numpy() if pairs else np.zeros(0, np.float32)
+
+
+def _scale(attention: DisentangledSelfAttention) -> float:
+    return 1 / math.sqrt(3 * attention.attention_head_size)
 
 
 def load(
@@ -105,4 +253,4 @@ def load(
                 tensor.copy_(value)
     except SafetensorError as error:
         raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error}") from None
-    return model.to(device, dtype).eval()
+    return model.to(device, dtype).fix()
