@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,21 @@ def say(text: str) -> None:
 
 
 def fetch(name: str, revision: str | None = None, *, tell: Callable[[str], None] = say) -> Snapshot:
-    """The checkpoint `name`: a directory, or `owner/repo` or `owner/repo@revision` on the hub.
+    """The language model `name`, as `snapshot` finds it. Raises BadInput where a repository has no safetensors too."""
+    found = snapshot(name, revision, FETCHED, tell=tell)
+    if found.revision is not None and not any(found.directory.glob("*.safetensors")):
+        raise BadInput(
+            f"{found.name}: has no safetensors weights; make them once with transformers: "
+            f"AutoModelForCausalLM.from_pretrained('{found.name}').save_pretrained('DIR'), the same for its "
+            "AutoTokenizer, and give DIR"
+        )
+    return found
+
+
+def snapshot(
+    name: str, revision: str | None, files: Sequence[str], *, tell: Callable[[str], None] = say
+) -> Snapshot:
+    """The repository `name`: a directory, or those of the `files` of `owner/repo[@revision]` on the hub that it has.
 
     With `revision` (a branch, tag or commit; a commit pins) the name is the hub's, whatever lies here. Files that
     are complete in the cache are not fetched again; HF_HUB_OFFLINE=1 asks the cache alone. `tell` hears where it
@@ -67,13 +81,7 @@ def fetch(name: str, revision: str | None = None, *, tell: Callable[[str], None]
     tell(
         f"{repo}: from the hub, revision {wanted or 'main'}; files that are here already are not fetched again"
     )
-    found = _download(repo, wanted)
-    if not any(found.glob("*.safetensors")):
-        raise BadInput(
-            f"{repo}: has no safetensors weights; make them once with transformers: "
-            f"AutoModelForCausalLM.from_pretrained('{repo}').save_pretrained('DIR'), the same for its AutoTokenizer, "
-            "and give DIR"
-        )
+    found = _download(repo, wanted, files)
     tell(f"{repo}: revision {found.name} in {found}")
     return Snapshot(found, repo, found.name)
 
@@ -104,7 +112,7 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
     return f"{_host()}/{repo}"
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     """Directory of the snapshot in the cache; its name is the commit that the revision was resolved to."""
     from huggingface_hub import snapshot_download
 
@@ -112,7 +120,7 @@ def _download(repo: str, revision: str | None) -> Path:
         found = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(FETCHED),
+            allow_patterns=list(files),
             ignore_patterns=list(LEFT_OUT),
             endpoint=_endpoint(),
             local_files_only=_offline(),

@@ -2,9 +2,6 @@
 
     [CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> first [SEP] [CLS] <|candidate2|> second [SEP]
 
-The tokenizer is read with `tokenizers`, never with transformers' AutoTokenizer: version 5 of that drops DeBERTa's NFKC
-normalisation without a word, which moves scores by 0.6.
-
 *Control tokens in the text.* A policy may emit "[SEP]" or "<|candidate1|>". The original replaces the first by a space,
 takes "[CLS]", "[MASK]" and "[PAD]" for control tokens, and fails on the four prefixes. Here all of them become a space,
 and because normalisation can still produce one ("［ＣＬＳ］" becomes "[CLS]"), control ids are dropped from what the
@@ -22,15 +19,10 @@ from tokenizers import Tokenizer
 
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import layout
+from sppo_jax.pairrm.tokenizer import PREFIXES, load
 
 SOURCE_MAXLENGTH = 1224  # tokens of the prompt's segment, [CLS], prefix and [SEP] included
 CANDIDATE_MAXLENGTH = 412  # tokens of a candidate's segment, before what the prompt leaves over
-PREFIXES = {
-    "<|source|>": "source_prefix_id",
-    "<|candidate1|>": "cand1_prefix_id",
-    "<|candidate2|>": "cand2_prefix_id",
-    "<|candidate|>": "cand_prefix_id",
-}
 _SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 
 Ids = np.ndarray  # int32 [tokens]
@@ -110,6 +102,12 @@ class Formatter:
                     f"PairRM: config.json has {key} {config[key]}, but the tokenizer gives {text!r} the id "
                     f"{self._prefix[text]}: the two files do not belong together"
                 )
+        top = max(tokenizer.get_vocab().values())
+        if top >= config.get("vocab_size", top + 1):
+            raise BadInput(
+                f"PairRM: the tokenizer has ids up to {top}, but the network only {config['vocab_size']} tokens: the "
+                "two files do not belong together"
+            )
         self._cls, self._sep = _token_id(tokenizer, "[CLS]"), _token_id(tokenizer, "[SEP]")
         self.pad_id = int(config.get("pad_token_id") or 0)
         self.limits = limits.of(config)
@@ -132,11 +130,7 @@ class Formatter:
         neutralise: bool = True,
     ) -> "Formatter":
         """The formatter of a PairRM. Raises BadInput for an unreadable tokenizer or impossible limits."""
-        try:
-            tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
-        except Exception as error:  # the Rust side raises plain Exception
-            raise BadInput(f"PairRM: {str(checkpoint.tokenizer)!r} is unreadable: {error}") from None
-        return cls(tokenizer, checkpoint.config, limits, neutralise=neutralise)
+        return cls(load(checkpoint.tokenizer), checkpoint.config, limits, neutralise=neutralise)
 
     def body(self, text: str) -> Ids:
         """Ids of a text by itself, int32 [tokens], any length: no prefix, no [CLS] or [SEP], nothing cut off."""

@@ -1,0 +1,383 @@
+"""A PairRM in both published layouts, from a directory and from the hub; its tokenizer from either file; what is refused."""
+
+import functools
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.numpy import load_file, save_file
+
+from sppo_jax.errors import BadInput
+from sppo_jax.pairrm import layout, tokenizer
+from sppo_jax.pairrm.format import Formatter
+from tests import hub_stub
+from tests.test_pairrm import CONTROL, GOLDEN, MODEL, TEXTS, texts
+
+BACKBONE = GOLDEN / "backbone"
+SPM = BACKBONE / "spm.model"
+
+
+@functools.cache
+def tokenizers() -> tuple[Any, Any]:
+    """The reference's tokenizer.json, and what we make of spm.model."""
+    return tokenizer.load(MODEL / "tokenizer.json"), tokenizer.load(SPM)
+
+
+@pytest.fixture
+def ranker(tmp_path: Path) -> Path:
+    """A ranker directory with its backbone inside."""
+    directory = tmp_path / "ranker"
+    shutil.copytree(BACKBONE, directory / "deberta")
+    config = (GOLDEN / "pairrm/config.json").read_text().replace("@BACKBONE@", "deberta")
+    (directory / "config.json").write_text(config)
+    shutil.copy(MODEL / layout.WEIGHTS, directory)
+    return directory
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "hf"))
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    """Change options of a config.json; None removes one."""
+    file = directory / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+# --- both layouts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_ranker_takes_options_and_tokenizer_from_its_backbone_and_the_vocabulary_from_its_weights(
+    ranker: Path,
+) -> None:
+    found, complete = layout.read(ranker), layout.read(MODEL)
+    assert json.loads((BACKBONE / "config.json").read_text())["vocab_size"] == 800
+    assert found.config["vocab_size"] == 773
+    assert (found.backbone, complete.backbone) == (ranker / "deberta", None)
+    assert found.tokenizer == ranker / "deberta" / "spm.model"
+    assert (found.config["source_maxlength"], found.config["candidate_maxlength"]) == (1224, 412)
+    for key in ("hidden_size", "position_buckets", "layer_norm_eps", "pos_att_type", "n_tasks", "drop_out"):
+        assert found.config[key] == complete.config[key], key
+    again = layout.read(found.directory, found.backbone)
+    assert again == found
+    assert again.identity == found.identity
+
+
+def test_a_rankers_own_tokenizer_comes_before_its_backbones(ranker: Path) -> None:
+    shutil.copy(SPM, ranker)
+    assert layout.read(ranker).tokenizer == ranker / "spm.model"
+    shutil.copy(MODEL / "tokenizer.json", ranker)
+    assert layout.read(ranker).tokenizer == ranker / "tokenizer.json"
+
+
+def test_a_backbone_is_looked_for_beside_the_ranker_then_here(ranker: Path, monkeypatch: Any) -> None:
+    edit(ranker, model_name="elsewhere/base")
+    with pytest.raises(BadInput, match="needs its backbone 'elsewhere/base'"):
+        layout.read(ranker)
+    monkeypatch.chdir(ranker.parent)
+    shutil.copytree(BACKBONE, "elsewhere/base")
+    assert layout.read("ranker").backbone == ranker.parent / "elsewhere/base"
+    shutil.copytree(BACKBONE, ranker / "elsewhere/base")
+    assert layout.read("ranker").backbone == ranker / "elsewhere/base"
+
+
+def test_spm_model_serves_where_there_is_no_tokenizer_json(hf: Path) -> None:
+    (hf / "tokenizer.json").unlink()
+    shutil.copy(SPM, hf)
+    assert layout.read(hf).tokenizer == hf / "spm.model"
+    assert Formatter.of(layout.read(hf)).pair("a", "b", "c").ids.tolist()[:2] == [1, 769]
+
+
+def test_identity_is_of_what_scores_and_not_of_where_it_lies(ranker: Path, hf: Path) -> None:
+    for directory in (ranker, hf):
+        before = layout.read(directory).identity
+        moved = directory.rename(directory.with_name("moved"))
+        edit(moved, cache_dir="/somewhere", transformers_version="9")
+        assert layout.read(moved).identity == before
+        changed = {before}
+        for file in (layout.read(moved).tokenizer, moved / layout.WEIGHTS):
+            data = file.read_bytes()
+            file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            changed.add(layout.read(moved).identity)
+            file.write_bytes(data)
+        base = layout.read(moved).backbone or moved
+        edit(base, position_buckets=32)
+        changed.add(layout.read(moved).identity)
+        edit(base, position_buckets=16)
+        edit(moved, source_maxlength=1000)
+        changed.add(layout.read(moved).identity)
+        assert len(changed) == 5
+        moved.rename(directory)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size 3; this network has 0 only"),
+        ({"relative_attention": None}, "relative_attention False; this network has True only"),
+        ({"position_biased_input": True}, "position_biased_input True"),
+        ({"position_biased_input": None}, "position_biased_input True"),
+        ({"type_vocab_size": 2}, "type_vocab_size 2"),
+        ({"pos_att_type": ["c2p"]}, r"pos_att_type \['c2p'\]"),
+        ({"pos_att_type": "p2c|c2p|p2p"}, "pos_att_type"),
+        ({"pos_att_type": None}, "pos_att_type"),
+        ({"share_att_key": None}, "share_att_key False"),
+        ({"norm_rel_ebd": None}, "norm_rel_ebd 'none'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"embedding_size": 16}, "embedding_size 16"),
+        ({"attention_head_size": 16}, "attention_head_size 16"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not divisible"),
+        ({"hidden_size": None}, "hidden_size None; a whole number of at least 1"),
+        ({"position_buckets": -1}, "position_buckets -1"),
+        ({"layer_norm_eps": "tiny"}, "layer_norm_eps 'tiny'"),
+        ({"model_type": "roberta"}, "model_type 'roberta'; not 'deberta-v2'"),
+    ],
+)  # fmt: skip
+def test_what_the_network_does_not_have_is_refused_by_name(
+    ranker: Path, hf: Path, change: dict[str, Any], said: str
+) -> None:
+    for directory, described in ((hf, hf), (ranker, ranker / "deberta")):
+        edit(described, **change)
+        with pytest.raises(BadInput, match=said) as caught:
+            layout.read(directory)
+        assert str(described / "config.json") in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ranker_type": "summareranker"}, "ranker_type 'summareranker'; only 'pairranker' is a PairRM"),
+        ({"n_tasks": 3}, "n_tasks 3"),
+        ({"reduce_type": "max"}, "reduce_type 'max'"),
+        ({"model_name": 7}, "model_name 7, which names no backbone"),
+        ({"source_maxlength": "long"}, "source_maxlength 'long'"),
+    ],
+)
+def test_other_rankers_are_refused_by_name(ranker: Path, change: dict[str, Any], said: str) -> None:
+    edit(ranker, **change)
+    with pytest.raises(BadInput, match=said):
+        layout.read(ranker)
+
+
+def test_options_as_deberta_v3_publishes_them_are_read(hf: Path) -> None:
+    before = layout.read(hf)
+    edit(hf, pos_att_type="p2c|c2p", n_tasks=None)
+    assert layout.read(hf).config["pos_att_type"] == ["c2p", "p2c"]
+    assert layout.read(hf).identity == before.identity
+
+
+def test_files_that_do_not_belong_together_are_refused(hf: Path) -> None:
+    edit(hf, vocab_size=800)
+    with pytest.raises(BadInput, match=r"773 tokens of 32 numbers, config.json asks for 800 of 32"):
+        layout.read(hf)
+    weights = load_file(hf / layout.WEIGHTS)
+    weights[layout.EMBEDDING] = weights[layout.EMBEDDING][:770]
+    save_file(weights, hf / layout.WEIGHTS)
+    edit(hf, vocab_size=770)
+    with pytest.raises(BadInput, match="ids up to 772, but the network only 770 tokens"):
+        Formatter.of(layout.read(hf))
+    edit(hf, cand1_prefix_id=771)
+    with pytest.raises(BadInput, match=r"cand1_prefix_id 771, but the tokenizer gives '<\|candidate1\|>'"):
+        Formatter.of(layout.read(hf))
+
+
+def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no directory"):
+        layout.read(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"lacks config.json"):
+        layout.read(tmp_path / "empty")
+    (hf / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"lacks tokenizer.json or spm.model"):
+        layout.read(hf)
+    (ranker / "deberta/spm.model").write_bytes(b"\x0a\xff\x01no model")
+    with pytest.raises(BadInput, match="is not DeBERTa's SentencePiece model"):
+        Formatter.of(layout.read(ranker))
+    (ranker / "deberta/tokenizer_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(BadInput, match="has do_lower_case, which this tokenizer does not do"):
+        Formatter.of(layout.read(ranker))
+    (ranker / layout.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BadInput, match=r"model.safetensors' is unreadable"):
+        layout.read(ranker)
+    save_file({"other": np.zeros(1)}, ranker / layout.WEIGHTS)
+    with pytest.raises(BadInput, match=f"lacks tensor {layout.EMBEDDING}"):
+        layout.read(ranker)
+    for text, said in (("{", "is not JSON"), ("[]", "holds no options")):
+        (ranker / "config.json").write_text(text)
+        with pytest.raises(BadInput, match=said):
+            layout.read(ranker)
+
+
+def test_a_pickled_checkpoint_comes_with_the_line_that_converts_it(hf: Path, monkeypatch: Any) -> None:
+    weights = {name: torch.from_numpy(value) for name, value in load_file(hf / layout.WEIGHTS).items()}
+    identity = load_file(hf / layout.WEIGHTS)
+    (hf / layout.WEIGHTS).unlink()
+    torch.save(weights, hf / "pytorch_model.bin")
+    with pytest.raises(
+        BadInput, match=r"lacks model.safetensors; pytorch_model.bin is converted once"
+    ) as caught:
+        layout.read(hf)
+    python, flag, program = shlex.split(str(caught.value).partition("by: ")[2])
+    assert (python, flag) == ("python", "-c")
+    monkeypatch.chdir(hf)
+    exec(program, {})
+    layout.read(hf)
+    converted = load_file(hf / layout.WEIGHTS)
+    assert converted.keys() == identity.keys()
+    assert all(np.array_equal(converted[name], identity[name]) for name in identity)
+
+
+# --- the tokenizer from spm.model -------------------------------------------------------------------------------------
+
+
+def test_spm_model_gives_the_references_ids_for_every_golden_text() -> None:
+    reference, ours = tokenizers()
+    assert ours.get_vocab() == reference.get_vocab()
+    for text in (*TEXTS["sources"], *(text for row in TEXTS["candidates"] for text in row), *CONTROL):
+        assert (
+            ours.encode(text, add_special_tokens=False).ids
+            == reference.encode(text, add_special_tokens=False).ids
+        ), text
+
+
+def test_spm_model_gives_the_references_ids_for_random_text() -> None:
+    reference, ours = tokenizers()
+    rng = random.Random(5)
+    words = [
+        *" ".join(TEXTS["sources"]).split(),
+        *CONTROL,
+        "<0x41>",
+        "▁",
+        "  ",
+        "\u200b",
+        "\xa0",
+        "ﬁ",
+        "½",
+        "\u0338",
+    ]
+
+    def one() -> str:
+        """Any character at all, or of a narrow range, or of words, control tokens and what normalisation touches."""
+        match rng.randrange(3):
+            case 0:
+                return chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+            case 1:
+                return chr(rng.randrange(0x20, 0x17F))
+            case _:
+                return rng.choice(words) + rng.choice(["", " "])
+
+    drawn = ["".join(one() for _ in range(rng.randrange(60))) for _ in range(5000)]
+    wanted, found = (one.encode_batch(drawn, add_special_tokens=False) for one in (reference, ours))
+    for text, a, b in zip(drawn, wanted, found, strict=True):
+        assert a.ids == b.ids, text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts())
+def test_spm_model_gives_the_references_ids_for_awkward_text(text: str) -> None:
+    reference, ours = tokenizers()
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert (
+        ours.encode(text, add_special_tokens=False).ids
+        == reference.encode(text, add_special_tokens=False).ids
+    )
+
+
+def test_a_tokenizer_that_lost_its_normalisation_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, normalizers
+
+    lost = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    lost.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    lost.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BadInput, match="written by transformers 5, which loses DeBERTa's NFKC"):
+        tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_json_without_the_prefixes_gets_them_behind_its_vocabulary(tmp_path: Path) -> None:
+    stored = json.loads((MODEL / "tokenizer.json").read_text())
+    stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < 769]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    found = tokenizer.load(tmp_path / "tokenizer.json")
+    assert [found.token_to_id(prefix) for prefix in tokenizer.PREFIXES] == [769, 770, 771, 772]
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, sys
+from sppo_jax import errors
+from sppo_jax.pairrm import layout
+def entry(words):
+    found = layout.fetch(words[0], pinned=json.loads(words[1]))
+    again = layout.read(found.directory, found.backbone)
+    assert again.identity == found.identity and again.config == found.config
+    print(json.dumps([found.sources, found.identity, str(found.tokenizer), str(found.backbone)]))
+errors.call(entry)
+"""
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_a_ranker_from_the_hub_brings_its_backbone_without_weights_and_stays_pinned(tmp_path: Path) -> None:
+    with hub_stub.serving() as hub:
+
+        def ask(name: str, pinned: dict[str, str], code: int = 0, **env: str) -> Any:
+            done = subprocess.run(
+                [sys.executable, "-c", PROGRAM, name, json.dumps(pinned)],
+                env=hub_stub.environment(hub, tmp_path / "home", **env),
+                capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
+            assert done.returncode == code, done.stderr
+            return json.loads(done.stdout) if code == 0 else done.stderr.splitlines()[-1]
+
+        unread = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
+        own = {
+            "config.json": (GOLDEN / "pairrm/config.json").read_bytes().replace(b"@BACKBONE@", b"owner/deberta"),
+            layout.WEIGHTS: (MODEL / layout.WEIGHTS).read_bytes(),
+        }  # fmt: skip
+        base = contents(BACKBONE)
+        ranker = hub.add("owner/ranker", own | unread)
+        line = ask("owner/ranker", {}, code=2)
+        assert (
+            "owner/ranker needs its backbone: owner/deberta: neither a directory here nor a repository"
+            in line
+        )
+        hub.seen.clear()
+        backbone = hub.add("owner/deberta", base | unread | {layout.WEIGHTS: b"not needed"})
+        sources, identity, tokens, where = ask("owner/ranker", {})
+        assert sources == {"owner/ranker": ranker, "owner/deberta": backbone}
+        assert sorted(hub.fetched()) == sorted(base)  # the ranker's own files came before
+        assert tokens == f"{where}/spm.model"
+
+        hub.add("owner/ranker", own | {"config.json": own["config.json"] + b"\n"})
+        hub.add("owner/deberta", base | {"tokenizer_config.json": b"{}"})
+        hub.seen.clear()
+        assert ask("owner/ranker", sources)[:2] == [sources, identity]
+        assert hub.fetched() == []
+        assert ask("owner/ranker@main", sources, HF_HUB_OFFLINE="1")[:2] == [sources, identity]
+        assert ask(str(MODEL), sources)[0] == {}
+
+
+def test_a_directory_asks_nobody(ranker: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sppo_jax.hub._download", lambda *_: pytest.fail("the hub was asked"))
+    for directory in (ranker, MODEL):
+        found = layout.fetch(str(directory), tell=lambda text: pytest.fail(text))
+        assert found == layout.read(directory)
+        assert found.sources == {}
