@@ -65,6 +65,16 @@ def named(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> Nam
     return NamedSharding(mesh, spec(letters, mesh, shape))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def spread(mesh: Mesh) -> NamedSharding:
+    """The first dimension cut over all devices, whatever axis they lie on."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+
+
 def shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     """How many pieces a dimension over these mesh axes is cut into."""
     names = (axes,) if isinstance(axes, str) else axes or ()
