@@ -30,14 +30,6 @@ from sppo_jax.pairrm.layout import Checkpoint
 
 # A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
 _BUFFERS = {"pretrained_model.embeddings.position_ids"}
-# What every PairRM has, and the attention below takes for granted.
-_FIXED: dict[str, Any] = {
-    "relative_attention": True,
-    "position_biased_input": False,
-    "share_att_key": True,
-    "type_vocab_size": 0,
-    "conv_kernel_size": 0,
-}
 # On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
 _PIECE, _STRIP = 2**21, 64
 
@@ -88,20 +80,12 @@ class PairRM(nn.Module):
     """
 
     pretrained_model: Any  # transformers' modules, whose attributes have no types
-    positions: (
-        torch.Tensor | None
-    )  # the projected tables of positions [L, 2, H, R, C], once the weights are final
+    # The projected tables of positions [L, 2, H, R, C], once the weights are final.
+    positions: torch.Tensor | None
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        options = DebertaV2Config(**config)
-        odd = [name for name, value in _FIXED.items() if (getattr(options, name, 0) or 0) != value]
-        odd += ["pos_att_type"] * (set(options.pos_att_type or ()) != {"c2p", "p2c"})
-        if odd:
-            raise BadInput(
-                f"PairRM: config.json has {odd[0]} {getattr(options, odd[0], None)!r}, which no PairRM has"
-            )
-        self.pretrained_model = DebertaV2Model(options)
+        self.pretrained_model = DebertaV2Model(DebertaV2Config(**config))
         hidden = int(config["hidden_size"])
         dropout = float(config.get("drop_out", 0.05))
         # Indices 1 and 4 are the names in the checkpoint.
@@ -228,7 +212,7 @@ def _scale(attention: DisentangledSelfAttention) -> float:
 def load(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PairRM:
-    """Its network in `dtype` on `device`, in evaluation mode. Raises BadInput naming the tensor that is missing, extra or misshapen."""
+    """Its network in `dtype` on `device`, fixed. Raises BadInput naming the tensor that is missing, extra or misshapen."""
     try:
         model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
