@@ -1,128 +1,301 @@
-"""The sidecar and its client: what travels between them, and what can befall it."""
+"""The judge's process and its client: what travels between them, and whatever can befall it."""
 
 import io
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from sppo_jax import pairrm
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import wire
-from tests.test_pairrm import MODEL, TOLERANCE, arrays, case  # noqa: F401  (arrays is a fixture)
+from sppo_jax.pairrm import client, layout, pairing, sidecar, wire
+from sppo_jax.pairrm.client import Patience, SidecarJudge
+from sppo_jax.pairrm.format import Formatter, Limits
+from tests.faulty_sidecar import BROKEN_CELLS, POISON, checksum
+
+GOLDEN = Path(__file__).parent / "golden" / "pairrm"
+PROGRAM = Path(__file__).with_name("faulty_sidecar.py")
+CHECKPOINT = layout.read(GOLDEN / "pairrm_hf")
+TOLERANCE = 2e-5  # the reference's float32 and float64 differ by 3.2e-6
+HASTE = Patience(start=10, silence=0.4, stall=8, pause=0.01)
+ODD = [
+    "",
+    "   ",
+    "\n\t",
+    "\0",
+    "nul \0 inside",
+    "\ud800 lone",
+    "\udc00",
+    "שלום עולם مرحبا",
+    "\u202eright to left",
+    "😀" * 50,
+]
+PROMPTS = [f"prompt {n}" for n in range(6)]
+RESPONSES = [[f"answer {n}.{k}" for k in range(3)] for n in range(6)]
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[pairrm.SidecarJudge]:
-    with pairrm.load(MODEL, threads=1) as judge:
+def judge() -> Iterator[SidecarJudge]:
+    with pairrm.load(CHECKPOINT.directory, threads=1) as judge:
+        assert isinstance(judge, SidecarJudge)
         yield judge
 
 
-def test_sidecar_gives_the_reference_logits(
-    judge: pairrm.SidecarJudge, arrays: dict[str, np.ndarray]
-) -> None:
-    _, prompts, responses = case("full_b1")
+@pytest.fixture(scope="module")
+def formatter() -> Formatter:
+    return Formatter.of(CHECKPOINT)
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[Callable[..., SidecarJudge]]:
+    """Makes judges whose process the given faults befall; `told` of each are the lines that it said."""
+    judges: list[SidecarJudge] = []
+
+    def make(*plan: tuple[str, int], arguments: tuple[str, ...] = ("stand-in",), **options: Any) -> Any:
+        file = tmp_path / f"plan{len(judges)}"
+        file.write_text(json.dumps(plan))
+        told: list[str] = []
+        options = {"patience": HASTE, "tell": told.append} | options
+        command = [sys.executable, str(PROGRAM), str(file), *arguments]
+        judges.append(SidecarJudge(CHECKPOINT, threads=1, command=command, **options))
+        judges[-1].told = told  # type: ignore[attr-defined]
+        judges[-1].fired = Path(f"{file}.fired")  # type: ignore[attr-defined]
+        return judges[-1]
+
+    yield make
+    for judge in judges:
+        judge.close()
+
+
+def golden(count: int = 5) -> tuple[list[str], list[list[str]]]:
+    texts = json.loads((GOLDEN / "golden.json").read_text())
+    examples = texts["cases"]["full_b1"]["examples"][:count]
+    return [texts["sources"][e] for e in examples], [texts["candidates"][e] for e in examples]
+
+
+def expected(prompts: list[str] = PROMPTS, responses: list[list[str]] = RESPONSES) -> np.ndarray:
+    """What the stand-in answers."""
+    return np.array(
+        [
+            [[0.0 if i == j else checksum(p, a, b) for j, b in enumerate(row)] for i, a in enumerate(row)]
+            for p, row in zip(prompts, responses, strict=True)
+        ],
+        np.float32,
+    )
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends within five seconds (a zombie has ended)."""
+    for _ in range(500):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# The real sidecar.
+
+
+def test_sidecar_gives_the_reference_logits(judge: SidecarJudge) -> None:
+    prompts, responses = golden()
     seen: list[tuple[int, int]] = []
     logits = judge.compare(prompts, responses, lambda done, total: seen.append((done, total)))
+    with np.load(GOLDEN / "golden.npz") as stored:
+        np.testing.assert_allclose(logits, stored["full_b1/logits"], rtol=0, atol=TOLERANCE)
     assert logits.dtype == np.float32
-    assert logits.shape == (5, 5, 5)
-    np.testing.assert_allclose(logits, arrays["full_b1/logits"], rtol=0, atol=TOLERANCE)
     assert seen[-1] == (100, 100)
-    assert seen == sorted(seen)
-    assert judge.identity.startswith("sha256:")
-    assert len(judge.identity) == 71
+    assert seen == sorted(set(seen))
+    assert len(seen) >= 3  # as they come
+    assert judge.identity == CHECKPOINT.identity
+    assert judge.cut == Counter()
 
 
-def test_many_prompts_travel_in_several_requests(
-    judge: pairrm.SidecarJudge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, prompts, responses = case("full_b1")
-    whole = judge.compare(prompts, responses)
-    monkeypatch.setattr("sppo_jax.pairrm.client._REQUEST_PROMPTS", 2)
-    seen: list[tuple[int, int]] = []
-    np.testing.assert_allclose(
-        judge.compare(prompts, responses, lambda *step: seen.append(step)), whole, rtol=0, atol=TOLERANCE
-    )
-    assert seen[-1] == (100, 100)
-    assert seen == sorted(seen)
-    assert len(seen) >= 3
-
-
-def test_odd_texts_survive(judge: pairrm.SidecarJudge) -> None:
+def test_odd_texts_survive(judge: SidecarJudge) -> None:
     logits = judge.compare(["", "\ud800", "a prompt"], [ODD] * 3)
     assert logits.shape == (3, len(ODD), len(ODD))
     assert np.isfinite(logits).all()
     huge = judge.compare(["x " * 50_000], [["y" * 100_000, "short"]])
     assert huge[0, 0, 1] != 0
     assert np.isfinite(huge).all()
+    assert judge.cut == Counter(prompts=1, responses=1)
 
 
-def test_numbers_of_responses_at_the_edge(judge: pairrm.SidecarJudge) -> None:
+def test_numbers_of_responses_at_the_edge(judge: SidecarJudge) -> None:
     assert judge.compare([], []).shape == (0, 0, 0)
     assert judge.compare(["x"], [["only one"]]).tolist() == [[[0.0]]]
     with pytest.raises(ValueError, match="equally many"):
         judge.compare(["x", "y"], [["a", "b"], ["a"]])
 
 
-def test_killed_sidecar_is_one_clear_line() -> None:
-    with pairrm.load(MODEL, threads=1) as judge:
-        _ = judge.identity
-        os.kill(judge._process.pid, signal.SIGKILL)
-        with pytest.raises(BadInput, match=r"exit status -9 .*same command again to resume") as caught:
-            judge.compare(["x"], [["a", "b"]])
-        assert "\n" not in str(caught.value)
-        with pytest.raises(BadInput, match="closed"):
-            judge.compare(["x"], [["a", "b"]])
+def test_real_sidecar_survives_what_befalls_it(
+    judge: SidecarJudge, faulty: Callable[..., SidecarJudge]
+) -> None:
+    prompts, responses = golden(4)
+    undisturbed = judge.compare(prompts, responses)
+    arguments = ("real", "--path", str(CHECKPOINT.directory), "--threads", "1", "--batch-tokens", "3200")
+    plan = [("cuda", 0), ("cpu", 0), ("kill", 2), ("nan", 0), ("memory", 0), ("stop", 1)]
+    patience = Patience(start=60, silence=1.5, pause=0.01)
+    broken: Any = faulty(*plan, arguments=arguments, patience=patience)
+    np.testing.assert_allclose(broken.compare(prompts, responses), undisturbed, rtol=0, atol=TOLERANCE)
+    assert [line.split()[0] for line in broken.fired.read_text().splitlines()] == [kind for kind, _ in plan]
+    assert len(broken.told) == 3  # out of memory is no reason to start again
+    assert "signal 9; started again (1 of 5)" in broken.told[0]
+    assert "is not a finite number" in broken.told[1]
+    assert "no sign of life for 1.5 s" in broken.told[2]
 
 
-def test_sidecar_speaks_frames_and_ends_with_its_input(tmp_path: Path) -> None:
-    # Driven by hand: requests that are wrong, weights that yield NaN, and the parent's end of the pipe closing.
+def test_what_cannot_be_loaded_is_one_line_and_not_tried_again(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
-        shutil.copy(MODEL / name, tmp_path)
-    weights = load_file(MODEL / "model.safetensors")
-    save_file(
-        {**weights, "head_layer.4.weight": weights["head_layer.4.weight"] * np.nan},
-        tmp_path / "model.safetensors",
-    )
-    command = [sys.executable, "-m", "sppo_jax.pairrm.sidecar", "--path", str(tmp_path), "--threads", "1"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    hello = wire.read_frame(process.stdout)
-    assert hello is not None
-    assert hello["identity"].startswith("sha256:")
-    for request, complaint in [
-        ({"id": 1, "prompts": ["x"], "responses": []}, "a request needs prompts"),
-        ({"id": 2, "prompts": ["x"], "responses": [["a", 3]]}, "must be text"),
-        ({"id": 3, "prompts": ["x"], "responses": [["a", "b"]]}, "not a finite number"),
+        (tmp_path / name).write_bytes((CHECKPOINT.directory / name).read_bytes())
+    weights = load_file(CHECKPOINT.weights)
+    del weights["head_layer.1.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    told: list[str] = []
+    with (
+        SidecarJudge(layout.read(tmp_path), threads=1, tell=told.append) as judge,
+        pytest.raises(BadInput, match=r"lacks tensor head_layer.1.bias") as caught,
+    ):
+        judge.compare(["x"], [["a", "b"]])
+    assert "\n" not in str(caught.value)
+    assert told == []
+
+
+def test_limits_are_refused_before_anything_starts() -> None:
+    started = time.monotonic()
+    with pytest.raises(BadInput, match="total of 10 tokens"):
+        SidecarJudge(CHECKPOINT, limits=Limits(8, 8, 10))
+    with pytest.raises(BadInput, match=r"llm: '/no/such/python' cannot be started: No such file"):
+        SidecarJudge(CHECKPOINT, command=["/no/such/python"], name="llm")
+    assert time.monotonic() - started < 1
+
+
+# Its parts, in this process.
+
+
+def answered(
+    message: dict[str, Any], formatter: Formatter, scorer: sidecar.Scorer, tokens: int = 4096
+) -> Any:
+    return list(sidecar.answer(message, formatter, scorer, sidecar.Budget(tokens)))
+
+
+def lengths(batch: list[pairing.Work]) -> np.ndarray:
+    return np.array([len(work.pair) for work in batch], np.float64)
+
+
+def test_request_that_is_none_is_refused(formatter: Formatter) -> None:
+    for message, complaint in [
+        ({"prompts": ["x"], "responses": []}, "a request needs prompts"),
+        ({"prompts": ["x", "y"], "responses": [["a"], ["a", "b"]]}, "the same number of responses"),
+        ({"prompts": ["x"], "responses": [["a", 3]]}, "must be text"),
     ]:
-        wire.write_frame(process.stdin, request)
-        answer = wire.read_frame(process.stdout)
-        assert answer is not None
-        assert answer["id"] == request["id"]
-        assert complaint in answer["error"]
-    process.stdin.close()
-    assert process.wait(10) == 0
-    assert process.stdout.read() == b""
-    process.stdout.close()
+        with pytest.raises(ValueError, match=complaint):
+            answered(message, formatter, lengths)
+
+
+def test_only_the_cells_that_are_asked_for_are_scored(formatter: Formatter) -> None:
+    message = {
+        "prompts": ["x", "y"],
+        "responses": [["a", "b b", "c c c"]] * 2,
+        "cells": [[0, 1, 2], [1, 0, 1]],
+    }
+    *frames, end = answered(message, formatter, lengths)
+    assert sorted(cell for frame in frames for cell in frame["cells"]) == [(0, 1, 2), (1, 0, 1)]
+    assert end["end"] is True
+
+
+def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
+    prompts, responses = golden()
+    works = pairing.plan(formatter, prompts, responses)
+    for tokens in (300, 777, 4096):
+        found = list(pairing.batches(works[::-1], tokens))
+        assert sorted(map(id, (work for batch in found for work in batch))) == sorted(map(id, works))
+        assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= tokens for batch in found)
+        where = {work.cells[0]: b for b, batch in enumerate(found) for work in batch}
+        for (n, i, j), b in where.items():
+            size = 2 * max(len(work.pair) for work in works if work.cells[0] == (n, i, j))
+            assert where[n, j, i] == b or size > tokens, (n, i, j)
+
+
+def test_equal_pairs_are_scored_once_across_prompts(formatter: Formatter) -> None:
+    works = pairing.plan(formatter, ["x", "y", "x"], [["a", "b"], ["a", "b"], ["b", "a"]])
+    assert [work.cells for work in works] == [
+        [(0, 0, 1), (2, 1, 0)],
+        [(0, 1, 0), (2, 0, 1)],
+        [(1, 0, 1)],
+        [(1, 1, 0)],
+    ]
+
+
+def test_texts_that_are_cut_are_counted_once(formatter: Formatter) -> None:
+    short = Formatter.of(CHECKPOINT, Limits(8, 8, 24))
+    prompts, responses = ["hello " * 9, "hello"], [["a", "b " * 30, "c " * 30], ["a", "b", "c"]]
+    message = {"prompts": prompts, "responses": responses}
+    for tokens in (1, 100, 4096):
+        frames = answered(message, short, lengths, tokens)
+        cut = sum((Counter(frame["cut"]) for frame in frames), Counter())
+        assert cut == Counter(prompts=1, responses=2), tokens
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, error: Exception) -> None:
+    sizes: list[int] = []
+
+    def scorer(batch: list[pairing.Work]) -> np.ndarray:
+        sizes.append(len(batch) * len(batch[0].pair))
+        if sizes[-1] > 60:
+            raise error
+        return lengths(batch)
+
+    budget = sidecar.Budget(4096)
+    message = {"prompts": ["x"] * 2, "responses": [["a", "b b", "c c c", "d d d d"]] * 2}
+    first = list(sidecar.answer(message, formatter, scorer, budget))
+    assert sum(len(frame.get("cells", [])) for frame in first) == 24
+    assert max(sizes) > 120
+    sizes.clear()
+    assert len(list(sidecar.answer(message, formatter, scorer, budget))) > 2
+    assert max(sizes) <= 60  # remembered
+    with pytest.raises(sidecar.Unscored, match=r"a pair of \d+ tokens does not fit") as caught:
+        answered({"prompts": ["x " * 60], "responses": [["a", "b"]]}, formatter, scorer)
+    assert caught.value.cells == [(0, 0, 1)]
+    with pytest.raises(RuntimeError, match="another"):  # and no other error is taken for it
+        answered(message, formatter, lambda batch: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_frames_refuse_what_is_no_frame() -> None:
     frame = wire.encode({"id": 1, "text": "\ud800 é"})
     assert wire.read_frame(io.BytesIO(frame)) == {"id": 1, "text": "\ud800 é"}
     assert wire.read_frame(io.BytesIO(b"")) is None
+    received = bytearray()
+    taken = []
+    for byte in frame * 2:  # as a pipe may deliver them
+        received.append(byte)
+        taken.append(wire.take_frame(received))
+    assert [message for message in taken if message] == [{"id": 1, "text": "\ud800 é"}] * 2
     for broken, complaint in [
         (frame[:-1], "ends after"),
-        (frame[:2], "ends inside"),
+        (frame[:2], "ends after"),
         (b"\x00\x00\x00\x02{]", "not JSON"),
         (b"\x00\x00\x00\x02[]", "holds a list"),
         (b"\xff\xff\xff\xff", "over the limit"),
@@ -131,3 +304,212 @@ def test_frames_refuse_what_is_no_frame() -> None:
             wire.read_frame(io.BytesIO(broken))
     with pytest.raises(wire.FrameError, match="over the limit"):
         wire.encode({"text": "x" * wire.MAX_FRAME})
+
+
+def test_numbers_travel_with_every_bit() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 10_000, np.uint32).view(np.float32)
+    bits = bits[np.isfinite(bits)]
+    back = wire.read_frame(io.BytesIO(wire.encode({"logits": bits.tolist()})))
+    assert back is not None
+    assert np.array_equal(np.asarray(back["logits"]).astype(np.float32).view(np.uint32), bits.view(np.uint32))
+
+
+# A stand-in for it, which starts in a moment.
+
+FAULTS = {
+    "kill": "ended by signal 9",
+    "crash": "ended by signal 11",
+    "torn": "ended by signal 9",
+    "exit": "ended with exit status 3",
+    "stop": "no sign of life for 0.4 s",
+    "mute": "got nowhere for 8 s",
+    "closed": "ended with exit status 0",
+    "length": "over the limit",
+    "json": "not JSON",
+    "list": "holds a list",
+    "bytes": "over the limit",
+    "id": "an answer to ",
+    "early": "an answer without ",
+    "none": "an answer that is none",
+    "cut": "a cut that counts nothing",
+    "NaN": "not a finite number",
+    "Infinity": "not a finite number",
+    **dict.fromkeys(BROKEN_CELLS, "wrote garbage"),
+    "huge": "not a finite number",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_process_is_started_again_and_asked_for_what_is_missing(
+    kind: str, faulty: Callable[..., Any]
+) -> None:
+    judge = faulty((kind, 4))
+    seen: list[int] = []
+    logits = judge.compare(PROMPTS, RESPONSES, lambda done, total: seen.append(done))
+    assert np.array_equal(logits, expected())
+    assert FAULTS[kind] in judge.told[0]
+    assert len(judge.told) == 1
+    assert judge.fired.read_text().startswith(kind)
+    # 16 of 36 scores were there: they are not asked for again.
+    assert judge._child.last_words() == "20 None"
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 36
+
+
+def test_many_faults_in_a_row_and_many_requests(
+    faulty: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_REQUEST_BYTES", 1)  # each prompt by itself
+    judge = faulty(("kill", 1), ("json", 1), ("kill", 0), ("exit", 0), ("id", 0), ("kill", 3), ("NaN", 1))
+    assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
+    assert len(judge.told) == 7
+    assert [line[-len("1 of 5)")] for line in judge.told] == list("1123411")
+    assert np.array_equal(judge.compare(PROMPTS[:2], RESPONSES[:2]), expected(PROMPTS[:2], RESPONSES[:2]))
+
+
+def test_poisonous_prompt_is_found_and_named(faulty: Callable[..., Any]) -> None:
+    prompts = [f"prompt {n}" for n in range(700)]
+    prompts[333] = f"{POISON}\n{'long ' * 40}"
+    responses = [["a", "b"]] * 700
+    judge = faulty()
+    with pytest.raises(BadInput) as caught:
+        judge.compare(prompts, responses)
+    told = str(caught.value)
+    assert told.startswith(f"PairRM: the prompt '{POISON} long long")
+    assert len(told.split("'")[1]) == 80
+    assert (
+        "cannot be judged: its process ended by signal 9, its last words 'poisoned', and 5 restarts" in told
+    )
+    assert told.endswith("run the same command again to resume")
+    assert "\n" not in told
+    assert len(judge.told) < 25
+    # Without it the same judge goes on.
+    assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
+
+
+def test_failure_names_the_prompts_and_how_many_more(faulty: Callable[..., Any]) -> None:
+    judge = faulty(*[("exit", 0)] * 9, patience=Patience(silence=1, pause=0.01, restarts=0))
+    with pytest.raises(
+        BadInput, match=r"'prompt 0' and 5 more cannot .* status 3, its last words 'out of luck'"
+    ):
+        judge.compare(PROMPTS, RESPONSES)
+
+
+def test_death_without_a_score_makes_batches_smaller(faulty: Callable[..., Any]) -> None:
+    judge = faulty(("kill", 0), ("kill", 0))
+    assert np.array_equal(judge.compare(PROMPTS[:1], RESPONSES[:1]), expected(PROMPTS[:1], RESPONSES[:1]))
+    assert judge._child.last_words() == "6 2048"
+
+
+def test_process_killed_between_comparisons_is_started_again(faulty: Callable[..., Any]) -> None:
+    judge = faulty()
+    judge.compare(PROMPTS, RESPONSES)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        os.kill(judge._child.pid, number)
+        assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
+    assert len(judge.told) == 2
+
+
+def test_writing_to_a_stopped_process_does_not_block(faulty: Callable[..., Any]) -> None:
+    judge = faulty()
+    judge.compare(PROMPTS, RESPONSES)
+    os.kill(judge._child.pid, signal.SIGSTOP)
+    prompts = [f"{n} {'x' * 10_000}" for n in range(100)]  # a megabyte, and a pipe holds 64 KiB
+    responses = [["a", "b"]] * 100
+    assert np.array_equal(judge.compare(prompts, responses), expected(prompts, responses))
+    assert "no sign of life" in judge.told[0]
+
+
+def test_command_that_is_no_sidecar_is_one_line() -> None:
+    for code, complaint in [
+        ("print('hello world' * 9)", r"wrote garbage \(a frame announces .* before it was ready"),
+        (
+            "import sys; sys.exit('no module llm')",
+            r"exit status 1 before it was ready, its last words 'no module",
+        ),
+    ]:
+        patience = Patience(silence=1, pause=0.01, restarts=1)
+        told: list[str] = []
+        judge = SidecarJudge(
+            CHECKPOINT, command=[sys.executable, "-c", code], name="llm", patience=patience, tell=told.append
+        )
+        with pytest.raises(BadInput, match=rf"llm: the prompt 'x' cannot be judged: .*{complaint}"):
+            judge.compare(["x"], [["a", "b"]])
+        assert len(told) == 1
+        judge.close()
+
+
+def test_interrupted_comparison_leaves_a_judge_that_works(faulty: Callable[..., Any]) -> None:
+    judge = faulty()
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    judge.compare(PROMPTS, RESPONSES)
+    process = judge._child.pid
+    with pytest.raises(KeyboardInterrupt):
+        judge.compare(PROMPTS, RESPONSES, interrupt)
+    assert gone(process)
+    assert np.array_equal(judge.compare(PROMPTS[1:], RESPONSES[1:]), expected(PROMPTS[1:], RESPONSES[1:]))
+    assert judge.told == []
+
+
+def test_closed_judge_says_so_and_leaves_nothing_behind(faulty: Callable[..., Any]) -> None:
+    judge = faulty(("stop", 0))
+    process = judge._child.pid
+    judge.close()
+    judge.close()
+    assert gone(process)
+    with pytest.raises(BadInput, match="this judge is closed"):
+        judge.compare(PROMPTS, RESPONSES)
+    dropped = faulty()
+    process = dropped._child.pid
+    dropped._child = None
+    assert gone(process)
+
+
+def test_cut_texts_are_summed(faulty: Callable[..., Any]) -> None:
+    judge = faulty(("kill", 4))
+    judge.compare(PROMPTS, RESPONSES)
+    judge.compare(PROMPTS, RESPONSES)
+    assert judge.cut == Counter(responses=2)  # the stand-in tells of one in each answer that it ends
+
+
+ORPHAN = """
+import sys, threading, time
+from tests.test_sidecar import CHECKPOINT, SidecarJudge
+judge = []
+def play():
+    command = [sys.executable, *sys.argv[2:]] if len(sys.argv) > 2 else None
+    judge.append(SidecarJudge(CHECKPOINT, threads=1, command=command))
+    print(judge[0]._child.pid, flush=True)
+    judge[0].compare(["x"], [["a", "b"]])
+if sys.argv[1] == "main":
+    play()
+else:
+    threading.Thread(target=play).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+@pytest.mark.parametrize("program", ["stand-in", "real"])
+def test_process_dies_with_its_parent_in_the_middle_of_a_batch(
+    program: str, thread: str, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan"
+    plan.write_text('[["mute", 0]]')
+    command = [sys.executable, "-c", ORPHAN, thread]
+    if program == "stand-in":
+        command += [str(PROGRAM), str(plan), "stand-in"]
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    if program == "stand-in":
+        while not Path(f"{plan}.fired").exists():
+            time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert gone(child)

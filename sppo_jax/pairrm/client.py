@@ -174,8 +174,9 @@ class SidecarJudge:
                 raise Broken("wrote garbage (an answer that is none)")
             if "error" in frame:
                 raise Broken(f"could not go on ({_one_line(frame['error'])[:300]})")
+            cut = _cut(frame)
             new = scores.take(frame, asked) if "cells" in frame else 0
-            self.cut.update(_cut(frame))
+            self.cut.update(cut)
             if new:
                 beats = 0
                 self._luck = True

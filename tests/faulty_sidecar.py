@@ -1,0 +1,189 @@
+"""A program on the other end of the judge's pipe, to which things happen: the real sidecar, or a stand-in that scores by
+checksum and starts in a moment.
+
+    python tests/faulty_sidecar.py PLAN (real SIDECAR-ARGUMENTS… | stand-in)
+
+PLAN is a file with JSON [[fault, batches], …]: each fault befalls it after so many batches since the one before, or since
+the start of the process. PLAN.fired has a line for each that has happened, so that another process goes on from there.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+POISON = "POISON"  # a text with it, in a request, ends the stand-in
+MODEL = ("nan", "cuda", "cpu", "memory")  # what befalls the network; the others befall the stream
+BROKEN_CELLS = {
+    "range": ([[9999, 0, 1]], [0.5]),
+    "negative": ([[-1, 0, 1]], [0.5]),
+    "diagonal": ([[0, 1, 1]], [0.5]),
+    "halves": ([[0.5, 0, 1]], [0.5]),
+    "ragged": ([[0, 0, 1], [0, 1]], [0.5, 0.5]),
+    "fewer": ([[0, 0, 1], [0, 1, 0]], [0.5]),
+    "words": ([[0, 0, 1]], ["high"]),
+    "huge": ([[0, 0, 1]], [1e300]),
+}
+WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "id": lambda message: message | {"id": message["id"] - 1},
+    "early": lambda message: {"id": message["id"], "end": True},
+    "none": lambda message: {"id": message["id"], "hello": 1},
+    "cut": lambda message: message | {"cut": {"prompts": "many"}},
+}
+
+
+class Faults:
+    """The next fault and how far it is, shared by one process's batches."""
+
+    def __init__(self, plan: str) -> None:
+        self._plan, self._fired = json.loads(Path(plan).read_text()), Path(f"{plan}.fired")
+        self._batches = {True: 0, False: 0}  # seen by the network, and by the stream
+
+    def due(self, model: bool) -> str | None:
+        """The fault that befalls this batch, noted as fired; None if none does."""
+        done = len(self._fired.read_text().splitlines()) if self._fired.exists() else 0
+        if done == len(self._plan):
+            return None
+        kind, batches = self._plan[done]
+        self._batches[model] += 1
+        if (kind in MODEL) != model or self._batches[model] <= batches:
+            return None
+        with self._fired.open("a") as file:
+            file.write(f"{kind} {os.getpid()} {time.time()}\n")
+        self._batches = {True: 0, False: 0}
+        return str(kind)
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(60)  # it arrives in a moment
+
+
+def faulty(wire: Any, faults: Faults) -> type:
+    """Replies to which the faults happen that befall the stream."""
+
+    class Faulty(wire.Replies):  # type: ignore[misc]
+        def send(self, message: dict[str, Any]) -> None:
+            kind = faults.due(model=False) if "logits" in message else None
+            if kind is None:
+                super().send(message)
+                return
+            if kind in BROKEN_CELLS:
+                cells, logits = BROKEN_CELLS[kind]
+                super().send(message | {"cells": cells, "logits": logits})
+            elif kind in WRONG:
+                super().send(WRONG[kind](message))
+            else:
+                self._befall(kind, wire.encode(message))
+            time.sleep(60)  # only one fault to a process, which is ended for it
+
+        def _befall(self, kind: str, frame: bytes) -> None:
+            if kind == "torn":
+                self._out.write(frame[: len(frame) // 2])
+            if kind == "exit":
+                print("a warning\nout of luck", file=sys.stderr, flush=True)
+                os._exit(3)
+            if kind in ("kill", "torn"):
+                die(signal.SIGKILL)
+            elif kind == "crash":
+                die(signal.SIGSEGV)
+            elif kind == "stop":
+                die(signal.SIGSTOP)
+            elif kind == "closed":
+                os.close(self._out.fileno())
+            elif kind == "length":
+                self._out.write(b"\xff\xff\xff\xff" + frame)
+            elif kind == "json":
+                self._out.write(b"\x00\x00\x00\x02{]")
+            elif kind == "list":
+                self._out.write(b"\x00\x00\x00\x02[]")
+            elif kind == "bytes":
+                self._out.write(bytes(range(65, 91)) * 100)
+            elif kind in ("NaN", "Infinity"):
+                body = json.dumps(json.loads(frame[4:])).replace('"logits": [', f'"logits": [{kind}, ', 1)
+                body = body.replace('"cells": [', '"cells": [[0, 0, 1], ', 1)
+                self._out.write(struct.pack(">I", len(body)) + body.encode())
+
+    return Faulty
+
+
+def checksum(prompt: str, first: str, second: str) -> float:
+    """The stand-in's logit, exact in float32."""
+    text = json.dumps([prompt, first, second])
+    return (zlib.crc32(text.encode()) % 4001 - 2000) / 128
+
+
+def stand_in(wire: Any, faults: Faults) -> None:
+    wire.stay_with_parent()
+    replies = faulty(wire, faults)(wire.private_stdout())
+    replies.send({"ready": True, "device": "abacus"})
+    for message in replies.requests(sys.stdin.buffer):
+        if any(POISON in prompt for prompt in message["prompts"]):
+            print("poisoned", file=sys.stderr, flush=True)
+            die(signal.SIGKILL)
+        k = len(message["responses"][0])
+        cells = message.get("cells") or [
+            [p, i, j] for p in range(len(message["prompts"])) for i in range(k) for j in range(k) if i != j
+        ]
+        print(len(cells), message.get("tokens"), file=sys.stderr, flush=True)
+        for start in range(0, len(cells), 4):
+            part, rows = cells[start : start + 4], message["responses"]
+            logits = [checksum(message["prompts"][p], rows[p][i], rows[p][j]) for p, i, j in part]
+            replies.send({"id": message["id"], "cells": part, "logits": logits})
+        replies.send({"id": message["id"], "end": True, "cut": {"prompts": 0, "responses": 1}})
+
+
+def real(faults: Faults, arguments: list[str]) -> int:
+    import numpy as np
+    import torch
+
+    from sppo_jax.pairrm import sidecar, torch_model, wire
+
+    logits = torch_model.PairRM.logits
+
+    def befallen(model: Any, pairs: list[Any]) -> Any:
+        kind = faults.due(model=True)
+        if kind == "nan":
+            return np.where(np.arange(len(pairs)) == 0, np.nan, logits(model, pairs))
+        if kind == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if kind == "cpu":
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+            )
+        if kind == "memory":
+            raise MemoryError
+        return logits(model, pairs)
+
+    torch_model.PairRM.logits = befallen  # type: ignore[method-assign,assignment]
+    wire.Replies = faulty(wire, faults)  # type: ignore[misc]
+    return sidecar.main(arguments)
+
+
+def main() -> int:
+    plan, which, *arguments = sys.argv[1:]
+    if which == "real":
+        return real(Faults(plan), arguments)
+    # By its file, as a program in an interpreter without this package would.
+    spec = importlib.util.spec_from_file_location("wire", ROOT / "sppo_jax" / "pairrm" / "wire.py")
+    assert spec is not None
+    assert spec.loader is not None
+    wire = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wire)
+    wire.BEAT_SECONDS = 0.05  # type: ignore[attr-defined]
+    stand_in(wire, Faults(plan))
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)
