@@ -28,7 +28,7 @@ CITATION = f"""@misc{{wu2024sppo,
   primaryClass  = {{cs.LG}}
 }}"""
 HUB_NAME = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-PATHS = ("model.path", "judge.path", "prompts.source", "prompts.heldout", "pairs.source")
+PATHS = ("model.path", "judge.path", "judge.python", "prompts.source", "prompts.heldout", "pairs.source")
 NOT_RESULTS = ("out", "mesh.", "log.")  # knobs that a reader of the card has no use for
 
 
@@ -86,6 +86,12 @@ def revision(run: RunDir) -> str | None:
     return _revision(_manifest(run))
 
 
+def judge_sources(run: RunDir) -> dict[str, str]:
+    """{repository: commit} of the hub that the judge of a run that was begun came from; {} before."""
+    found = _manifest(run)["judge"].get("sources") if run.manifest.exists() else None
+    return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
+
+
 def _revision(manifest: dict[str, Any]) -> str | None:
     found = manifest["model"].get("revision")
     return found if isinstance(found, str) else None
@@ -94,7 +100,7 @@ def _revision(manifest: dict[str, Any]) -> str | None:
 def _manifest(run: RunDir) -> dict[str, Any]:
     """manifest.json, its sections objects."""
     manifest = hf.read_json(run.manifest)
-    for section in ("model", "versions", "devices", "sha256", "prompts"):
+    for section in ("model", "judge", "versions", "devices", "sha256", "prompts"):
         if not isinstance(manifest.setdefault(section, {}), dict):
             raise BadInput(f"{run.manifest}: damaged: {section} is not an object")
     return manifest

@@ -73,8 +73,26 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Judge:
-    backend: str = knob("torch", "torch (PairRM in a process of its own), or module:attribute, a factory")
-    path: str = knob("embedded:pairrm", "PairRM directory (PairRM-hf layout), or embedded:pairrm")
+    backend: str = knob(
+        "torch",
+        "torch: PairRM in a process of its own; jax: PairRM on the mesh; llm_blender: the original package, to compare; "
+        "module:attribute: a factory of your own",
+    )
+    path: str = knob(
+        "embedded:pairrm",
+        "PairRM in either published layout: a directory, a name on the hub (owner/repo[@revision]), or embedded:pairrm",
+    )
+    python: str = knob("", "interpreter that has llm-blender, for that backend")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto", "dtype of PairRM's matrix products; auto: float32 on CPUs, bfloat16 elsewhere"
+    )
+    source_tokens: int = knob(0, "most that PairRM reads of a prompt; 0: as its checkpoint says, else 1224")
+    candidate_tokens: int = knob(
+        0, "what each response gets beside the longest prompt; 0: as its checkpoint says, else 412"
+    )
+    total_tokens: int = knob(
+        0, "most of a prompt and two responses; what the prompt leaves is halved; 0: source + 2 candidates"
+    )
     estimator: Literal["pairwise", "pairwise_loo", "score"] = knob(
         "pairwise", "how logits become win rates; score is the official code's Bradley-Terry projection"
     )
@@ -140,7 +158,15 @@ class Config:
 
 
 # What may differ between a run and its resumption: it moves work about but not its results.
-FREE_TO_CHANGE = ("out", "iterations", "mesh.", "log.", "fit.checkpoint_every", "sampling.slots")
+FREE_TO_CHANGE = (
+    "out",
+    "iterations",
+    "mesh.",
+    "log.",
+    "fit.checkpoint_every",
+    "sampling.slots",
+    "judge.python",
+)
 
 
 def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -242,6 +268,7 @@ def validate(config: Config) -> None:
         raise BadInput(f"seed={config.seed} must lie in [0, 2**32)")
     if not 0 <= config.model.lora_rank < 2**31:
         raise BadInput(f"model.lora_rank={config.model.lora_rank} must be 0 (all weights) or above")
+    _check_judge(config.judge)
     if config.pairs.select == "all" and fit.loss != "sppo":
         raise BadInput(f"pairs.select=all needs fit.loss=sppo: {fit.loss} is a loss of pairs; use best_worst")
     if config.pairs.source:
@@ -252,6 +279,26 @@ def validate(config: Config) -> None:
         )
     if fit.baseline != 0.5 and fit.loss != "sppo":
         raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss=sppo only; leave it at 0.5")
+
+
+def _check_judge(judge: Judge) -> None:
+    for key in ("source_tokens", "candidate_tokens", "total_tokens"):
+        value = getattr(judge, key)
+        if value and not 4 <= value < 2**31:
+            raise BadInput(f"judge.{key}={value} must be 0 (the checkpoint's own) or at least 4")
+    if judge.backend == "llm_blender":
+        if not judge.python:
+            raise BadInput(
+                "judge.backend=llm_blender needs judge.python, an interpreter with requirements-llm-blender.txt installed"
+            )
+        if judge.compute_dtype != "auto":
+            raise BadInput(
+                "judge.compute_dtype is not heard by llm_blender, which chooses its own: leave it at auto"
+            )
+    elif judge.python:
+        raise BadInput(
+            f"judge.python={judge.python} is read by judge.backend=llm_blender only; leave it empty"
+        )
 
 
 def _check_given_pairs(config: Config) -> None:

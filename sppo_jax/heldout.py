@@ -51,6 +51,7 @@ def probe(session: Session, t: int) -> list[Pair]:
             f"iteration {t} probe judge", comparisons, "pairs", minor=True
         ) as advance:
             judged = judge.prefer(found, session.judge, c.judge, session.as_judged, from_totals(advance))
+        session.judge.release()
         selected, _ = pairs.select(found, judged, how="all", eta=c.fit.eta, baseline=0.5)
         if not selected:
             raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
@@ -95,6 +96,7 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
             "length": evaluate.lengths(base),
         }
         rundir.write_json(session.run.evaluation(BASE), at_base)
+    session.judge.release()
     rundir.write_json(session.run.evaluation(t), found)
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     session.metrics.scalars(t, "evaluate", 0, **flat, **found["log_ratio"], **found["length"])

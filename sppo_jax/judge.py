@@ -1,7 +1,9 @@
 """Stage 2: responses → every ordered pair compared → K x K probabilities and win rates, shard by shard on disk."""
 
 import importlib
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ from sppo_jax.rundir import RunDir, replacing, shard_ranges
 
 
 class Judge(Protocol):
-    """Anything that compares: an object with these two is a backend."""
+    """Anything that compares: an object with these two is a backend (docs/judges.md has examples)."""
 
     @property
     def identity(self) -> str:
@@ -57,19 +59,48 @@ class Checked:
             raise BadInput(f"{self._key}: a score of prompt {prompts[bad[0]][:80]!r} is not a finite number")
         return logits
 
+    # What a judge may have besides.
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """{repository: commit} of what came from the hub."""
+        return dict(getattr(self._judge, "sources", {}))
+
+    @property
+    def cut(self) -> Counter[str]:
+        """Prompts and responses so far of which the judge read only a part."""
+        return Counter(getattr(self._judge, "cut", {}))
+
+    def release(self) -> None:
+        """Free the devices' memory until the next comparison."""
+        if hasattr(self._judge, "release"):
+            self._judge.release()
+
     def close(self) -> None:
         if hasattr(self._judge, "close"):
             self._judge.close()
 
 
-def open_judge(judge: configuration.Judge) -> Checked:
-    """The judge that the configuration names. PairRM starts in its own process and loads meanwhile."""
+def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = None) -> Checked:
+    """The judge that the configuration names; `pinned`: {repository: commit} of the hub that a run was begun with.
+
+    A PairRM of its own process is started, and loads meanwhile; one on the mesh has only looked at its files.
+    """
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)
     if judge.backend not in pairrm.BACKENDS:
         known = ", ".join(pairrm.BACKENDS)
         raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
-    return Checked(pairrm.load(tiny.resolve(judge.path), judge.backend), "judge.backend")
+    embedded = judge.path.startswith(configuration.EMBEDDED)
+    opened = pairrm.load(
+        tiny.resolve(judge.path) if embedded else judge.path,
+        judge.backend,
+        python=judge.python,
+        limits=pairrm.Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens),
+        dtype=judge.compute_dtype,
+        pinned=pinned or {},
+    )
+    return Checked(opened, "judge.backend")
 
 
 def from_attribute(key: str, name: str) -> Checked:
@@ -105,7 +136,7 @@ def prefer(
 
 def judge_all(
     responses: Sequence[Responses],
-    judge: Judge,
+    judge: Checked,
     settings: configuration.Judge,
     as_shown: Callable[[str], str],
     *,
@@ -122,25 +153,46 @@ def judge_all(
     k = len(responses[0].responses)
     pairs = sum(len(ranges[i]) for i in missing) * k * (k - 1)
     if missing:
+        before = judge.cut
         with metrics.progress(f"iteration {iteration} judge", pairs, "pairs") as advance:
             for i in missing:
                 metrics.poll()
                 shard, on_progress = [responses[n] for n in ranges[i]], from_totals(advance)
+                start, cut = time.monotonic(), judge.cut
                 rows = prefer(shard, judge, settings, as_shown, on_progress)
                 on_progress(len(shard) * k * (k - 1), pairs)  # for judges that report nothing
                 with replacing(paths[i]) as part:
                     records.write(part, Preferences, rows, _judged(made_from, shard))
+                facts = _diagnostics(shard, rows) | _cut(judge.cut - cut)
+                rate = len(shard) * k * (k - 1) / max(time.monotonic() - start, 1e-9)
+                metrics.scalars(iteration, "judge_shard", i, **facts, pairs_per_second=rate)
+        if cut := judge.cut - before:
+            metrics.say(
+                f"iteration {iteration} judge: reads only the beginning of {cut['prompts']} prompts and "
+                f"{cut['responses']} responses (judge.source_tokens, judge.total_tokens)"
+            )
+        judge.release()
     found: list[Preferences] = []
     for path, members in zip(paths, ranges, strict=True):
         found += records.read(path, Preferences, _judged(made_from, [responses[n] for n in members]))
     if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:
         raise BadInput(f"{paths[0].parent}: judged other prompts than were answered; delete it and run again")
-    metrics.scalars(iteration, "judge", 0, **_diagnostics(responses, found))
+    facts = _diagnostics(responses, found)
+    metrics.scalars(iteration, "judge", 0, **facts)
+    metrics.say(
+        f"iteration {iteration} judge: prompts with a cycle {facts['cycle_share']:.1%}, ties {facts['tie_share']:.1%}, "
+        f"position bias {facts['position_bias']:+.2f}, win rate and length correlate {facts['length_correlation']:+.2f}, "
+        f"entropy {facts['entropy']:.2f}"
+    )
     return found
 
 
 def _judged(made_from: dict[str, str], responses: Sequence[Responses]) -> dict[str, str]:
     return made_from | {"responses": records.digest(responses)}
+
+
+def _cut(cut: Mapping[str, int]) -> dict[str, float]:
+    return {f"cut_{name}": float(cut.get(name, 0)) for name in ("prompts", "responses")}
 
 
 def _diagnostics(responses: Sequence[Responses], found: Sequence[Preferences]) -> dict[str, float]:

@@ -57,8 +57,9 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
     """What to know of n judged prompts: logits and probability [n, K, K], response lengths [n, K] in tokens.
 
     cycle_share: prompts with a 3-cycle. tie_share: pairs within 1e-6 of 1/2. position_bias: mean of
-    (L_ij + L_ji)/2, the pull of being shown first, in nats. length_correlation: of win rate and length within
-    prompts. entropy: mean binary entropy of P_ij, in nats (log 2: the judge knows nothing).
+    L_ij + L_ji, twice the pull of being shown first, in nats. length_correlation: of win rate and length within
+    prompts, in [-1, 1]; 0 where one of them never varies. entropy: mean binary entropy of P_ij, in nats (log 2: the
+    judge knows nothing).
     """
     logits, p = np.asarray(logits, np.float64), np.asarray(probability, np.float64)
     k = p.shape[-1]
@@ -72,7 +73,7 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
     return {
         "cycle_share": float(np.mean(has_cycle(p))),
         "tie_share": float(np.mean(np.abs(pairs - 0.5) < TIE)),
-        "position_bias": float(np.mean((logits[..., i, j] + logits[..., j, i]) / 2)),
+        "position_bias": float(np.mean(logits[..., i, j] + logits[..., j, i])),
         "length_correlation": float(x @ y / scale) if scale > 0 else 0.0,
         "entropy": float(np.mean(-inside * np.log(inside) - (1 - inside) * np.log1p(-inside))),
     }

@@ -36,6 +36,7 @@ def write(run: RunDir) -> None:
         title=run.root.name,
         header=HEADER,
         rows=rows(found),
+        judged=judged_rows(metrics.read(run)),
         pictures=_pictures(found, metrics.read(run)),
         samples=_samples(run, found[-1]["iteration"]),
         configuration=run.config.read_text(encoding="utf-8"),
@@ -75,6 +76,28 @@ def rows(found: Sequence[Evaluation]) -> list[list[str]]:
             [str(e["iteration"]), *rates, *ratios, kl, f"{length['tokens']:.1f}", f"{length['words']:.1f}"]
         )
     return table
+
+
+DIAGNOSTICS = (
+    ("prompts with a cycle", "cycle_share", "{:.1%}"),
+    ("pairs that tie", "tie_share", "{:.1%}"),
+    ("position bias", "position_bias", "{:+.2f}"),
+    ("win rate and length", "length_correlation", "{:+.2f}"),
+    ("entropy", "entropy", "{:.2f}"),
+)
+CUT = ("cut_prompts", "cut_responses")
+
+
+def judged_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of the judge, its head first: what each iteration's K x K matrices hold, and what was too long."""
+    head = ["iteration", *(name for name, *_ in DIAGNOSTICS), "cut prompts", "cut responses"]
+    table = []
+    for line in (line for line in lines if line["stage"] == "judge"):
+        t = line["iteration"]
+        shards = [s for s in lines if s["stage"] == "judge_shard" and s["iteration"] == t]
+        cut = [f"{sum(s.get(name, 0) for s in shards):.0f}" for name in CUT]
+        table.append([str(t), *(form.format(line[key]) for _, key, form in DIAGNOSTICS), *cut])
+    return [head, *table] if table else []
 
 
 def table(run: RunDir) -> str:
@@ -139,6 +162,17 @@ def _pictures(found: Sequence[Evaluation], lines: Sequence[dict[str, Any]]) -> l
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
 
+    def leanings(axes: Any) -> None:
+        x = [line["iteration"] for line in judged]
+        for key, label, form in (
+            ("length_correlation", "win rate and length, correlation", "o-"),
+            ("position_bias", "position bias, nats", "s-"),
+        ):
+            ink = INK["judge"] if key == "length_correlation" else INK["plain"]
+            axes.plot(x, [line[key] for line in judged], form, color=ink, label=label)
+        axes.axhline(0, color="#bbbbbb", linewidth=1)
+        axes.legend(frameon=False)
+
     def loss(axes: Any) -> None:
         for i in t:
             mine = [line for line in fitted if line["iteration"] == i]
@@ -158,6 +192,7 @@ def _pictures(found: Sequence[Evaluation], lines: Sequence[dict[str, Any]]) -> l
         ("Response length", "Mean tokens on held-out prompts.", length),
         ("Divergence per token", "KL(reference ‖ policy) of each iteration, nats.", divergence),
         ("Cycles and ties", "What the judge's K × K matrices hold.", cycles),
+        ("What the judge leans to", "0: neither to long responses nor to the one shown first.", leanings),
         ("Training loss", "Starts at the mean squared target, by construction.", loss),
     ]
     return [{"title": a, "caption": b, "svg": _svg(draw, whole=draw is not loss)} for a, b, draw in panels]

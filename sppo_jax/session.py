@@ -55,7 +55,7 @@ LARGE_ETA = 20.0  # above it log mean_k exp(eta P_k) of a handful of responses i
 class Session:
     """One run's inputs and its policy. At any time one policy is in memory: the one last asked for."""
 
-    def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge_: judge.Judge):
+    def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge_: judge.Checked):
         """Open every input, so that what is wrong with one of them is known before anything is computed."""
         self.config, self.run, self.metrics, self.judge = config, run, metrics, judge_
         self.oracle = judge.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
@@ -206,6 +206,7 @@ class Session:
             },
             "seed": self.config.seed,
             "model": {"name": self.source.name, "revision": self.source.revision},
+            "judge": {"sources": self.judge.sources},
             "sha256": self.inputs,
             "prompts": self.sets.counts,
         }
@@ -290,7 +291,7 @@ def opened(config: Config) -> Iterator[Session]:
     """Claim OUT, start the judge's process before any device is touched, and open every input."""
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
     with contextlib.ExitStack() as stack:
-        judge_ = judge.open_judge(config.judge)
+        judge_ = judge.open_judge(config.judge, card.judge_sources(RunDir(config.out)))
         stack.callback(judge_.close)
         run = stack.enter_context(rundir.opened(config))
         metrics = stack.enter_context(Metrics(run))

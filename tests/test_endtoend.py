@@ -154,9 +154,9 @@ def test_the_export_is_what_the_policy_is_and_transformers_reads_it(played, toke
     assert any((first[name] != second[name]).any() for name in first)
 
 
-def test_the_report_is_one_self_contained_file_with_six_pictures(played):
+def test_the_report_is_one_self_contained_file_with_its_pictures(played):
     page = (played / "report.html").read_text()
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
     for word in ("Win rate", "Log-ratio", "Divergence", "Cycles", "before", "iteration"):
         assert word in page
@@ -164,7 +164,14 @@ def test_the_report_is_one_self_contained_file_with_six_pictures(played):
 
 def test_metrics_are_json_lines_with_their_place(played):
     lines = [json.loads(line) for line in (played / "metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"respond", "judge", "pairs", "fit", "evaluate"}
+    assert {line["stage"] for line in lines} == {
+        "respond",
+        "judge_shard",
+        "judge",
+        "pairs",
+        "fit",
+        "evaluate",
+    }
     assert all({"iteration", "stage", "step", "time"} <= set(line) for line in lines)
     assert {"cycle_share", "tie_share", "position_bias", "entropy"} <= set(
         next(x for x in lines if x["stage"] == "judge")

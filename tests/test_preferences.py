@@ -114,7 +114,7 @@ def test_diagnostics_tell_cycles_ties_bias_length_and_entropy():
     found = diagnostics(logits, p, [[9, 9, 9], [9, 9, 9], [30, 20, 10]])
     assert found["cycle_share"] == pytest.approx(1 / 3)
     assert found["tie_share"] == pytest.approx(1 / 3)
-    assert found["position_bias"] == pytest.approx(0.25)
+    assert found["position_bias"] == pytest.approx(0.5)
     assert found["length_correlation"] == pytest.approx(1.0, abs=0.01)
     assert 0 < found["entropy"] < np.log(2)
     assert preferences.diagnostics(ties[None], p[1:2], [[1, 2, 3]])["entropy"] == pytest.approx(np.log(2))
