@@ -223,6 +223,7 @@ def test_the_original_gives_the_golden_logits(which: str, tmp_path: Path) -> Non
         responses = [TEXTS["candidates"][e] for e in case["examples"]]
         if which == "hf":  # whose way does not replace "[SEP]", as the ranker's does
             responses = [[text.replace("[SEP]", " ") for text in row] for row in responses]
+            prompts = [text.replace("[SEP]", " ") for text in prompts]
         with SidecarJudge(checkpoint, command=command) as judge:
             found = judge.compare(prompts, responses)
         np.testing.assert_allclose(found, golden[f"{name}/logits"], rtol=0, atol=TOLERANCE, err_msg=name)
