@@ -1,7 +1,7 @@
 """A program on the other end of the judge's pipe, to which things happen: the real sidecar, or a stand-in that scores by
 checksum and starts in a moment.
 
-    python tests/faulty_sidecar.py PLAN (real SIDECAR-ARGUMENTS… | stand-in)
+    python tests/faulty_sidecar.py PLAN (real SIDECAR-ARGUMENTS… | stand-in [SECONDS-OF-A-BEAT])
 
 PLAN is a file with JSON [[fault, batches], …]: each fault befalls it after so many batches since the one before, or since
 the start of the process. PLAN.fired has a line for each that has happened, so that another process goes on from there.
@@ -178,7 +178,7 @@ def main() -> int:
     assert spec.loader is not None
     wire = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(wire)
-    wire.BEAT_SECONDS = 0.05  # type: ignore[attr-defined]
+    wire.BEAT_SECONDS = float(arguments[0]) if arguments else 0.05  # type: ignore[attr-defined]
     stand_in(wire, Faults(plan))
     return 0
 
