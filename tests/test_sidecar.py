@@ -397,6 +397,14 @@ def test_failure_names_the_prompts_and_how_many_more(faulty: Callable[..., Any])
         judge.compare(PROMPTS, RESPONSES)
 
 
+def test_judge_that_failed_can_be_asked_again(faulty: Callable[..., Any]) -> None:
+    judge = faulty(*[("exit", 0)] * 3, patience=Patience(silence=1, pause=0.01, restarts=1))
+    with pytest.raises(BadInput, match="1 restarts did not help"):
+        judge.compare(PROMPTS, RESPONSES)
+    assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
+    assert [line[-len("1 of 1)") :] for line in judge.told] == ["1 of 1)"] * 2
+
+
 def test_death_without_a_score_makes_batches_smaller(faulty: Callable[..., Any]) -> None:
     judge = faulty(("kill", 0), ("kill", 0))
     assert np.array_equal(judge.compare(PROMPTS[:1], RESPONSES[:1]), expected(PROMPTS[:1], RESPONSES[:1]))
