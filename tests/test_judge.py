@@ -10,6 +10,7 @@ import pytest
 
 from sppo_jax import config, judge, main, preferences, report, tiny
 from sppo_jax.errors import BadInput
+from sppo_jax.pairrm import layout
 from sppo_jax.rundir import RunDir
 from tests.small_game import words
 
@@ -24,6 +25,10 @@ def one_device(monkeypatch):
 
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
+
+
+def test_the_documented_conversion_is_the_one_that_errors_name():
+    assert layout.CONVERT in DOCS.read_text()
 
 
 @pytest.fixture
