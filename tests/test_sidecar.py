@@ -219,8 +219,9 @@ def test_only_the_cells_that_are_asked_for_are_scored(formatter: Formatter) -> N
 
 def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
     prompts, responses = golden()
-    works = pairing.plan(formatter, prompts, responses)
-    for tokens in (300, 777, 4096):
+    equal_lengths = [["a", "b", "c", "d", "e"]]
+    works = pairing.plan(formatter, [*prompts, "x"], responses + equal_lengths)
+    for tokens in (50, 300, 777, 4096):
         found = list(pairing.batches(works[::-1], tokens))
         assert sorted(map(id, (work for batch in found for work in batch))) == sorted(map(id, works))
         assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= tokens for batch in found)
