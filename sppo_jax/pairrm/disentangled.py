@@ -120,8 +120,12 @@ def _heads(
 
     def text(x: tuple[Array, ...]) -> Array:
         *qkv, n = x
-        by_head = (*(jnp.moveaxis(y, 1, 0) for y in qkv), *tables)
-        return jnp.moveaxis(jax.lax.map(lambda y: one(*y, n), by_head), 0, 1)
+
+        def head(y: tuple[Array, ...]) -> Array:
+            q, k, v, keys, queries = y
+            return one(q, k, v, keys, queries, n)
+
+        return jnp.moveaxis(jax.lax.map(head, (*(jnp.moveaxis(y, 1, 0) for y in qkv), *tables)), 0, 1)
 
     return jax.lax.map(text, (q, k, v, length_B))
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import disentangled, jax_model, pairing
+from sppo_jax.pairrm import jax_model, pairing
 from sppo_jax.pairrm.format import Formatter, Limits
 from sppo_jax.pairrm.layout import Checkpoint
 
@@ -27,13 +27,13 @@ Batch = tuple[
 ]  # tokens per row after padding, and one pair for each row that is not spare
 
 DTYPES = ("auto", "float32", "bfloat16")
-AUTO = {"cpu": "float32", "gpu": "float32", "tpu": "bfloat16"}
+AUTO = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 # Tokens of a row after padding. A CPU compiles in a second and pays for every token; an accelerator the other way round.
 BUCKETS = {"cpu": (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), 2048)}
 _BUCKETS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 _STEP = 512  # between buckets beyond the last
-# Tokens of a batch per device. On a CPU batching gains nothing.
-DEVICE_TOKENS = {"cpu": 1}
+# Tokens of a batch per device. On a CPU more than these gain nothing.
+DEVICE_TOKENS = {"cpu": 512}
 _DEVICE_TOKENS = 4096
 
 
@@ -54,7 +54,7 @@ class JaxJudge:
     ) -> None:
         """`mesh` (default: all devices) is used data-parallel whatever its axes; `form` as in disentangled.py.
 
-        `dtype` auto is float32 on CPUs and GPUs, bfloat16 on TPUs. Raises BadInput when the files are not a PairRM's.
+        `dtype` auto is bfloat16, on CPUs float32. Raises BadInput when the files are not a PairRM's.
         """
         if dtype not in DTYPES:
             raise BadInput(f"PairRM: dtype {dtype!r} is unknown; choose one of: {', '.join(DTYPES)}")

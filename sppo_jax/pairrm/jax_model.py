@@ -212,7 +212,7 @@ def positions(d: Deberta, weights: dict[str, Array], dtype: Any) -> dict[str, Ar
             _product(table_PD.astype(w_LED.dtype), w_LED, "pd,led->lpe")
             + weights[f"layers.{name}_bias"][:, None]
         )
-        return y_LPE.reshape(*y_LPE.shape[:2], d.heads, -1).astype(dtype)
+        return y_LPE.reshape(*y_LPE.shape[:2], d.heads, d.model // d.heads).astype(dtype)
 
     return {"layers.keys": projected("k"), "layers.queries": projected("q")}
 
