@@ -54,6 +54,6 @@ def load(
     if backend == "llm_blender":
         from sppo_jax.pairrm import original
 
-        command = original.command(python, checkpoint, threads)
+        command = original.command(python, checkpoint, threads, limits)
         return SidecarJudge(checkpoint, threads=threads, command=command, name="llm-blender", tell=tell)
     return SidecarJudge(checkpoint, threads=threads, limits=limits, dtype=dtype, tell=tell)
