@@ -174,6 +174,12 @@ def test_backbone_without_weights_is_left_to_the_original(tmp_path: Path) -> Non
     assert "--backbone" not in original.command(sys.executable, replace(checkpoint, backbone=None))
 
 
+def test_backbone_whose_path_misleads_the_original_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dolphin").mkdir()
+    with pytest.raises(BadInput, match=r"'phi' is in its name; move it elsewhere"):
+        original.command(sys.executable, ranker(tmp_path / "dolphin"))
+
+
 def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) -> None:
     # The package as it lies when installed, beside a llm_blender that the other interpreter must not find.
     site, theirs = tmp_path / "site-packages", tmp_path / "theirs"

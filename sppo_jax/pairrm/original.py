@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # (prompt, responses [K]) → logits [K][K] of all ordered pairs
 Scorer = Callable[[str, list[str]], list[list[float]]]
 
+# In a path, llm-blender 0.0.2 takes these for the name of a model that is padded or loaded otherwise.
+_OTHER_MODELS = ("alpaca", "llama", "starling-rm", "phi")
 _HOW_TO_GET = (
     "make one with `python3.11 -m venv DIR && DIR/bin/pip install -r requirements-llm-blender.txt` "
     "and set judge.python to DIR/bin/python"
@@ -52,7 +54,13 @@ def command(
     ]
     run += ["--threads", str(threads or 0)]
     if checkpoint.backbone is not None and _has_weights(checkpoint.backbone):
-        run += ["--backbone", str(checkpoint.backbone.resolve())]
+        backbone = str(checkpoint.backbone.resolve())
+        odd = [word for word in _OTHER_MODELS if word in backbone]
+        if odd:
+            raise BadInput(
+                f"llm-blender takes {backbone!r} for another model's, for {odd[0]!r} is in its name; move it elsewhere"
+            )
+        run += ["--backbone", backbone]
     if limits is not None:
         full = limits.of(checkpoint.config)
         if full.total != full.source + 2 * full.candidate:
