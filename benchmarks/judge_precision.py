@@ -10,6 +10,7 @@ The random weights say what 24 layers do to a hidden state (root mean square of 
 """
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 from safetensors.numpy import save_file
 
 from sppo_jax import sharding, tiny
@@ -125,6 +127,12 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
     return layout.read(directory)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def last_hidden(graph: nnx.GraphDef, weights: Any, ids: jax.Array, length: jax.Array) -> jax.Array:
+    """Weights are arguments: as constants the compiler would copy them."""
+    return nnx.merge(graph, weights).hidden(ids, length)[0]
+
+
 def real_size(layers: int) -> list[dict[str, Any]]:
     """Errors of the last hidden state of one pair of about 250 tokens."""
     rows = []
@@ -137,8 +145,7 @@ def real_size(layers: int) -> list[dict[str, Any]]:
         ids, length, _ = batch([pair], -(-len(pair) // 64) * 64)
         exact: np.ndarray | None = None
         for name, network in networks(checkpoint).items():
-            found = np.asarray(jax.jit(lambda i, n, network=network: network.hidden(i, n)[0])(ids, length))
-            found = found[0, : len(pair)]
+            found = np.asarray(last_hidden(*nnx.split(network), ids, length))[0, : len(pair)]
             if exact is None:
                 exact = found
                 continue

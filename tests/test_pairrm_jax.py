@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
@@ -165,10 +166,12 @@ def test_one_program_per_bucket_whatever_is_left_over(eight_devices: Mesh) -> No
         used = {size for size, _ in jax_judge.batches(works, "cpu", 8)}
         assert opened._forward._cache_size() == len(used)
         opened.compare(prompts[:3], [row[:2] for row in responses[:3]])
+        program = opened._forward
         opened.release()
         assert opened._weights is None
         np.testing.assert_array_equal(opened.compare(prompts, responses), whole)
-        assert opened._forward._cache_size() == len(used)
+        assert opened._forward is program
+        assert program._cache_size() == len(used)
     assert seen == sorted(seen)
     assert seen[-1] == (100, 100)
     with pytest.raises(BadInput, match="closed"):
@@ -188,7 +191,7 @@ def test_batches_hold_every_pair_once_in_few_shapes() -> None:
             ids, lengths, marks = jax_judge.padded(batch, size, full)
             assert (ids.shape, lengths.shape, marks.shape) == ((full, size), (full,), (full, 3))
         assert all(len(batch) == 4 * jax_judge.rows(size, platform) for size, batch in found[:-1])
-    assert jax_judge.bucket(1, "tpu") == 128
+    assert jax_judge.bucket(1, "tpu") == jax_judge.bucket(128, "tpu") == 128
     assert jax_judge.bucket(2048, "tpu") == 2048
     assert jax_judge.bucket(2049, "tpu") == 2560
     assert all(size % disentangled.BLOCK == 0 for size in jax_judge._BUCKETS)
@@ -300,7 +303,7 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
                 x *= 0.1
             elif tensor.path != "embedding":
                 x /= np.sqrt(x.shape[1], dtype=np.float32)
-            weights[name] = x
+            weights[name] = 200 * x if tensor.path == "head_out" else x  # or the logit would be 3e-4
     save_file(weights, directory / "model.safetensors")
     return layout.read(directory)
 
@@ -308,7 +311,7 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
 def test_the_real_size_equals_torch(tmp_path: Path, one_device: Mesh) -> None:
     checkpoint = large(tmp_path, 24)
     theirs = torch_model.load(checkpoint)
-    pair = Formatter.of(checkpoint).pair("why? " * 60, "so it is " * 25, "the river crosses the city " * 9)
+    pair = Formatter.of(checkpoint).pair("why? " * 40, "so it is " * 18, "the river crosses the city " * 6)
     assert 250 < len(pair) < 384
     with torch.inference_mode():
         wanted = theirs.hidden([pair]).numpy()
@@ -318,8 +321,9 @@ def test_the_real_size_equals_torch(tmp_path: Path, one_device: Mesh) -> None:
     ids, lengths, marks = (
         jnp.asarray(x) for x in jax_judge.padded([pairing.Work(pair, [(0, 0, 1)])], 384, 1)
     )
-    hidden = jax.jit(lambda i, n: network.hidden(i, n)[0])(ids, lengths)
+    graph, weights = nnx.split(network)  # weights are arguments: as constants the compiler would copy them
+    hidden = jax.jit(lambda w, i, n: nnx.merge(graph, w).hidden(i, n)[0])(weights, ids, lengths)
     np.testing.assert_allclose(hidden[:, : len(pair)], wanted, rtol=0, atol=2e-3)
     found = network.head(jnp.take_along_axis(hidden, marks[:, :, None], axis=1))
     np.testing.assert_allclose(found, logit, rtol=0, atol=2e-3)
-    assert abs(float(logit[0])) > 0.05
+    assert abs(float(logit[0])) > 0.02
