@@ -259,14 +259,14 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     d, dtype = check(checkpoint), jnp.dtype(dtype)
     everywhere = sharding.replicated(mesh)
     weights = {}
-    with _opened(checkpoint) as stored:
-        for t in table(d):
-            piece = _aligned(_stacked(d, t), _kept(t, dtype))
-            for layer, name in enumerate(t.names(d.layers)):
+    for t in table(d):
+        piece = _aligned(_stacked(d, t), _kept(t, dtype))
+        for layer, name in enumerate(t.names(d.layers)):
+            with _opened(checkpoint) as stored:  # each time: what was read of a mapped file counts as memory
                 piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
-            # On a CPU every device reads this one buffer.
-            copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
-            weights[t.path] = jax.make_array_from_single_device_arrays(piece.shape, everywhere, copies)
+        # On a CPU every device reads this one buffer.
+        copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
+        weights[t.path] = jax.make_array_from_single_device_arrays(piece.shape, everywhere, copies)
     needed = {name: weights[name] for name in (*_DISTANCES, *_PROJECTIONS)}
     weights |= jax.jit(functools.partial(positions, d, dtype=dtype))(needed)
     weights = {path: x for path, x in weights.items() if path not in _DISTANCES}
