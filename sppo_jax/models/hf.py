@@ -307,7 +307,7 @@ def read_sharded(
     for devices in holders.values():
         index = where[devices[0]]
         assert index is not None
-        piece = _aligned(placed.shard_shape(shape), dtype)
+        piece = aligned(placed.shard_shape(shape), dtype)
         for layer, name in enumerate(t.names(a)):
             with safe_open(files[name], "numpy") as opened:
                 part = t.read(opened.get_slice(name), a, index[1:] if t.stacked else index)
@@ -319,7 +319,7 @@ def read_sharded(
     return jax.make_array_from_single_device_arrays(shape, placed, arrays)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array on a 64-byte boundary, which jax takes over on a CPU without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)

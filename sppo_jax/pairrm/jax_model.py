@@ -6,9 +6,7 @@ makes of the table of distances does not depend on the text: it is computed once
 B batch, T time, D model, H heads, C channels of a head, F feed-forward, V vocabulary, L layers, P rows of the table.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError, safe_open
 
 from sppo_jax import sharding
-from sppo_jax.errors import BadInput
-from sppo_jax.models.hf import FLOATS, _aligned
-from sppo_jax.pairrm import disentangled
+from sppo_jax.models.hf import aligned
+from sppo_jax.pairrm import disentangled, layout
 from sppo_jax.pairrm.layout import Checkpoint
-
-# A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
-_BUFFERS = {"pretrained_model.embeddings.position_ids"}
-
 
 _DISTANCES = ("distances", "distances_norm_weight", "distances_norm_bias")
 _PROJECTIONS = ("layers.q", "layers.q_bias", "layers.k", "layers.k_bias")
@@ -225,28 +217,9 @@ def shapes(d: Deberta, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def check(checkpoint: Checkpoint) -> Deberta:
-    """Its sizes, if the files fit together. Only the file's header is read.
-
-    Raises BadInput naming the tensor that is missing, extra, misshapen or not of floating point.
-    """
-    d, file = Deberta.of(checkpoint), checkpoint.weights
-    wanted = {name: t.shape for t in table(d) for name in t.names(d.layers)}
-    with _opened(checkpoint) as stored:
-        names = set(stored.keys()) - _BUFFERS
-        for problem, odd in (("lacks", wanted.keys() - names), ("has the unknown", names - wanted.keys())):
-            if odd:
-                raise BadInput(f"PairRM: {str(file)!r} {problem} tensor {min(odd)} ({len(odd)} such)")
-        for name, shape in wanted.items():
-            header = stored.get_slice(name)
-            if (found := list(header.get_shape())) != list(shape):
-                raise BadInput(
-                    f"PairRM: {str(file)!r} has {name} as {found}, config.json asks for {list(shape)}"
-                )
-            if header.get_dtype() not in FLOATS:
-                raise BadInput(
-                    f"PairRM: {str(file)!r} has {name} as {header.get_dtype()}; give weights of floating point "
-                    f"({', '.join(FLOATS)})"
-                )
+    """Its sizes, if the files fit together. Only the file's header is read. Raises BadInput as layout.check_tensors."""
+    d = Deberta.of(checkpoint)
+    layout.check_tensors(checkpoint, {name: t.shape for t in table(d) for name in t.names(d.layers)})
     return d
 
 
@@ -260,9 +233,11 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     everywhere = sharding.replicated(mesh)
     weights = {}
     for t in table(d):
-        piece = _aligned(_stacked(d, t), _kept(t, dtype))
+        piece = aligned(_stacked(d, t), _kept(t, dtype))
         for layer, name in enumerate(t.names(d.layers)):
-            with _opened(checkpoint) as stored:  # each time: what was read of a mapped file counts as memory
+            with layout.opened(
+                checkpoint.weights, "numpy"
+            ) as stored:  # each time: what was read of a mapped file counts as memory
                 piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
         # On a CPU every device reads this one buffer.
         copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
@@ -279,12 +254,3 @@ def _stacked(d: Deberta, t: Tensor) -> tuple[int, ...]:
 
 def _kept(t: Tensor, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if t.wide else dtype
-
-
-@contextlib.contextmanager
-def _opened(checkpoint: Checkpoint) -> Iterator[Any]:
-    try:
-        with safe_open(checkpoint.weights, "numpy") as stored:
-            yield stored
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"PairRM: {str(checkpoint.weights)!r} is unreadable: {error}") from None

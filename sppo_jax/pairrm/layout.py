@@ -5,10 +5,11 @@ Two layouts are published. `llm-blender/PairRM-hf`: everything in one directory,
 config.json and tokenizer complete it. The backbone's own weights are not needed, and not fetched.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ _ONLY: dict[str, tuple[Any, Any]] = {
     "n_tasks": (1, 1),
 }
 _LIMITS = ("source_maxlength", "candidate_maxlength")
+# A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
+_BUFFERS = {"pretrained_model.embeddings.position_ids"}
+_FLOATS = ("F32", "BF16", "F16", "F64")
 _SCORING = (*_SHAPE, *_ONLY, *_LIMITS, "layer_norm_eps", "max_relative_positions")
 
 
@@ -137,6 +141,38 @@ def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
             f"{config['vocab_size']} of {config['hidden_size']}: the two files do not belong together"
         )
     return Checkpoint(directory, config, weights, tokens, base)
+
+
+def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Do the weights have exactly the tensors of a network? Only the file's header is read.
+
+    Raises BadInput naming the tensor that is missing, extra, misshapen or not of floating point.
+    """
+    file = str(checkpoint.weights)
+    with opened(checkpoint.weights, "numpy") as stored:
+        names = set(stored.keys()) - _BUFFERS
+        for problem, odd in (("lacks", shapes.keys() - names), ("has the unknown", names - shapes.keys())):
+            if odd:
+                raise BadInput(f"PairRM: {file!r} {problem} tensor {min(odd)} ({len(odd)} such)")
+        for name, shape in shapes.items():
+            header = stored.get_slice(name)
+            if (found := list(header.get_shape())) != list(shape):
+                raise BadInput(f"PairRM: {file!r} has {name} as {found}, config.json asks for {list(shape)}")
+            if header.get_dtype() not in _FLOATS:
+                raise BadInput(
+                    f"PairRM: {file!r} has {name} as {header.get_dtype()}; give weights of floating point "
+                    f"({', '.join(_FLOATS)})"
+                )
+
+
+@contextlib.contextmanager
+def opened(weights: Path, framework: str) -> Iterator[Any]:
+    """The safetensors file, for reading tensors of "numpy" or "pt". Raises BadInput when it is damaged."""
+    try:
+        with safe_open(weights, framework) as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"PairRM: {str(weights)!r} is unreadable: {error}") from None
 
 
 def _snapshot(
@@ -236,13 +272,10 @@ def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _embedding(weights: Path) -> tuple[int, int]:
     """(tokens, width) of the embedding. Raises BadInput."""
-    try:
-        with safe_open(weights, framework="numpy") as stored:
-            if EMBEDDING not in stored.keys():  # noqa: SIM118  (no dict)
-                raise BadInput(f"PairRM: {str(weights)!r} lacks tensor {EMBEDDING}; {_HOW_TO_GET}")
-            shape = stored.get_slice(EMBEDDING).get_shape()
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"PairRM: {str(weights)!r} is unreadable: {error}") from None
+    with opened(weights, "numpy") as stored:
+        if EMBEDDING not in stored.keys():  # noqa: SIM118  (no dict)
+            raise BadInput(f"PairRM: {str(weights)!r} lacks tensor {EMBEDDING}; {_HOW_TO_GET}")
+        shape = stored.get_slice(EMBEDDING).get_shape()
     if len(shape) != 2:
         raise BadInput(f"PairRM: {str(weights)!r} has {EMBEDDING} as {shape}, which is no table")
     return shape[0], shape[1]

@@ -22,7 +22,8 @@ from sppo_jax.pairrm.format import Formatter, Limits, PromptPairs
 if TYPE_CHECKING:
     from sppo_jax.pairrm import torch_model
 
-BATCH_TOKENS = 8192
+# Tokens of a batch, padding included. A CPU gains nothing from more, and pays for padding and for what leaves its cache.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 Scorer = Callable[[list[pairing.Work]], np.ndarray]
 
@@ -184,7 +185,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", help="directory that completes a ranker's")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for PyTorch (0: its own choice)")
     parser.add_argument(
-        "--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens per forward, padding included"
+        "--batch-tokens", type=int, default=0, help="tokens per forward, padding included (0: the device's)"
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     for name in ("source", "candidate", "total"):
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
             replies.send({"error": str(error)})
             return 2
         replies.send({"ready": True, "device": device})
-        serve(replies, model, formatter, options.batch_tokens)
+        serve(replies, model, formatter, options.batch_tokens or BATCH_TOKENS[device])
     except BrokenPipeError:  # the reader is gone: nothing is left to do
         return 0
     except wire.FrameError as error:

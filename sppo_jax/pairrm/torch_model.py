@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional
 from transformers import DebertaV2Config, DebertaV2Model
@@ -25,11 +24,10 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 )
 
 from sppo_jax.errors import BadInput
+from sppo_jax.pairrm import layout
 from sppo_jax.pairrm.format import Pair
 from sppo_jax.pairrm.layout import Checkpoint
 
-# A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
-_BUFFERS = {"pretrained_model.embeddings.position_ids"}
 # On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
 _PIECE, _STRIP = 2**21, 64
 
@@ -217,24 +215,9 @@ def load(
         model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"PairRM: {str(checkpoint.directory)!r} describes no model: {error!r}") from None
-    file = checkpoint.weights
     wanted = model.state_dict()
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys()) - _BUFFERS
-            for problem, odd in (
-                ("lacks", wanted.keys() - names),
-                ("has the unknown", names - wanted.keys()),
-            ):
-                if odd:
-                    raise BadInput(f"PairRM: {str(file)!r} {problem} tensor {min(odd)} ({len(odd)} such)")
-            for name, tensor in wanted.items():
-                value = stored.get_tensor(name)
-                if value.shape != tensor.shape:
-                    raise BadInput(
-                        f"PairRM: {str(file)!r} has {name} as {list(value.shape)}, config.json asks for {list(tensor.shape)}"
-                    )
-                tensor.copy_(value)
-    except SafetensorError as error:
-        raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error}") from None
+    layout.check_tensors(checkpoint, {name: tensor.shape for name, tensor in wanted.items()})
+    with layout.opened(checkpoint.weights, "pt") as stored:
+        for name, tensor in wanted.items():
+            tensor.copy_(stored.get_tensor(name))
     return model.to(device, dtype).fix()
