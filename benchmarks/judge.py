@@ -234,6 +234,8 @@ def measure(python: str | Path, name: str, folder: Path, threads: int) -> dict[s
     variables = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
@@ -280,6 +282,8 @@ def main() -> None:
             python = environment(args.cache) if backend == "original" else sys.executable
             print(f"{backend} ...", file=sys.stderr, flush=True)
             found[backend] = measure(python, backend, folder, args.threads)
+            rate = len(told["tokens"]) / found[backend]["seconds"]
+            print(f"{backend}: {rate:.3f} pairs/s", file=sys.stderr, flush=True)
     pairs = len(told["tokens"])
     logits = {backend: np.array(one.pop("logits")) for backend, one in found.items()}
     first = logits[args.backends[0]]

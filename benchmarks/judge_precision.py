@@ -29,7 +29,6 @@ from sppo_jax.pairrm import jax_judge, jax_model, layout, pairing, torch_model
 from sppo_jax.pairrm.format import Formatter, Pair
 from sppo_jax.tiny.build_pairrm import held_out_pairs
 
-RESULTS = Path(__file__).parent / "results" / "judge_precision.json"
 LARGE = {
     "hidden_size": 1024, "num_attention_heads": 16, "attention_head_size": 64, "intermediate_size": 4096,
     "position_buckets": 256, "max_position_embeddings": 512, "pooler_hidden_size": 1024,
@@ -174,7 +173,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} into results/")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     started = time.perf_counter()
     report = {
@@ -190,7 +189,7 @@ def main() -> None:
         )
     print(f"{time.perf_counter() - started:.0f} s")
     if options.json:
-        RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report))
 
 
 if __name__ == "__main__":

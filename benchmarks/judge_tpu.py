@@ -22,7 +22,6 @@ import json
 import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +35,6 @@ from sppo_jax.pairrm import disentangled
 from sppo_jax.pairrm.jax_judge import forward
 from sppo_jax.pairrm.jax_model import Deberta, PairRM, shapes
 
-RESULTS = Path(__file__).parent / "results" / "judge_tpu.json"
 LARGE = Deberta(
     vocab=128_005, model=1024, heads=16, mlp=4096, layers=24, buckets=256, farthest=512, norm_eps=1e-7
 )
@@ -104,7 +102,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=sorted(disentangled.FORMS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
     parser.add_argument("--skip-whole", action="store_true", help="leave out the network of 24 layers")
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name} into results/")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     mesh = v5e(options.topology)
     report: dict[str, Any] = {
@@ -137,7 +135,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report))
 
 
 def _libtpu() -> str:
