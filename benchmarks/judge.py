@@ -29,7 +29,7 @@ REQUIREMENTS = ROOT / "requirements-llm-blender.txt"
 SEED, K = 0, 5
 # Tokens: median and spread of lengths that are log-normal, and their limits.
 PROMPT, RESPONSE = (125, 0.6, 15, 800), (320, 0.45, 20, 850)
-REPEATED = 0.1  # of the responses equal an earlier one, as they do at a low temperature
+REPEATED = 0.1  # of the responses equal an earlier one to the same prompt, as they do at a low temperature
 WARM_UP = ("hello", ["one answer", "and another"])
 BACKENDS = ("original", "sidecar", "jax")
 # Of a logit. On a GPU the original takes float16, and the sidecar bfloat16.
@@ -63,8 +63,7 @@ def make(folder: Path, layers: int) -> None:
     with torch.device("meta"):
         weights = PairRM(config).state_dict()
     for name, value in weights.items():
-        # As wide a spread as makes attention choose and logits differ by about 1; LayerNorms and biases not idle.
-        random_value = torch.randn(value.shape) * (0.04 if value.ndim == 2 else 0.1)
+        random_value = torch.randn(value.shape) * _spread(name, value.ndim)
         weights[name] = random_value + (1.0 if name.endswith("LayerNorm.weight") else 0.0)
     save_file(weights, folder / "hf" / "model.safetensors", metadata={"format": "pt"})
     (folder / "hf" / "config.json").write_text(json.dumps(config))
@@ -88,6 +87,12 @@ def make(folder: Path, layers: int) -> None:
     )
 
 
+def _spread(name: str, dimensions: int) -> float:
+    """Standard deviation of a parameter: so that attention chooses and logits tell texts apart, as trained ones do."""
+    of = {"query_proj": 0.15, "key_proj": 0.15, "intermediate": 0.01}
+    return 0.1 if dimensions == 1 else next((size for part, size in of.items() if part in name), 0.04)
+
+
 def texts(folder: Path, count: int) -> None:
     """folder/texts.json: prompts, responses, and how long the pairs are."""
     from sppo_jax.pairrm import layout, pairing
@@ -107,12 +112,9 @@ def texts(folder: Path, count: int) -> None:
         return said
 
     prompts = [text(*PROMPT) for _ in range(count)]
-    responses: list[list[str]] = []
-    for _ in prompts:
-        row: list[str] = []
-        for _ in range(K):
-            row.append(rng.choice(row) if row and rng.random() < REPEATED else text(*RESPONSE))
-        responses.append(row)
+    responses = [[text(*RESPONSE) for _ in range(K)] for _ in prompts]
+    for n in range(round(REPEATED * K * count)):  # over the prompts in turn
+        responses[n % count][K - 1 - n // count] = responses[n % count][0]
     works = pairing.distinct(pairing.read(formatter, prompts, responses))
     found = {
         "prompts": prompts,

@@ -299,6 +299,12 @@ def _check_judge(judge: Judge) -> None:
         raise BadInput(
             f"judge.python={judge.python} is read by judge.backend=llm_blender only; leave it empty"
         )
+    if ":" in judge.backend:
+        for key in ("compute_dtype", "source_tokens", "candidate_tokens", "total_tokens"):
+            if getattr(judge, key) != getattr(Judge(), key):
+                raise BadInput(
+                    f"judge.{key}={getattr(judge, key)} is PairRM's, and not heard by judge.backend={judge.backend}"
+                )
 
 
 def _check_given_pairs(config: Config) -> None:

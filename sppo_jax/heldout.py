@@ -80,6 +80,10 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
     rates = {name: {"base": rate(name, base)} for name in judges}
     for name in judges:  # in iteration 1 the previous policy is the base
         rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
+    if t == 1:
+        zero = {name: {"base": rate(name, base, mine=base, k=1)} for name in judges}
+    for name in judges:
+        judges[name].release()
     found: dict[str, Any] = {
         "iteration": t,
         "prompts": len(policy),
@@ -88,7 +92,6 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
         "log_ratio": evaluate.log_ratios(probed, session.logprobs(t, probed, t)),
     }
     if t == 1:
-        zero = {name: {"base": rate(name, base, mine=base, k=1)} for name in judges}
         at_base = {
             "iteration": BASE,
             "prompts": len(base),
@@ -96,7 +99,6 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
             "length": evaluate.lengths(base),
         }
         rundir.write_json(session.run.evaluation(BASE), at_base)
-    session.judge.release()
     rundir.write_json(session.run.evaluation(t), found)
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     session.metrics.scalars(t, "evaluate", 0, **flat, **found["log_ratio"], **found["length"])

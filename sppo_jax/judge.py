@@ -71,6 +71,11 @@ class Checked:
         """Prompts and responses so far of which the judge read only a part."""
         return Counter(getattr(self._judge, "cut", {}))
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Where the judge's own news goes from now on: the run's log is opened after it."""
+        if hasattr(self._judge, "tell"):
+            self._judge.tell = say
+
     def release(self) -> None:
         """Free the devices' memory until the next comparison."""
         if hasattr(self._judge, "release"):
@@ -157,15 +162,21 @@ def judge_all(
         with metrics.progress(f"iteration {iteration} judge", pairs, "pairs") as advance:
             for i in missing:
                 metrics.poll()
-                shard, on_progress = [responses[n] for n in ranges[i]], from_totals(advance)
+                shard, shown = [responses[n] for n in ranges[i]], from_totals(advance)
+
+                def on_progress(done: int, total: int, shown: Callable[[int, int], None] = shown) -> None:
+                    shown(done, total)
+                    metrics.poll()  # a shard of a large judge takes longer than those who stop us wait
+
                 start, cut = time.monotonic(), judge.cut
                 rows = prefer(shard, judge, settings, as_shown, on_progress)
-                on_progress(len(shard) * k * (k - 1), pairs)  # for judges that report nothing
-                with replacing(paths[i]) as part:
-                    records.write(part, Preferences, rows, _judged(made_from, shard))
+                shown(len(shard) * k * (k - 1), pairs)  # for judges that report nothing
                 facts = _diagnostics(shard, rows) | _cut(judge.cut - cut)
                 rate = len(shard) * k * (k - 1) / max(time.monotonic() - start, 1e-9)
+                # Before the shard itself: what a crash comes between is said again, and the last line counts.
                 metrics.scalars(iteration, "judge_shard", i, **facts, pairs_per_second=rate)
+                with replacing(paths[i]) as part:
+                    records.write(part, Preferences, rows, _judged(made_from, shard))
         if cut := judge.cut - before:
             metrics.say(
                 f"iteration {iteration} judge: reads only the beginning of {cut['prompts']} prompts and "

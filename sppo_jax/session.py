@@ -295,6 +295,7 @@ def opened(config: Config) -> Iterator[Session]:
         stack.callback(judge_.close)
         run = stack.enter_context(rundir.opened(config))
         metrics = stack.enter_context(Metrics(run))
+        judge_.tell(metrics.say)
         stack.enter_context(metrics.stopping_on_sigterm())
         session = Session(config, run, metrics, judge_)
         if session.oracle is not None:

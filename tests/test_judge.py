@@ -1,5 +1,6 @@
 """Stage 2 as a run sees it: which judge is opened, what it is asked, and what is told about its answers."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -140,6 +141,88 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
     assert manifest["judge"] == {"sources": {"owner/judge": "c" * 40}}
 
 
+def test_a_game_judged_on_the_mesh_has_the_logits_of_the_process(tmp_path):
+    import pyarrow.parquet as pq
+
+    main.main(words(tmp_path / "run", judge__backend="jax"))
+    rows = {}
+    for kind in ("responses", "preferences"):
+        shards = sorted((tmp_path / "run/iter_1" / kind).glob("*.parquet"))
+        rows[kind] = [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+    opened = judge.open_judge(config.load().judge)
+    try:
+        expected = opened.compare(
+            [row["prompt"] for row in rows["responses"]], [row["responses"] for row in rows["responses"]]
+        )
+    finally:
+        opened.close()
+    found = np.array([row["logits"] for row in rows["preferences"]])
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+
+
+def test_devices_without_room_for_the_judge_are_one_line(monkeypatch):
+    import jax
+
+    from sppo_jax.pairrm import jax_judge
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax_judge.JaxJudge, "_dispatch", full)
+    settings = config.load(overrides=["--judge.backend", "jax"])
+    with pytest.raises(BadInput, match=r"no room .* lower judge.total_tokens"):
+        judge.open_judge(settings.judge).compare(["Who?"], [["I", "you"]])
+
+
+def test_sharpness_reaches_the_win_rates():
+    from sppo_jax.records import Responses
+
+    row = Responses(1, "Who?", [1], [[2], [2], [2]], ["a", "b", "c"], ["stop"] * 3, [-1.0] * 3)
+    for sharpness in (1.0, 2.0):
+        settings = config.Judge(sharpness=sharpness)
+        [found] = judge.prefer([row], Scripted(), settings, str)
+        np.testing.assert_allclose(found.probability[0][1], 1 / (1 + np.exp(-sharpness * 2)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_judge_of_the_hub_keeps_its_commit_though_main_moves_on(backend, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, *, pinned, tell):
+        asked.append((name, dict(pinned)))
+        return dataclasses.replace(layout.read(tiny.path("pairrm")), sources={"owner/judge": "c" * 40})
+
+    monkeypatch.setattr(layout, "fetch", fetch)
+    flags = {"judge__backend": backend, "judge__path": "owner/judge", "iterations": 1}
+    main.main(words(tmp_path / "run", **flags))
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["judge"]["sources"] == {
+        "owner/judge": "c" * 40
+    }
+    main.main(words(tmp_path / "run", **flags))
+    assert asked == [("owner/judge", {}), ("owner/judge", {"owner/judge": "c" * 40})]
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_for_the_rest_of_a_shard(tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from sppo_jax.errors import Terminated
+    from sppo_jax.tiny import world
+
+    class Slow(Scripted):
+        def compare(self, prompts, responses, on_progress=None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            on_progress(1, 6 * len(prompts))
+            raise AssertionError("went on")
+
+    monkeypatch.setattr(world, "oracle", Slow)
+    with pytest.raises(Terminated):
+        main.main(words(tmp_path / "run"))
+    assert list((tmp_path / "run/iter_1/responses").iterdir())
+    assert not list((tmp_path / "run/iter_1/preferences").glob("*.parquet"))
+
+
 def entropy(logit: float) -> float:
     p = 1 / (1 + np.exp(-logit))
     return float(-p * np.log(p) - (1 - p) * np.log(1 - p))
@@ -171,6 +254,11 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
         (
             ["--judge.backend", "llm_blender", "--judge.python", "p", "--judge.compute_dtype", "bfloat16"],
             "leave it at auto",
+        ),
+        (["--judge.backend", "my:rule", "--judge.total_tokens", "99"], "not heard by judge.backend=my:rule"),
+        (
+            ["--judge.backend", "my:rule", "--judge.compute_dtype", "float32"],
+            "compute_dtype=float32 is PairRM's",
         ),
     ],
 )

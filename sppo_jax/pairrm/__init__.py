@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sppo_jax import hub
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import layout
-from sppo_jax.pairrm.client import SidecarJudge
+from sppo_jax.pairrm.client import Patience, SidecarJudge
 from sppo_jax.pairrm.format import Limits
 
 if TYPE_CHECKING:
@@ -55,5 +55,8 @@ def load(
         from sppo_jax.pairrm import original
 
         command = original.command(python, checkpoint, threads, limits)
-        return SidecarJudge(checkpoint, threads=threads, command=command, name="llm-blender", tell=tell)
+        patience = Patience(stall=7200)  # one pair at a time, in float32 where there is no GPU
+        return SidecarJudge(
+            checkpoint, threads=threads, command=command, name="llm-blender", patience=patience, tell=tell
+        )
     return SidecarJudge(checkpoint, threads=threads, limits=limits, dtype=dtype, tell=tell)

@@ -4,6 +4,7 @@ Every device holds the whole network and scores pairs of its own. A batch is alw
 that a run compiles one program per bucket that occurs; what a pair scores does not depend on its batch.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -29,7 +30,7 @@ Batch = tuple[
 DTYPES = ("auto", "float32", "bfloat16")
 AUTO = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
 # Tokens of a row after padding. A CPU compiles in a second and pays for every token; an accelerator the other way round.
-BUCKETS = {"cpu": (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256), 2048)}
+BUCKETS = {"cpu": (*range(64, 1024, 64), *range(1024, 2049, 128))}
 _BUCKETS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 _STEP = 512  # between buckets beyond the last
 # Tokens of a batch per device. On a CPU more than these gain nothing.
@@ -60,6 +61,7 @@ class JaxJudge:
             raise BadInput(f"PairRM: dtype {dtype!r} is unknown; choose one of: {', '.join(DTYPES)}")
         jax_model.check(checkpoint)
         self.cut: Counter[str] = Counter()  # "prompts", "responses" of which only a part was read
+        self.sources = checkpoint.sources
         self._checkpoint = checkpoint
         self._formatter = Formatter.of(checkpoint, limits)
         self._mesh, self._dtype, self._form = mesh, dtype, form
@@ -91,15 +93,16 @@ class JaxJudge:
         logits = np.zeros((n, k, k), np.float32)
         texts = pairing.read(self._formatter, prompts, responses)
         done = 0
-        for works, scores in self._scored(pairing.distinct(texts)):
-            if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
-                p, i, j = works[bad[0]].cells[0]
-                raise BadInput(
-                    f"PairRM: the score of responses {i} and {j} to prompt {prompts[p][:80]!r} is not a finite number"
-                )
-            done += pairing.scatter(logits, works, scores)
-            if on_progress is not None:
-                on_progress(done, n * k * (k - 1))
+        with _room():
+            for works, scores in self._scored(pairing.distinct(texts)):
+                if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
+                    p, i, j = works[bad[0]].cells[0]
+                    raise BadInput(
+                        f"PairRM: the score of responses {i} and {j} to prompt {prompts[p][:80]!r} is not a finite number"
+                    )
+                done += pairing.scatter(logits, works, scores)
+                if on_progress is not None:
+                    on_progress(done, n * k * (k - 1))
         self.cut["prompts"] += sum(text.cut_prompt for text in texts)
         self.cut["responses"] += sum(sum(text.cut_responses) for text in texts)
         return logits
@@ -203,6 +206,19 @@ def padded(batch: Sequence[pairing.Work], size: int, full: int) -> tuple[np.ndar
         lengths[row] = len(work.pair)
         marks[row] = work.pair.marks
     return ids, lengths, marks
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Running out of the devices' memory, here or in the compiler, is one line. Raises BadInput."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BadInput(
+            "PairRM: the devices have no room for it beside the policy; lower judge.total_tokens, or use judge.backend=torch"
+        ) from None
 
 
 def _fetched(batch: list[pairing.Work], scores: jax.Array) -> tuple[list[pairing.Work], np.ndarray]:
