@@ -143,6 +143,11 @@ def test_identity_is_of_what_scores_and_not_of_where_it_lies(ranker: Path, hf: P
         ({"num_attention_heads": 5}, "hidden_size 32 is not divisible"),
         ({"hidden_size": None}, "hidden_size None; a whole number of at least 1"),
         ({"position_buckets": -1}, "position_buckets -1"),
+        ({"position_buckets": 1}, "position_buckets 1; with distances up to 64 it must be from 2 to 125"),
+        ({"position_buckets": 126}, "position_buckets 126; .* from 2 to 125"),
+        ({"max_relative_positions": 9}, "position_buckets 16; with distances up to 9 it must be from 2 to 15"),
+        ({"pad_token_id": "none"}, "pad_token_id 'none'; a token of the "),
+        ({"pad_token_id": 800}, "pad_token_id 800; a token of the "),
         ({"layer_norm_eps": "tiny"}, "layer_norm_eps 'tiny'"),
         ({"model_type": "roberta"}, "model_type 'roberta'; not 'deberta-v2'"),
     ],
@@ -217,16 +222,60 @@ def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Pa
     save_file({"other": np.zeros(1)}, ranker / layout.WEIGHTS)
     with pytest.raises(BadInput, match=f"lacks tensor {layout.EMBEDDING}"):
         layout.read(ranker)
-    for text, said in (("{", "is not JSON"), ("[]", "holds no options")):
+    nested = '{"model_name": ' + 20 * "[" + 20 * "]" + "}"
+    for text, said in (
+        ("{", "is not JSON"),
+        (100_000 * "[", "is not JSON"),
+        ("[]", "holds no options"),
+        (nested, "holds no options"),
+        (
+            '{"ranker_type": "pairranker", "model_name": "~nobody-of-this-name/x"}',
+            "there is no directory '~nobody-",
+        ),
+        ('{"ranker_type": "pairranker", "model_name": "' + 5000 * "x" + '"}', "needs its backbone"),
+    ):
         (ranker / "config.json").write_text(text)
         with pytest.raises(BadInput, match=said):
             layout.read(ranker)
+    with pytest.raises(BadInput, match="there is no directory '~nobody-of-this-name'"):
+        layout.read("~nobody-of-this-name")
+
+
+def test_files_that_may_not_be_read_are_told(ranker: Path, monkeypatch: Any) -> None:
+    def refuse(self: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    found = layout.read(ranker)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(BadInput, match=r"config.json' is unreadable: .*Permission denied"):
+        layout.read(ranker)
+    (ranker / "deberta/tokenizer_config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"tokenizer_config.json' is unreadable: .*Permission denied"):
+        Formatter.of(found)
+
+
+def test_a_damaged_table_of_normalisation_is_refused(ranker: Path) -> None:
+    spm, options = ranker / "deberta/spm.model", ranker / "deberta/tokenizer_config.json"
+    found, data = layout.read(ranker), spm.read_bytes()
+    charsmap = tokenizer._proto(data)[3]
+    trie = 4 + int.from_bytes(charsmap[:4], "little")
+    spm.write_bytes(data.replace(charsmap, charsmap[:4] + b"\xff" * (trie - 4) + charsmap[trie:]))
+    with pytest.raises(BadInput, match=r"spm.model' is damaged: its tokenizer fails with: "):
+        Formatter.of(found)
+    options.write_text(100_000 * "[")
+    with pytest.raises(BadInput, match=r"tokenizer_config.json' is not JSON"):
+        tokenizer.load(spm)
 
 
 def test_a_pickled_checkpoint_comes_with_the_line_that_converts_it(hf: Path, monkeypatch: Any) -> None:
     weights = {name: torch.from_numpy(value) for name, value in load_file(hf / layout.WEIGHTS).items()}
     identity = load_file(hf / layout.WEIGHTS)
     (hf / layout.WEIGHTS).unlink()
+    with pytest.raises(
+        BadInput, match=r"PairRM is laid out as .* only a pytorch_model.bin, download it"
+    ) as caught:
+        layout.read(hf)
+    assert str(caught.value).endswith(f"once: {layout.CONVERT}")
     torch.save(weights, hf / "pytorch_model.bin")
     with pytest.raises(
         BadInput, match=r"lacks model.safetensors; pytorch_model.bin is converted once"

@@ -52,6 +52,8 @@ _ONLY: dict[str, tuple[Any, Any]] = {
     "conv_kernel_size": (0, 0),
     "n_tasks": (1, 1),
 }
+_PICKLED = "pytorch_model.bin"
+_DEEPEST = 16  # lists and maps within one another in config.json
 _LIMITS = ("source_maxlength", "candidate_maxlength")
 # A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
 _BUFFERS = {"pretrained_model.embeddings.position_ids"}
@@ -93,7 +95,7 @@ def fetch(
     judge = _snapshot(name, FILES, pinned, tell)
     found, backbone = [judge], None
     named = _backbone_name(judge.directory)
-    if named is not None and not (judge.directory / named).is_dir():
+    if named is not None and not os.path.isdir(judge.directory / named):
         try:
             base = _snapshot(named, BACKBONE_FILES, pinned, tell)
         except BadInput as error:
@@ -110,8 +112,8 @@ def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
     A ranker's backbone is the directory `backbone`, else what its config.json names (as seen from `path`, then from here).
     Raises BadInput naming what is missing, is not a PairRM's, or is an option that the network does not have.
     """
-    directory = Path(path).expanduser().absolute()
-    if not directory.is_dir():
+    directory = _expanded(path).absolute()
+    if not os.path.isdir(directory):  # Path.is_dir raises for what it may not look at
         raise BadInput(f"PairRM: there is no directory {str(path)!r}; {_HOW_TO_GET}")
     named = _backbone_name(directory)
     base = None if named is None else _backbone(directory, named, backbone)
@@ -124,12 +126,7 @@ def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
         *(() if weights.is_file() else (WEIGHTS,)),
     ]
     if tokens is None or lacking:
-        hint = (
-            _HOW_TO_GET
-            if weights.is_file()
-            else f"pytorch_model.bin is converted once, where it lies, by: {CONVERT}"
-        )
-        raise BadInput(f"PairRM: {str(path)!r} lacks {', '.join(lacking)}; {hint}")
+        raise BadInput(f"PairRM: {str(path)!r} lacks {', '.join(lacking)}; {_how_to_mend(directory)}")
     config = _json(directory)
     rows, width = _embedding(weights)
     if base is not None:
@@ -165,6 +162,12 @@ def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -
                 )
 
 
+def farthest(config: Mapping[str, Any]) -> int:
+    """Tokens; what is farther apart counts as this."""
+    relative = int(config["max_relative_positions"])
+    return relative if relative > 0 else int(config["max_position_embeddings"])
+
+
 @contextlib.contextmanager
 def opened(weights: Path, framework: str) -> Iterator[Any]:
     """The safetensors file, for reading tensors of "numpy" or "pt". Raises BadInput when it is damaged."""
@@ -184,15 +187,40 @@ def _snapshot(
 def _json(directory: Path) -> dict[str, Any]:
     """config.json of a directory. Raises BadInput."""
     file = directory / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise BadInput(f"PairRM: {str(directory)!r} lacks config.json; {_HOW_TO_GET}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"PairRM: {str(file)!r} is not JSON: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or _nests(config, _DEEPEST):
         raise BadInput(f"PairRM: {str(file)!r} holds no options; {_HOW_TO_GET}")
     return config
+
+
+def _nests(value: Any, depth: int) -> bool:
+    """Is it nested deeper than this? Then even to print it could fail."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_nests(one, depth - 1) for one in inner)
+
+
+def _expanded(path: str | Path) -> Path:
+    """With `~` filled in. Raises BadInput."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"PairRM: there is no directory {str(path)!r}: {error}") from None
+
+
+def _how_to_mend(directory: Path) -> str:
+    """What to do about a directory that lacks a file."""
+    if (directory / WEIGHTS).is_file():
+        return _HOW_TO_GET
+    if (directory / _PICKLED).is_file():
+        return f"{_PICKLED} is converted once, where it lies, by: {CONVERT}"
+    return f"{_HOW_TO_GET}; where a repository has only a {_PICKLED}, download it, and convert it there once: {CONVERT}"
 
 
 # --- the ranker's layout ----------------------------------------------------------------------------------------------
@@ -215,8 +243,8 @@ def _backbone_name(directory: Path) -> str | None:
 
 def _backbone(directory: Path, named: str, given: str | Path | None) -> Path:
     """The directory with a ranker's DeBERTa options. Raises BadInput."""
-    places = (directory / named, Path(named).expanduser()) if given is None else (Path(given).expanduser(),)
-    found = next((place for place in places if place.is_dir()), None)
+    places = (directory / named, _expanded(named)) if given is None else (_expanded(given),)
+    found = next((place for place in places if os.path.isdir(place)), None)
     if found is None:
         raise BadInput(
             f"PairRM: {str(directory)!r} needs its backbone {str(given or named)!r}, which is no directory here"
@@ -258,6 +286,12 @@ def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
             raise refuse(key, "a whole number is needed")
     if type(config.setdefault("max_relative_positions", -1)) is not int:
         raise refuse("max_relative_positions", "a whole number is needed")
+    far = farthest(config)
+    if not 1 <= config["position_buckets"] // 2 < far - 1:
+        raise refuse("position_buckets", f"with distances up to {far} it must be from 2 to {2 * far - 3}")
+    pad = config.get("pad_token_id")
+    if pad is not None and (type(pad) is not int or not 0 <= pad < config["vocab_size"]):
+        raise refuse("pad_token_id", f"a token of the {config['vocab_size']} is needed")
     eps = config.setdefault("layer_norm_eps", 1e-7)
     if type(eps) not in (int, float) or not 0 < eps < 1:
         raise refuse("layer_norm_eps", "a number between 0 and 1 is needed")

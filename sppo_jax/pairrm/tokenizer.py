@@ -23,11 +23,18 @@ PREFIXES = {
 }
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # DeBERTa's first ids, in this order
 _UNIGRAM = 1
+_PROBE = "［ＣＬＳ］ Ａ１ ½ ﬁ ① ｶﾞ ㍿ e\u0301 \u00a0\u200b\ufdfa \U0001f600"  # what normalisation touches
 
 
 def load(file: Path) -> Tokenizer:
     """The tokenizer, with PairRM's prefixes behind the vocabulary where the file has none. Raises BadInput."""
-    tokenizer = _from_spm(file) if file.suffix == ".model" else _from_json(file)
+    try:
+        tokenizer = _from_spm(file) if file.suffix == ".model" else _from_json(file)
+        tokenizer.encode(_PROBE)  # a damaged table of normalisation is noticed only in use
+    except (BadInput, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side's panics are no Exception
+        raise BadInput(f"PairRM: {str(file)!r} is damaged: its tokenizer fails with: {error}") from None
     if all(tokenizer.token_to_id(prefix) is None for prefix in PREFIXES):
         tokenizer.add_tokens([AddedToken(prefix, normalized=True) for prefix in PREFIXES])
     return tokenizer
@@ -75,7 +82,9 @@ def _refuse_options(file: Path) -> None:
         return
     try:
         options = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"PairRM: {str(file)!r} is not JSON: {error}") from None
     for key in ("do_lower_case", "split_by_punct"):
         if isinstance(options, dict) and options.get(key):
