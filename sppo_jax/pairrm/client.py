@@ -5,6 +5,7 @@ numbers), it is ended, started again after a pause, and asked for what is missin
 that helps no more, it fails with one line that says why and names the prompts.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -27,13 +28,13 @@ Progress = Callable[[int, int], None]
 
 _REQUEST_PROMPTS = 1024  # bounds the process's memory for token ids
 _REQUEST_BYTES = wire.MAX_FRAME // 4
-_FEWER = (
-    8  # after a failure without a score the next request is so many times smaller: five reach a single prompt
-)
-_FIRST_TOKENS, _FEWEST_TOKENS = (
-    4096,
-    256,
-)  # of a batch, when one killed its process; then half, and half again
+_CELL_BYTES = 16  # of one that is named in a request
+# After a failure without a score the next request is so many times smaller: five reach a single prompt.
+_FEWER = 8
+# Of a batch. When one killed its process, the next has half of what the program said or these, then half again.
+_UNKNOWN_TOKENS = 4096
+_FEWEST_TOKENS = 256
+_CGROUP = Path("/sys/fs/cgroup")
 _SHOWN = 80  # characters of a prompt in an error
 
 
@@ -71,19 +72,22 @@ class SidecarJudge:
         """`command` runs another program that speaks as wire.py says; `checkpoint` then only says who judges.
 
         `threads`: CPU threads (default: all that this process may use). `dtype`: auto (bfloat16 on a GPU, else float32),
-        float32 or bfloat16. `name` is its name in messages, `tell` hears of each restart. Raises BadInput for limits
-        that leave no room and a command that cannot be started.
+        float32 or bfloat16. `name` is its name in messages. `tell`, an attribute that may be replaced, hears of each
+        restart and what the program has to say. Raises BadInput for limits that leave no room and a command that cannot
+        be started.
         """
         limits.of(checkpoint.config)
         self.sources = checkpoint.sources
         self.cut: Counter[str] = Counter()  # "prompts", "responses" of which only a part was read
-        self._checkpoint, self._name, self._patience, self._tell = checkpoint, name, patience, tell
+        self.tell = tell
+        self._checkpoint, self._name, self._patience = checkpoint, name, patience
         threads = threads or _available_cpus()
         self._command = list(command or _sidecar(checkpoint, threads, limits, dtype))
         self._environment = _environment(threads)
         self._closed = self._ready = False
         self._child: Child | None = None
         self._last_id = 0
+        self._own_tokens = _UNKNOWN_TOKENS  # of the program's batches
         self._tokens: int | None = None  # of a batch, once a process has died for lack of memory, perhaps
         self._luck = False  # a score has arrived since the last failure
         self._restarts = 0  # without one
@@ -164,7 +168,7 @@ class SidecarJudge:
         beats = 0
         while True:
             frame = child.receive(self._patience.silence)
-            if "alive" in frame:
+            if self._is_sign_of_life(frame):
                 beats += 1
                 self._check_stall(beats)
                 continue
@@ -200,10 +204,19 @@ class SidecarJudge:
                 raise BadInput(_one_line(f"{self._name}: {frame['error']}"))
             beats += 1
             self._check_stall(beats)
-            if "alive" not in frame and frame.get("ready") is not True:
+            if self._is_sign_of_life(frame):
+                continue
+            tokens = frame.get("tokens", _UNKNOWN_TOKENS)
+            if frame.get("ready") is not True or type(tokens) is not int or tokens < 1:
                 raise Broken("wrote garbage (no word that it is ready)")
-            self._ready = "ready" in frame
+            self._ready, self._own_tokens = True, tokens
         return self._child
+
+    def _is_sign_of_life(self, frame: dict[str, Any]) -> bool:
+        """Whether that is all to it. What it has to say to people is passed on."""
+        if "told" in frame:
+            self.tell(f"{self._name}: {_one_line(frame['told'])[:300]}")
+        return "alive" in frame or "told" in frame
 
     def _check_stall(self, beats: int) -> None:
         if beats > self._patience.stall:
@@ -219,9 +232,9 @@ class SidecarJudge:
         elif at_work:
             self._prompts = max(1, min(self._prompts, len(asked)) // _FEWER)
             if broken.died:
-                self._tokens = max(_FEWEST_TOKENS, self._tokens // 2) if self._tokens else _FIRST_TOKENS
+                self._tokens = max(_FEWEST_TOKENS, (self._tokens or self._own_tokens) // 2)
         if self._restarts == self._patience.restarts:
-            self._restarts, self._prompts = 0, _REQUEST_PROMPTS
+            self._restarts, self._prompts, self._tokens = 0, _REQUEST_PROMPTS, None
             raise BadInput(
                 f"{self._name}: {_shown(asked)} cannot be judged: its process {broken}"
                 + ("" if at_work else " before it was ready")
@@ -230,7 +243,7 @@ class SidecarJudge:
             )
         time.sleep(min(self._patience.pause * 2**self._restarts, self._patience.longest_pause))
         self._restarts += 1
-        self._tell(
+        self.tell(
             f"{self._name}: its process {broken}; started again ({self._restarts} of {self._patience.restarts})"
         )
         self._start()
@@ -322,7 +335,7 @@ def _request(
     size = 0
     for i in map(int, missing):
         # Escaped in JSON: six bytes, twelve beyond U+FFFF.
-        size += 6 * (len(prompts[i]) + sum(map(len, responses[i])))
+        size += 6 * (len(prompts[i]) + sum(map(len, responses[i]))) + _CELL_BYTES * len(responses[i]) ** 2
         if asked and size > _REQUEST_BYTES:
             break
         asked.append(i)
@@ -356,7 +369,14 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that we may run on, or as many as a container's share of time is worth, if that is less."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no number
+            quota, period = map(int, " ".join((_CGROUP / file).read_text() for file in files).split())
+            if quota > 0:
+                ours = min(ours, -(-quota // period))
+    return ours
 
 
 def _shown(asked: Sequence[str]) -> str:

@@ -73,7 +73,10 @@ class Child:
         self._unsent += frame
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next frame. Raises Broken when the stream ends or is garbage, or no byte moved for so long."""
+        """The next frame. Raises Broken when the stream ends or is garbage, or no whole frame came for so long.
+
+        Only what we write gives it more time: bytes that it writes may belong to a frame that never ends.
+        """
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -85,10 +88,14 @@ class Child:
             # What has arrived is looked at before the clock: we may have been stopped ourselves.
             ready = self._selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise Broken(f"gave no sign of life for {seconds:g} s")
+                what = "did not end the frame that it began" if self._received else "gave no sign of life"
+                raise Broken(f"{what} for {seconds:g} s")
             for key, _ in ready:
-                self._write() if key.fileobj is self._process.stdin else self._read()
-            deadline = time.monotonic() + seconds
+                if key.fileobj is self._process.stdin:
+                    self._write()
+                    deadline = time.monotonic() + seconds
+                else:
+                    self._read()
 
     def last_words(self) -> str:
         """The last line that it wrote to standard error, at most 300 characters; "" if it wrote none."""
@@ -128,9 +135,8 @@ class Child:
 
 
 def _end(process: subprocess.Popen[bytes], stderr: BinaryIO, selector: selectors.BaseSelector) -> None:
-    if (
-        process.returncode is None
-    ):  # else its id may be another's by now, and its output is closed by all who had it
+    # Once it has been waited for, its id may be another's, and its output is closed by all who had it.
+    if process.returncode is None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
     for stream in (selector, process.stdin, process.stdout, stderr):

@@ -39,14 +39,23 @@ class Unscored(Exception):
 class Budget:
     """Tokens of a batch, padding included: what was asked for, less what memory has refused."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(
+        self,
+        tokens: int,
+        give_back: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`give_back` frees memory that is only kept for later; `tell` hears a line for each batch that did not fit."""
+        self.tokens, self.give_back, self._tell = tokens, give_back, tell
 
     def refuse(self, batch: Sequence[pairing.Work]) -> None:
         """`batch` did not fit: half of it may, now and later. Raises Unscored when it is a single pair."""
-        if len(batch) == 1:
+        self.give_back()
+        pairs = len(batch)
+        if pairs == 1:
             raise Unscored(f"a pair of {len(batch[0].pair)} tokens does not fit into memory", batch[0].cells)
-        self.tokens = len(batch) * len(batch[0].pair) // 2
+        self.tokens = pairs * len(batch[0].pair) // 2
+        self._tell(f"out of memory with a batch of {pairs} pairs; going on with {pairs // 2}")
 
 
 def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -83,7 +92,6 @@ def scored(
                     raise
                 scores = None
             if scores is None:  # out of the handler, whose error holds on to the tensors
-                print(f"sidecar: out of memory with a batch of {len(batch)} pairs", file=sys.stderr)
                 budget.refuse(batch)
                 break
             left = left[len(batch) :]
@@ -159,9 +167,8 @@ def load(options: argparse.Namespace) -> tuple["torch_model.PairRM", Formatter, 
     return torch_model.load(checkpoint, device=device, dtype=dtype), formatter, device
 
 
-def serve(replies: wire.Replies, model: "torch_model.PairRM", formatter: Formatter, tokens: int) -> None:
+def serve(replies: wire.Replies, model: "torch_model.PairRM", formatter: Formatter, budget: Budget) -> None:
     """Answer requests until they end. One that fails is answered with its error; the next may succeed."""
-    budget = Budget(tokens)
 
     def scorer(batch: list[pairing.Work]) -> np.ndarray:
         return model.logits([work.pair for work in batch])
@@ -177,6 +184,14 @@ def serve(replies: wire.Replies, model: "torch_model.PairRM", formatter: Formatt
             replies.send(name | {"error": str(error), "cells": error.cells})
         except Exception as error:  # whatever it was, the asker is told
             replies.send(name | {"error": f"{type(error).__name__}: {error}", "cells": []})
+        budget.give_back()  # the next request may be an hour away, and others need the device
+
+
+def giver_back(device: str) -> Callable[[], None]:
+    """What gives back the memory that PyTorch keeps of the device for its next tensors; a CPU's is kept nowhere."""
+    import torch
+
+    return torch.cuda.empty_cache if device == "cuda" else lambda: None
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -204,8 +219,10 @@ def main(argv: list[str] | None = None) -> int:
         except BadInput as error:
             replies.send({"error": str(error)})
             return 2
-        replies.send({"ready": True, "device": device})
-        serve(replies, model, formatter, options.batch_tokens or BATCH_TOKENS[device])
+        tokens = options.batch_tokens or BATCH_TOKENS[device]
+        replies.send({"ready": True, "device": device, "tokens": tokens})
+        budget = Budget(tokens, giver_back(device), lambda line: replies.send({"told": line}))
+        serve(replies, model, formatter, budget)
     except BrokenPipeError:  # the reader is gone: nothing is left to do
         return 0
     except wire.FrameError as error:

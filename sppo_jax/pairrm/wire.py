@@ -4,7 +4,7 @@ JSON and not pickle, so that neither side can make the other run anything; a pip
 can join in. Non-ASCII text travels escaped, which carries even a lone surrogate unharmed. A number keeps every bit of a
 float32. The program reads its standard input, writes what was its standard output, and ends when the first does:
 
-    program → {"ready": true, "device": "cpu"}         once, when it has loaded; `device` is for people
+    program → {"ready": true, "device": "cpu", "tokens": 1024}    once, when it has loaded; `device` is for people
             → {"error": "…"}                           instead: it cannot load, and would not when tried again
     asker   → {"id": 7, "prompts": [n], "responses": [n][K], "cells": [[p, i, j], …], "tokens": 4096}
     program → {"id": 7, "cells": [[p, i, j], …], "logits": […], "cut": {"prompts": 0, "responses": 1}}
@@ -12,11 +12,13 @@ float32. The program reads its standard input, writes what was its standard outp
             → {"id": 7, "end": true, "cut": {…}}       every cell that was asked for has been sent
             → {"id": 7, "error": "…", "cells": [[p, i, j], …]}    instead: these could not be scored, for this reason
             → {"alive": true}                          once a second while it loads or has a request, whatever it computes
+            → {"told": "…"}                            at such times: one line for people, and as much a sign of life
 
 `cells` of a request: those that are still needed (absent: all with i != j); others may be answered too, and are not
-looked at. `tokens`: at most so many in one batch (absent: as the program likes; it may be ignored). `cut` (may be absent):
-texts of which only a part is read, among the prompts whose last asked cell this frame brings; at the end, among those
-not counted before. A request's id is greater than any before it, and nothing of another id may follow its end.
+looked at. `tokens` when ready: how many a batch of the program has at most (absent: nobody knows); of a request: no
+more than so many in one batch (absent: as the program likes; it may be ignored). `cut` (may be absent): texts of which
+only a part is read, among the prompts whose last asked cell this frame brings; at the end, among those not counted
+before. A request's id is greater than any before it, and nothing of another id may follow its end.
 
 The second half of this file is the program's end of the pipe. It needs nothing but the standard library, so that a
 program of another interpreter can load it as a file.
@@ -34,11 +36,13 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 MAX_FRAME = 64 * 2**20  # bytes; more means a stream out of step, or a request that should be split
-PARENT = (
-    "SPPO_JAX_SIDECAR_PARENT"  # in the environment: process id of an asker whose end should be the program's
-)
+# In the environment: process id of an asker whose end should be the program's.
+PARENT = "SPPO_JAX_SIDECAR_PARENT"
 BEAT_SECONDS = 1.0
 _LENGTH = struct.Struct(">I")
+_NOT_OUR_PARENT = (
+    "its parent is another process: name the interpreter itself, not a wrapper, or the parent has ended"
+)
 
 
 class FrameError(Exception):
@@ -139,12 +143,14 @@ def private_stdout() -> BinaryIO:
 def stay_with_parent() -> None:
     """Outlive neither the asker nor its interruptions: where it wants so, Linux kills this process when it ends.
 
-    A SIGTERM to the whole job is for the asker, which still needs us until it has saved its work.
+    A SIGTERM to the whole job is for the asker, which still needs us until it has saved its work. Where the asker is not
+    our parent, its end could go unnoticed: the process ends with status 2 and a line that says so.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.environ.get(PARENT)
     if parent and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library: the pipe's end has to do
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):  # it ended before we asked
-            os._exit(0)
+        if os.getppid() != int(parent):
+            print(_NOT_OUR_PARENT, file=sys.stderr, flush=True)
+            os._exit(2)
