@@ -51,6 +51,27 @@ STAND_INS = {
     "llm_blender/blender/__init__.py": "",
     "llm_blender/blender/blender_utils.py": """
         def RankerDataset(prompts, responses): return [(prompts[0], responses[0])]
+        class Texts(dict):
+            def to(self, device): return self
+        def tokenize_pair(tokenizer, prompts, first, second, **limits):
+            return Texts(prompt=prompts[0], first=first[0], second=second[0])
+        """,
+    "llm_blender/pair_ranker/__init__.py": "",
+    "llm_blender/pair_ranker/pairrm.py": """
+        class Logits:
+            def __init__(self, value): self.logits, self.item = self, lambda: value
+        class DebertaV2PairRM:
+            @classmethod
+            def from_pretrained(cls, path): return cls()
+            def to(self, device): return self
+            def eval(self): return self
+            def __call__(self, prompt, first, second):
+                if first == "bad": raise RuntimeError("sizes differ")
+                return Logits(len(first) - 2 * len(second))
+        """,
+    "transformers.py": """
+        class AutoTokenizer:
+            from_pretrained = staticmethod(lambda path: None)
         """,
 }
 
@@ -131,6 +152,25 @@ def test_the_program_speaks_the_protocol_and_survives_what_the_original_raises(
     assert frames[5:] == [{"id": 4, "cells": both, "logits": [-3, 0]}, {"id": 4, "end": True}]
 
 
+def test_the_hf_layout_is_answered_pair_by_pair(stand_in: Path) -> None:
+    command = original.command(sys.executable, layout.read(GOLDEN / "pairrm_hf"), 1)
+    frames = conversation(
+        command,
+        {"id": 1, "prompts": ["a"], "responses": [["x", "yy"]]},
+        {"id": 2, "prompts": ["a"], "responses": [["x", "bad"]]},
+        {"id": 3, "prompts": ["a", "b"], "responses": [["x", "yy", "z"]] * 2, "cells": [[1, 2, 0]]},
+    )
+    assert frames[1:] == [
+        {"id": 1, "cells": [[0, 0, 1]], "logits": [-3]},
+        {"id": 1, "cells": [[0, 1, 0]], "logits": [0]},
+        {"id": 1, "end": True},
+        {"id": 2, "cells": [[0, 0, 1]], "logits": [-5]},
+        {"id": 2, "error": "RuntimeError: sizes differ", "cells": [[0, 1, 0]]},
+        {"id": 3, "cells": [[1, 2, 0]], "logits": [-1]},
+        {"id": 3, "end": True},
+    ]
+
+
 def test_a_ranker_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, stand_in: Path) -> None:
     (tmp_path / "broken").mkdir()
     checkpoint = ranker(tmp_path / "broken")
@@ -178,6 +218,30 @@ def test_backbone_whose_path_misleads_the_original_is_refused(tmp_path: Path) ->
     (tmp_path / "dolphin").mkdir()
     with pytest.raises(BadInput, match=r"'phi' is in its name; move it elsewhere"):
         original.command(sys.executable, ranker(tmp_path / "dolphin"))
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("model_name", "microsoft/phi-2"), ("model_name", "Llama-2"), ("model_type", "starling-rm")],
+)
+def test_ranker_that_is_another_models_is_refused(
+    key: str, name: str, with_weights: bool, tmp_path: Path
+) -> None:
+    checkpoint = ranker(tmp_path)
+    file = checkpoint.directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: name}))
+    if not with_weights:  # as a backbone from the hub, which llm-blender fetches by that name
+        checkpoint = replace(checkpoint, backbone=None)
+    with pytest.raises(BadInput, match=rf"is in its {key} '{name}'; only a DeBERTa"):
+        original.command(sys.executable, checkpoint)
+
+
+def test_weights_that_were_not_hashed_are_refused(tmp_path: Path) -> None:
+    checkpoint = ranker(tmp_path)
+    (checkpoint.directory / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"would load .*pytorch_model\.bin', not model\.safetensors"):
+        original.command(sys.executable, checkpoint)
 
 
 def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from sppo_jax.pairrm.format import Limits
     from sppo_jax.pairrm.layout import Checkpoint
 
-# (prompt, responses [K]) → logits [K][K] of all ordered pairs
-Scorer = Callable[[str, list[str]], list[list[float]]]
+# (prompt, responses [K], pairs [(i, j)]) → the same pairs with their logits, in parts as they come
+Scored = list[tuple[int, int, float]]
+Scorer = Callable[[str, list[str], list[tuple[int, int]]], Iterator[Scored]]
 
-# In a path, llm-blender 0.0.2 takes these for the name of a model that is padded or loaded otherwise.
+# By these in a name or a path, llm-blender 0.0.2 knows models that it pads or loads otherwise, even with code of theirs.
 _OTHER_MODELS = ("alpaca", "llama", "starling-rm", "phi")
 _HOW_TO_GET = (
     "make one with `python3.11 -m venv DIR && DIR/bin/pip install -r requirements-llm-blender.txt` "
@@ -36,8 +37,9 @@ _HOW_TO_GET = (
 def command(
     python: str, checkpoint: "Checkpoint", threads: int | None = None, limits: "Limits | None" = None
 ) -> list[str]:
-    """What to start for `SidecarJudge(checkpoint, command=…)`. Raises BadInput when `python` is no interpreter.
+    """What to start for `SidecarJudge(checkpoint, command=…)`.
 
+    Raises BadInput when `python` is no interpreter, or the original would run or read what nobody asked for.
     `limits`: a total other than source + 2 candidate is not for the original, which has no such number.
     """
     from sppo_jax.errors import BadInput  # not at the top: the other interpreter has no sppo_jax
@@ -46,6 +48,7 @@ def command(
     found = shutil.which(os.path.expanduser(python)) if python else None
     if found is None:
         raise BadInput(f"judge.python={python!r} is no interpreter that can be run; {_HOW_TO_GET}")
+    _check_files(checkpoint.directory)
     run = [
         os.path.abspath(found),
         str(Path(__file__).resolve()),
@@ -55,10 +58,9 @@ def command(
     run += ["--threads", str(threads or 0)]
     if checkpoint.backbone is not None and _has_weights(checkpoint.backbone):
         backbone = str(checkpoint.backbone.resolve())
-        odd = [word for word in _OTHER_MODELS if word in backbone]
-        if odd:
+        if odd := _other_model(backbone):
             raise BadInput(
-                f"llm-blender takes {backbone!r} for another model's, for {odd[0]!r} is in its name; move it elsewhere"
+                f"llm-blender takes {backbone!r} for another model's, for {odd!r} is in its name; move it elsewhere"
             )
         run += ["--backbone", backbone]
     if limits is not None:
@@ -70,6 +72,28 @@ def command(
             )
         run += ["--source", str(full.source), "--candidate", str(full.candidate)]
     return run
+
+
+def _check_files(directory: Path) -> None:
+    """Would llm-blender load these files, and as what they are? Raises BadInput."""
+    from sppo_jax.errors import BadInput
+
+    if (directory / "pytorch_model.bin").exists():
+        raise BadInput(
+            f"llm-blender would load {str(directory / 'pytorch_model.bin')!r}, not model.safetensors beside it, by which "
+            "this judge is known; move it elsewhere"
+        )
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for key in ("model_type", "model_name") if "ranker_type" in config else ():
+        if odd := _other_model(config.get(key)):
+            raise BadInput(
+                f"llm-blender takes the ranker in {str(directory)!r} for another model's, for {odd!r} is in its "
+                f"{key} {config[key]!r}; only a DeBERTa is a PairRM's"
+            )
+
+
+def _other_model(name: object) -> str | None:
+    return next((word for word in _OTHER_MODELS if word in str(name).lower()), None)
 
 
 def _has_weights(directory: Path) -> bool:
@@ -95,10 +119,14 @@ def load_ranker(options: argparse.Namespace, device: str) -> Scorer:
     blender.loadranker(options.path, device=device, **{key: value for key, value in given.items() if value})
 
     @torch.no_grad()
-    def score(prompt: str, responses: list[str]) -> list[list[float]]:
+    def matrix(prompt: str, responses: list[str]) -> list[list[float]]:
         batch = blender.ranker_collator([RankerDataset([prompt], [responses])[0]])
         tensors = {key: value.to(device) for key, value in batch.items() if value is not None}
         return blender.ranker._full_predict(**tensors)["logits"][0].tolist()
+
+    def score(prompt: str, responses: list[str], pairs: list[tuple[int, int]]) -> Iterator[Scored]:
+        logits = matrix(prompt, responses)
+        yield [(i, j, logits[i][j]) for i, j in pairs]
 
     return score
 
@@ -116,14 +144,13 @@ def load_hf(options: argparse.Namespace, device: str) -> Scorer:
     limits = {key: value for key, value in given.items() if value}
 
     @torch.no_grad()
-    def score(prompt: str, responses: list[str]) -> list[list[float]]:
-        logits = [[0.0] * len(responses) for _ in responses]
-        for i, first in enumerate(responses):
-            for j, second in enumerate(responses):
-                if i != j:
-                    batch = tokenize_pair(tokenizer, [prompt], [first], [second], **limits).to(device)
-                    logits[i][j] = model(**batch).logits.item()
-        return logits
+    def logit(prompt: str, first: str, second: str) -> float:
+        batch = tokenize_pair(tokenizer, [prompt], [first], [second], **limits).to(device)
+        return model(**batch).logits.item()
+
+    def score(prompt: str, responses: list[str], pairs: list[tuple[int, int]]) -> Iterator[Scored]:
+        for i, j in pairs:
+            yield [(i, j, logit(prompt, responses[i], responses[j]))]
 
     return score
 
@@ -146,17 +173,19 @@ def serve(replies: Any, requests: Any, score: Scorer) -> None:
         asked = message.get("cells")
         wanted = None if asked is None else {tuple(cell) for cell in asked}
         for p, (prompt, responses) in enumerate(zip(message["prompts"], message["responses"], strict=True)):
-            cells = [(p, i, j) for i in range(len(responses)) for j in range(len(responses)) if i != j]
-            cells = [cell for cell in cells if wanted is None or cell in wanted]
-            if not cells:
+            left = [(i, j) for i in range(len(responses)) for j in range(len(responses)) if i != j]
+            left = [pair for pair in left if wanted is None or (p, *pair) in wanted]
+            if not left:
                 continue
             try:
-                logits = score(prompt, responses)
-                frame = {"cells": cells, "logits": [logits[i][j] for _, i, j in cells]}
-                replies.send(name | frame)
+                for part in score(prompt, responses, list(left)):
+                    cells, logits = [(p, i, j) for i, j, _ in part], [logit for _, _, logit in part]
+                    replies.send(name | {"cells": cells, "logits": logits})
+                    left = left[len(part) :]
             except BrokenPipeError:
                 raise
             except Exception as error:  # whatever the original raised, or a score that is no number
+                cells = [(p, *pair) for pair in left]
                 replies.send(name | {"error": f"{type(error).__name__}: {error}", "cells": cells})
                 break
         else:
