@@ -118,13 +118,6 @@ def test_padding_and_batch_mates_change_nothing() -> None:
     np.testing.assert_allclose(model.logits(pairs), alone, rtol=0, atol=1e-6)
 
 
-def test_positions_without_buckets_equal_transformers() -> None:
-    model = model_of(position_buckets=-1, max_relative_positions=20)
-    with torch.inference_mode():
-        pairs = [pair_of(50), pair_of(41)]
-        assert largest_difference(model.hidden(pairs), of_transformers(model, pairs)) < EXACT
-
-
 def test_gradients_equal_transformers() -> None:
     model = model_of().fix()  # what is fixed must not cut the gradient off
     pairs = [pair_of(70)]
@@ -157,6 +150,17 @@ def test_training_forgets_what_was_fixed() -> None:
         assert largest_difference(model.hidden(pairs), of_transformers(model, pairs)) < EXACT
     assert not np.allclose(model.logits(pairs), before, atol=1e-3)
     assert "positions" not in model.fix().state_dict()
+
+
+def test_loading_draws_nothing_at_random_and_leaves_nothing_unset() -> None:
+    state = torch.random.get_rng_state()
+    model = torch_model.load(layout.read(MODEL))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    everything = [*model.named_parameters(), *model.named_buffers()]
+    assert not any(value.is_meta for _, value in everything)
+    ids = model.pretrained_model.embeddings.position_ids
+    assert torch.equal(ids, torch.arange(64)[None])
+    assert {name for name, _ in model.named_buffers()} == {torch_model._POSITION_IDS, "positions"}
 
 
 def test_bfloat16_is_near_and_answers_in_float32() -> None:

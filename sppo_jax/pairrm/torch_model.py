@@ -30,6 +30,7 @@ from sppo_jax.pairrm.layout import Checkpoint
 
 # On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
 _PIECE, _STRIP = 2**21, 64
+_POSITION_IDS = "pretrained_model.embeddings.position_ids"
 
 
 def skew(products: torch.Tensor) -> torch.Tensor:
@@ -137,11 +138,8 @@ class PairRM(nn.Module):
         """Which row of the table of relative positions an offset has, int64 [O], for offsets from 1 - T to T - 1."""
         attention = self.pretrained_model.encoder.layer[0].attention.self
         offset, span = torch.arange(1 - tokens, tokens), attention.pos_ebd_size
-        if attention.position_buckets > 0:
-            offset = make_log_bucket_position(
-                offset, attention.position_buckets, attention.max_relative_positions
-            ).long()
-        return (offset + span).clamp(0, 2 * span - 1)
+        bucket = make_log_bucket_position(offset, span, attention.max_relative_positions).long()
+        return (bucket + span).clamp(0, 2 * span - 1)
 
     def _positions(self, layer: int) -> torch.Tensor:
         """Keys and queries [2, H, R, C] of the relative positions, divided by what scores are divided by."""
@@ -207,16 +205,27 @@ def _scale(attention: DisentangledSelfAttention) -> float:
     return 1 / math.sqrt(3 * attention.attention_head_size)
 
 
+def _allocated(model: PairRM) -> PairRM:
+    """A model from the meta device in memory; its parameters hold anything, its one buffer what it must."""
+    assert {name for name, _ in model.named_buffers()} <= {_POSITION_IDS}, "a buffer that no checkpoint fills"
+    model = model.to_empty(device="cpu")
+    for _, ids in model.named_buffers():
+        ids.copy_(torch.arange(ids.shape[-1]))
+    return model
+
+
 def load(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PairRM:
     """Its network in `dtype` on `device`, fixed. Raises BadInput naming the tensor that is missing, extra or misshapen."""
     try:
-        model = PairRM(checkpoint.config)
+        with torch.device("meta"):  # to draw the parameters at random would take most of the time
+            model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"PairRM: {str(checkpoint.directory)!r} describes no model: {error!r}") from None
+    layout.check_tensors(checkpoint, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    model = _allocated(model)
     wanted = model.state_dict()
-    layout.check_tensors(checkpoint, {name: tensor.shape for name, tensor in wanted.items()})
     with layout.opened(checkpoint.weights, "pt") as stored:
         for name, tensor in wanted.items():
             tensor.copy_(stored.get_tensor(name))
