@@ -6,9 +6,9 @@
 distance are sums along diagonals, and how a diagonal becomes a column is what costs, differently on each platform:
 
 - "heads": one head at a time, so that its scores stay in the cache, by two gathers. For CPUs.
-- "gather": the same for all heads at once. For GPUs; on a TPU it would move hundreds of GB per layer.
-- "shift": the table spread to all distances, a matrix product per block of rows, and a change of strides. XLA on TPUs.
-- "pallas": a TPU kernel that holds the scores of 128 rows in fast memory and turns diagonals by strided rolls.
+- "gather": the same for all heads at once. For GPUs; on a TPU it would move 40 to 166 GB per layer of 4096 tokens.
+- "shift": the table spread to all distances, a matrix product per block of rows, and a change of strides. XLA on TPUs: v2 to v4.
+- "pallas": a TPU kernel that holds the scores of 128 rows in fast memory and turns diagonals by strided rolls. From v5 on.
 
 B batch, T time, H heads, C channels of a head, P rows of the table, O distances.
 """
@@ -23,33 +23,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 FORM = {"cpu": "heads", "gpu": "gather", "tpu": "pallas"}
 BLOCK = 128  # rows of a tile of "shift" and "pallas": a TPU's lanes
-_FAST_MEMORY = (
-    64 * 2**20
-)  # bytes that the kernel may take of a core's 128 MiB; T = 2048 in float32 needs about 20
+# Bytes that the kernel may take: T = 2048 in float32 needs about 20 MiB. A v5p has 64 MiB, a v5e 128, v2 to v4 only 16.
+_FAST_MEMORY = 32 * 2**20
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 _MASKED = -1e30  # finite: a row of padding alone still has a softmax
+
+
+def form_of(mesh: Mesh) -> str:
+    """The form for the devices of `mesh`: their platform's, unless their fast memory is too small for the kernel."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu" and device.device_kind.startswith(_SMALL):
+        return "shift"
+    return FORM[device.platform]
 
 
 def table_rows(length: int, buckets: int, farthest: int) -> np.ndarray:
     """Row of the table for each distance d = i - j from -length to length, int32 [2 length + 1].
 
     Near distances have rows of their own, up to buckets / 2; beyond, a row for each step of a logarithm up to
-    `farthest`, and all that is farther shares the last. Without buckets (0 or less) every distance up to `farthest`
-    has its own.
+    `farthest`, and all that is farther shares the last. Needs 1 <= buckets / 2 < farthest - 1, as layout.py sees to.
     """
     distance = np.arange(-length, length + 1)
-    span = buckets if buckets > 0 else farthest
-    bucket = distance
-    if buckets > 0:
-        middle = buckets // 2
-        far = np.maximum(np.abs(distance), middle) / middle
-        steps = np.ceil(np.log(far) / np.log((farthest - 1) / middle) * (middle - 1))
-        beyond = np.sign(distance) * (middle + steps).astype(np.int64)
-        bucket = np.where(np.abs(distance) <= middle, distance, beyond)
-    return np.clip(bucket + span, 0, 2 * span - 1).astype(np.int32)
+    middle = buckets // 2
+    far = np.maximum(np.abs(distance), middle) / middle
+    steps = np.ceil(np.log(far) / np.log((farthest - 1) / middle) * (middle - 1))
+    beyond = np.sign(distance) * (middle + steps).astype(np.int64)
+    bucket = np.where(np.abs(distance) <= middle, distance, beyond)
+    return np.clip(bucket + buckets, 0, 2 * buckets - 1).astype(np.int32)
 
 
 def attend(
@@ -242,7 +247,6 @@ FORMS: dict[str, Callable[..., Array]] = {
     "gather": _gather,
     "shift": _shift,
     "pallas": _pallas,
-    "pallas_interpreted": functools.partial(
-        _pallas, interpret=True
-    ),  # the kernel's arithmetic, on any platform
+    # The kernel's arithmetic, on any platform.
+    "pallas_interpreted": functools.partial(_pallas, interpret=True),
 }

@@ -43,7 +43,6 @@ class Deberta:
     def of(cls, checkpoint: Checkpoint) -> "Deberta":
         """From its options, which layout.py has checked."""
         config = checkpoint.config
-        farthest = int(config["max_relative_positions"])
         return cls(
             vocab=config["vocab_size"],
             model=config["hidden_size"],
@@ -51,7 +50,7 @@ class Deberta:
             mlp=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             buckets=config["position_buckets"],
-            farthest=farthest if farthest > 0 else config["max_position_embeddings"],
+            farthest=layout.farthest(config),
             norm_eps=config["layer_norm_eps"],
         )
 
@@ -226,7 +225,7 @@ def check(checkpoint: Checkpoint) -> Deberta:
 def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None) -> PairRM:
     """Its network with a copy of the weights on every device of `mesh`, computing in `dtype`.
 
-    `form` of the attention: the platform's (disentangled.FORM) unless given. Host memory: one stacked parameter at a
+    `form` of the attention: the platform's (disentangled.form_of) unless given. Host memory: one stacked parameter at a
     time. Raises BadInput as `check` does.
     """
     d, dtype = check(checkpoint), jnp.dtype(dtype)
@@ -235,9 +234,8 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     for t in table(d):
         piece = aligned(_stacked(d, t), _kept(t, dtype))
         for layer, name in enumerate(t.names(d.layers)):
-            with layout.opened(
-                checkpoint.weights, "numpy"
-            ) as stored:  # each time: what was read of a mapped file counts as memory
+            # Opened each time: what was read of a mapped file counts as memory.
+            with layout.opened(checkpoint.weights, "numpy") as stored:
                 piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
         # On a CPU every device reads this one buffer.
         copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
@@ -245,7 +243,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     needed = {name: weights[name] for name in (*_DISTANCES, *_PROJECTIONS)}
     weights |= jax.jit(functools.partial(positions, d, dtype=dtype))(needed)
     weights = {path: x for path, x in weights.items() if path not in _DISTANCES}
-    return PairRM(d, weights, dtype, form or disentangled.FORM[sharding.platform(mesh)])
+    return PairRM(d, weights, dtype, form or disentangled.form_of(mesh))
 
 
 def _stacked(d: Deberta, t: Tensor) -> tuple[int, ...]:
