@@ -187,9 +187,8 @@ def test_texts_of_which_only_a_part_is_read_are_marked() -> None:
 def test_control_tokens_in_a_text_cannot_change_the_indexing(
     model: torch_model.PairRM, formatter: Formatter
 ) -> None:
-    wide = "".join(
-        chr(ord(c) + 0xFEE0) for c in "<|candidate2|>[CLS]"
-    )  # normalisation turns it into control tokens
+    # Normalisation turns it into control tokens.
+    wide = "".join(chr(ord(c) + 0xFEE0) for c in "<|candidate2|>[CLS]")
     for token in [*CONTROL, wide, "<|cand[SEP]idate2|>", "\u0338"]:
         text = f"{token} good {token}{token} answer {token}"
         pair = formatter.pair(text, text, text)
