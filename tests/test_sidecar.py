@@ -153,7 +153,7 @@ def test_real_sidecar_survives_what_befalls_it(
     prompts, responses = golden(4)
     undisturbed = judge.compare(prompts, responses)
     arguments = ("real", "--path", str(CHECKPOINT.directory), "--threads", "1", "--batch-tokens", "3200")
-    plan = [("cuda", 0), ("cpu", 0), ("kill", 2), ("nan", 0), ("memory", 0), ("stop", 1)]
+    plan = [("cuda", 0), ("cpu", 0), ("kill", 2), ("memory", 0), ("stop", 1)]
     patience = replace(HASTE, silence=3)
     broken: Any = faulty(*plan, arguments=arguments, patience=patience)
     np.testing.assert_allclose(broken.compare(prompts, responses), undisturbed, rtol=0, atol=TOLERANCE)
@@ -163,9 +163,8 @@ def test_real_sidecar_survives_what_befalls_it(
     assert all(
         re.fullmatch(r"PairRM: out of memory with a batch of \d+ pairs; going on with \d+", s) for s in short
     )
-    killed, odd, stopped = (line for line in broken.told if line not in short)
+    killed, stopped = (line for line in broken.told if line not in short)
     assert "signal 9; started again (1 of 5)" in killed
-    assert "is not a finite number" in odd
     assert "no sign of life for 3 s" in stopped
     assert broken._own_tokens == 3200
 
@@ -226,6 +225,17 @@ def test_only_the_cells_that_are_asked_for_are_scored(formatter: Formatter) -> N
     *frames, end = answered(message, formatter, lengths)
     assert sorted(cell for frame in frames for cell in frame["cells"]) == [(0, 1, 2), (1, 0, 1)]
     assert end["end"] is True
+
+
+def test_a_score_that_is_no_number_fails_alone(formatter: Formatter) -> None:
+    message = {"prompts": ["x"], "responses": [["a", "b b"]]}
+    found: list[Any] = []
+    with pytest.raises(sidecar.Unscored, match=r"responses 0 and 1 to prompt 0 is not a finite") as caught:
+        found.extend(
+            sidecar.answer(message, formatter, lambda batch: np.array([np.nan, 2.5]), sidecar.Budget(4096))
+        )
+    assert caught.value.cells == [(0, 0, 1)]
+    assert [(frame["cells"], frame["logits"]) for frame in found] == [([(0, 1, 0)], [2.5])]
 
 
 def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
