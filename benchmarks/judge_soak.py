@@ -139,7 +139,11 @@ def judged(
         command += ["--threads", "1", "--dtype", "float32", "--batch-tokens", str(BATCH_TOKENS)]
         patience = Patience(silence=SILENCE, pause=0.01)
         with SidecarJudge(
-            checkpoint, command=command, threads=1, patience=patience, tell=told.append
+            checkpoint,
+            command=command,
+            threads=1,
+            patience=patience,
+            tell=lambda line: told.append(line) if "started again" in line else None,
         ) as judge:
             for start in range(0, len(prompts), SHARD):
                 part = slice(start, start + SHARD)
