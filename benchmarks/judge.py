@@ -10,6 +10,7 @@ requirements-llm-blender.txt (over a gigabyte) under --cache. Loading and compil
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -88,8 +89,9 @@ def make(folder: Path, layers: int) -> None:
 
 
 def _spread(name: str, dimensions: int) -> float:
-    """Standard deviation of a parameter: so that attention chooses and logits tell texts apart, as trained ones do."""
-    of = {"query_proj": 0.15, "key_proj": 0.15, "intermediate": 0.01}
+    """Standard deviation of a parameter, so that logits tell texts apart. With attention much sharper than this (0.1) 24
+    random layers are chaotic: float32's rounding alone, a millionth, ends up as large as the logits."""
+    of = {"query_proj": 0.08, "key_proj": 0.08, "attention.output": 0.04, "dense": 0.01, "head_layer.4": 1.0}
     return 0.1 if dimensions == 1 else next((size for part, size in of.items() if part in name), 0.04)
 
 
@@ -113,7 +115,7 @@ def texts(folder: Path, count: int) -> None:
 
     prompts = [text(*PROMPT) for _ in range(count)]
     responses = [[text(*RESPONSE) for _ in range(K)] for _ in prompts]
-    for n in range(round(REPEATED * K * count)):  # over the prompts in turn
+    for n in range(math.ceil(REPEATED * K * count)):  # over the prompts in turn
         responses[n % count][K - 1 - n // count] = responses[n % count][0]
     works = pairing.distinct(pairing.read(formatter, prompts, responses))
     found = {
