@@ -202,7 +202,8 @@ def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     "name", ["nowhere", "a/b/c", "../x", "a/..", "a/b..c", "/nowhere/x", "a/b c", "a/\x1b[1m", "", "a/b@", "a/b@../x",
              "a/b@x y", "-a/b", "a/b--c", "a" * 5000, "a/" + "b" * 5000],
 )  # fmt: skip
-def test_a_bad_name_is_refused_before_anybody_is_asked(name, monkeypatch):
+def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no name is a directory by chance
     monkeypatch.setattr(sppo_hub, "_endpoint", lambda: "http://127.0.0.1:9")
     monkeypatch.setattr(sppo_hub, "_offline", lambda: False)
     with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
