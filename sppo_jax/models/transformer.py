@@ -19,6 +19,7 @@ from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.models.attention import attend, cache_mask, causal_mask
 
 Weights = dict[str, Array]  # the tensors of one layer, by their name in models/hf.py
+Attention = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> what the queries see
 KeyValue = tuple[Float[Array, "B S N C"], Float[Array, "B S N C"]]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -71,6 +72,19 @@ class Transformer(nnx.Module):
 
         kinds_L = jnp.asarray([self._kind(i) for i in range(self.architecture.layers)])
         x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), (self.stacked(), kinds_L))
+        return self._rms_norm(x_BTD, self.norm[...])
+
+    def forward(
+        self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], attention: Attention
+    ) -> Float[Array, "B T D"]:
+        """The normalised last hidden state, walking the layers one by one: for those who keep keys and values.
+
+        `attention(i, q_BTHC, k_BTNC, v_BTNC)` gives what the queries of layer i see, [B, T, H, C].
+        """
+        rope = self._rope(position_BT)
+        x_BTD = self.embed(tokens_BT)
+        for i in range(self.architecture.layers):
+            x_BTD = self._block(self.layer(i), x_BTD, rope, functools.partial(attention, i))
         return self._rms_norm(x_BTD, self.norm[...])
 
     def prefill(
