@@ -31,6 +31,10 @@ class Model:
         "auto",
         "dtype of the matrix products; auto: float32 on CPUs, bfloat16 elsewhere. Masters stay float32",
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = knob(
+        "auto",
+        "attention kernel; auto: splash and ragged paged attention on TPUs, cuDNN on GPUs, XLA elsewhere",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,16 @@ class Sampling:
     responses: int = knob(5, "K, responses per prompt")
     temperature: float = knob(1.0, "0: greedy")
     top_p: float = knob(1.0, "nucleus mass, in (0, 1]")
+    top_k: int = knob(0, "sample from the k most likely tokens only, before top_p; 0: from all")
     max_new_tokens: int = knob(64, "a response that reaches this length ends with finish_reason length")
-    slots: int = knob(320, "responses decoded at once, over all devices")
+    slots: int = knob(320, "responses decoded at once, over all devices of a process")
+    cache_tokens: int = knob(
+        0,
+        "tokens whose keys and values are kept while sampling, over all devices; 0: what slots can need, or what fits",
+    )
+    quantize: Literal["none", "int8"] = knob(
+        "none", "int8: the sampler's copy of the weights, and its keys and values, in 8 bits"
+    )
     shard_prompts: int = knob(
         64, "prompts per shard file: the most that an interruption of sampling or judging can cost"
     )
@@ -164,7 +176,9 @@ FREE_TO_CHANGE = (
     "mesh.",
     "log.",
     "fit.checkpoint_every",
+    "model.attention",
     "sampling.slots",
+    "sampling.cache_tokens",
     "judge.python",
 )
 
@@ -231,7 +245,9 @@ def validate(config: Config) -> None:
         "prompts.per_iteration",
         "prompts.max_length",
         "sampling.max_new_tokens",
+        "model.attention",
         "sampling.slots",
+        "sampling.cache_tokens",
         "sampling.shard_prompts",
         "fit.epochs",
         "fit.schedule_epochs",
@@ -249,6 +265,9 @@ def validate(config: Config) -> None:
         if not 0 < values[key] < 2**31:
             raise BadInput(f"{key}={values[key]} must be a number above 0 (and below 2**31)")
     sampling, fit = config.sampling, config.fit
+    for key in ("top_k", "cache_tokens"):
+        if not 0 <= getattr(sampling, key) < 2**31:
+            raise BadInput(f"sampling.{key}={getattr(sampling, key)} must be 0 (see --help) or above")
     if sampling.responses < 2:
         raise BadInput(f"sampling.responses={sampling.responses}: a preference needs at least 2 responses")
     if not 0 < sampling.top_p <= 1:
