@@ -49,7 +49,8 @@ class Transformer(nnx.Module):
             path.removeprefix("layers."): x for path, x in weights.items() if path.startswith("layers.")
         }
         kinds = {name: Adapter if name.endswith(("_lora_a", "_lora_b")) else nnx.Param for name in layers}
-        self.layers = nnx.Dict({name: kinds[name](x) for name, x in layers.items()})
+        # Stacked on L; `unstacked` makes it a list of such, one per layer.
+        self.layers: Any = nnx.Dict({name: kinds[name](x) for name, x in layers.items()})
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
@@ -141,10 +142,28 @@ class Transformer(nnx.Module):
         cap = self.architecture.logit_softcap
         return x if cap is None else cap * jnp.tanh(x / cap)
 
+    def whole_attention(self, valid_BT: Bool[Array, "B T"]) -> Attention:
+        """What `forward` takes for sequences that are whole in this call: causal, each layer with its own window."""
+        masks = [causal_mask(valid_BT, window) for window in self._windows()]
+        return lambda i, q, k, v: self._attend(q, k, v, masks[self._kind(i)])
+
+    def unstacked(self) -> "Transformer":
+        """The same model with an array per layer: slicing a stacked one would copy it at every decoded token."""
+        weights = {"embedding": self.embedding[...], "norm": self.norm[...]}
+        weights |= {} if self.head is None else {"head": self.head[...]}
+        model = Transformer(self.architecture, weights, self.compute_dtype)
+        model.layers = nnx.List(
+            nnx.Dict({name: type(param)(param[...][i]) for name, param in self.layers.items()})
+            for i in range(self.architecture.layers)
+        )
+        return model
+
     def stacked(self) -> Weights:
         return {name: param[...] for name, param in self.layers.items()}
 
     def layer(self, i: int) -> Weights:
+        if isinstance(self.layers, nnx.List):
+            return {name: param[...] for name, param in self.layers[i].items()}
         return {name: w[i] for name, w in self.stacked().items()}
 
     def _block(
