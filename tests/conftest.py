@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from jaxtyping import install_import_hook
 
 hook = install_import_hook(
-    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.losses", "sppo_jax.fit"]
+    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.next_token", "sppo_jax.losses", "sppo_jax.fit"]
     + ["sppo_jax.pairrm.jax_model", "sppo_jax.pairrm.disentangled"],
     "beartype.beartype",
 )

@@ -1,0 +1,111 @@
+"""How the sampler draws the next token from the logits: temperature, top-k, top-p, exact and without a sort.
+
+A draw is a race (Gumbel-max written without the logarithm): each token has weight exp((logit - max) / temperature)
+and a noise of its own from Exponential(1); the largest weight / noise wins, which is token i with probability
+weight_i / sum(weight). A row has a key of its own and is worked on alone, so its token depends on nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+def next_token(
+    logits_BV: Float[Array, "B V"],
+    key_B: Key[Array, " B"],
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Tokens drawn, and their log-probabilities (nats) at temperature 1 over the whole vocabulary, in float32.
+
+    Cuts come in Hugging Face's order: temperature, the `top_k` largest logits (ties with the last join; 0: all),
+    then of what is left the nucleus of `top_p`. Temperature 0 takes the largest logit, of equals the first.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    highest_B = jnp.max(logits_BV, axis=-1)
+    if temperature == 0:
+        token_B = _first(logits_BV == highest_B[:, None])
+    else:
+        weight_BV = jnp.exp(
+            (logits_BV - highest_B[:, None]) / max(temperature, 1e-30)
+        )  # 0 / 0 if flushed to 0
+        if 0 < top_k < logits_BV.shape[1]:
+            weight_BV = jnp.where(in_top_k(logits_BV, top_k), weight_BV, 0.0)
+        token_B = _race(weight_BV, exponential(key_B, logits_BV.shape[1]), top_p)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    total_B = jnp.sum(jnp.exp(logits_BV - highest_B[:, None]), axis=-1)
+    return token_B, chosen_B - highest_B - jnp.log(total_B)
+
+
+def exponential(key_B: Key[Array, " B"], vocab: int) -> Float[Array, "B V"]:
+    """Noise from Exponential(1), above 0: V draws per key."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return -jnp.log(jax.vmap(lambda key: jax.random.uniform(key, (vocab,), minval=tiny))(key_B))
+
+
+def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: float) -> Int[Array, " B"]:
+    """The largest weight / noise among the nucleus: tokens with less than `top_p` of the mass above their weight.
+
+    The winner of all tokens is the nucleus's winner as well if it is a member, and one sum tells. If it is not,
+    neither is any token of its weight or less, so the race is run again without those: two or three rounds.
+    """
+    score_BV = weight_BV / noise_BV
+    token_B = _best(score_BV)
+    if top_p >= 1:
+        return token_B
+    needed_B = top_p * jnp.sum(weight_BV, axis=-1)
+
+    def outside(token_B: Array) -> tuple[Array, Array]:
+        bar_B = jnp.take_along_axis(weight_BV, token_B[:, None], axis=1)[:, 0]
+        above_B = jnp.sum(jnp.where(weight_BV > bar_B[:, None], weight_BV, 0.0), axis=-1)
+        return above_B >= needed_B, bar_B
+
+    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        token_B, outside_B, bar_B = state
+        better_B = _best(jnp.where(weight_BV > bar_B[:, None], score_BV, -1.0))
+        token_B = jnp.where(outside_B, better_B, token_B)
+        return token_B, *outside(token_B)
+
+    # Ends: each round raises the bar, and nothing lies above the largest weight.
+    return jax.lax.while_loop(lambda state: jnp.any(state[1]), again, (token_B, *outside(token_B)))[0]
+
+
+def in_top_k(logits_BV: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
+    """Which logits are at least the k-th largest of their row.
+
+    The threshold is found by halving an interval of integers that order like the floats they stand for.
+    """
+    plain_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # -0.0 equals 0.0, and its bits do not
+    bits_BV = jax.lax.bitcast_convert_type(plain_BV, jnp.int32)
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+
+    def open_(bounds: tuple[Array, Array]) -> Array:
+        low_B, high_B = bounds  # at least k are >= low, fewer are >= high
+        return jnp.any(low_B + 1 < high_B)
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # the sum could overflow
+        count_B = jnp.sum(order_BV >= middle_B[:, None], axis=-1)
+        # Exactly k: whatever lies between the k-th and the next is a threshold, and the interval closes on it.
+        low_B = jnp.where(count_B >= k, middle_B, low_B)
+        high_B = jnp.where(count_B > k, high_B, jnp.where(count_B == k, middle_B + 1, middle_B))
+        return low_B, high_B
+
+    low_B, high_B = jnp.min(order_BV, axis=-1), jnp.max(order_BV, axis=-1) + 1
+    low_B, _ = jax.lax.while_loop(open_, halve, (low_B, high_B))
+    return order_BV >= low_B[:, None]
+
+
+def _best(score_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The index of the largest, of equals the first."""
+    return _first(score_BV == jnp.max(score_BV, axis=-1, keepdims=True))
+
+
+def _first(found_BV: Bool[Array, "B V"]) -> Int[Array, " B"]:
+    """The first index found in each row (on a CPU twice as fast as argmax); some index if none is (NaN)."""
+    last = found_BV.shape[1] - 1
+    index_BV = jax.lax.broadcasted_iota(jnp.int32, found_BV.shape, 1)
+    return jnp.min(jnp.where(found_BV, index_BV, last), axis=-1)
