@@ -115,11 +115,12 @@ def _sampler(args: Any) -> "Sampler":
     import jax
     import jax.numpy as jnp
 
-    from sppo_jax import sharding, tiny, tokens
+    from sppo_jax import compilation, sharding, tiny, tokens
     from sppo_jax.config import Sampling
     from sppo_jax.models import hf
     from sppo_jax.sampler import Sampler
 
+    compilation.keep_programs()
     directory = tiny.fetch(args.policy).directory
     architecture = hf.read_architecture(directory)
     tokenizer = tokens.load_tokenizer(directory)
@@ -140,7 +141,7 @@ def _sampler(args: Any) -> "Sampler":
         top_p=args.top_p,
         max_new_tokens=longest,
     )
-    return Sampler(model, tokenizer, sampling, mesh, eos=eos)
+    return Sampler(model, tokenizer, sampling, mesh, eos=eos, longest=architecture.max_positions - longest)
 
 
 def _lines() -> Iterator[str]:

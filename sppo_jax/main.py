@@ -13,8 +13,13 @@ def main(words: Sequence[str]) -> None:
         return
     files, overrides = _split(words)
     config = configuration.load(files, overrides)
-    from sppo_jax import selfplay, session  # after the flags are known to be right: this imports jax
+    from sppo_jax import (
+        compilation,
+        selfplay,
+        session,
+    )  # after the flags are known to be right: this imports jax
 
+    compilation.keep_programs()
     with session.opened(config) as opened:
         selfplay.play(opened)
 

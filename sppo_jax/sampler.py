@@ -1,11 +1,13 @@
-"""Draw K responses per prompt from the policy: prefill, decode with a cache, next-token sampling, all jitted.
+"""Draw K responses per prompt from the policy: a fixed number of slots, refilled while the devices decode.
 
-A response is a function of (weights, seed, iteration, prompt, k) alone: each prompt is padded by its own length
-only, every batch has the same shape, and the random key of each token folds (seed, iteration, prompt_id, k,
-position).
+A response is a function of (weights, seed, iteration, prompt, k) alone: a prompt is padded by its own length only, the
+programs have one shape whatever is in the slots, a slot's arithmetic does not see its neighbours, and the random key of each
+token folds (seed, iteration, prompt_id, k, position).
 """
 
-import functools
+import dataclasses
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,21 +15,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sppo_jax import sharding
+from sppo_jax import decoding, sharding, slots
 from sppo_jax.config import Sampling
+from sppo_jax.decoding import PAGE, Programs, Shape, bucket
 from sppo_jax.errors import BadInput
-from sppo_jax.models.transformer import KeyValue, Transformer
+from sppo_jax.models import hf, lora, paged
+from sppo_jax.models.paged import Pages
+from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Prompt, Responses
+from sppo_jax.slots import Replica, Response
 from sppo_jax.tokens import chat_prompt, own_eos_ids, response_text
 
-BUCKET = 32  # prompts are padded to a multiple of this many tokens
+FILLED = 0.85  # share of a device's memory that weights and pages may take together
+
+# What a chunk added: prompts finished, tokens drawn; and how many slots are in use.
+Progress = Callable[[int, int, int], None]
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a sampler has done so far."""
+
+    slots: int
+    steps: int = 0  # decode steps, each of all slots
+    tokens: int = 0  # of responses
+    evicted_tokens: int = 0  # drawn, and thrown away for want of pages
+
+    @property
+    def slot_efficiency(self) -> float:
+        """Share of the slots' steps that gave a token of a response."""
+        return self.tokens / max(1, self.steps * self.slots)
 
 
 class Sampler:
-    """A policy ready to decode: weights cast once, programs compiled at first use and reused for every batch."""
+    """A policy ready to decode: weights cast once, programs compiled before the first token and kept for every call."""
 
     def __init__(
         self,
@@ -37,19 +60,35 @@ class Sampler:
         mesh: Mesh | None = None,
         *,
         eos: Sequence[int] | None = None,
+        longest: int = 0,
     ):
-        """`eos`: ids that end a response; default: those that the tokenizer and its template tell."""
-        self.mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
-        self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
-        ids = own_eos_ids(tokenizer) if eos is None else eos
-        self.eos = np.asarray(ids, np.int32)
-        self.graph, weights = nnx.split(model)
-        self.set_weights(weights)
+        """`mesh`: where the model lies; decoding takes its devices as replicas (sharding.sampling_mesh).
 
-    def set_weights(self, weights: Any) -> None:
-        """Sample from other parameters of the same model from now on."""
-        dtype = nnx.merge(self.graph, weights).compute_dtype
-        self.weights = jax.jit(lambda w: jax.tree.map(lambda x: x.astype(dtype), w))(weights)
+        `eos`: ids that end a response; default: those that the tokenizer and its template tell. `longest`: tokens of the
+        longest prompt that will be asked, where that is known; otherwise a longer prompt means new programs.
+        """
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
+        self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
+        self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
+        self._limit = _memory(mesh).get("bytes_limit")
+        self._whole = sharding.sampling_mesh(mesh, _bytes(model), self._limit)
+        self.mesh = sharding.own_part(self._whole)
+        self.replicas = sharding.batch_shards(self.mesh)
+        self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)
+        self._longest = longest
+        self._programs: Programs | None = None
+        self._pages: list[Any] | None = None
+        self._streaming = False
+        self.set_weights(model)
+
+    def set_weights(self, model: Transformer) -> None:
+        """Sample from another model of the same architecture from now on; its matrices are cast once, here."""
+        self.weights = None  # free the old ones first
+        self.graph, self.weights = _placed(model, self._whole, self.mesh)
+
+    def release(self) -> None:
+        """Free the devices' memory; `set_weights` must come before the next prompt. Programs are kept."""
+        self.weights = self._pages = None
 
     def generate(
         self,
@@ -58,199 +97,350 @@ class Sampler:
         seed: int,
         iteration: int = 0,
         responses: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Progress | None = None,
     ) -> list[Responses]:
-        """K `responses` (default: sampling.responses) for each prompt, in the order given.
+        """K `responses` (default: sampling.responses) for each prompt, in the order given; errors as `stream`'s."""
+        found = dict(
+            self.stream(prompts, seed=seed, iteration=iteration, responses=responses, on_progress=on_progress)
+        )
+        return [found[i] for i in range(len(prompts))]
 
-        `on_progress(prompts, tokens)` hears what each finished batch added. Raises BadInput for a prompt that
-        leaves no room for max_new_tokens in the model's context.
+    def stream(
+        self,
+        prompts: Sequence[Prompt | str],
+        *,
+        seed: int,
+        iteration: int = 0,
+        responses: int | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[tuple[int, Responses]]:
+        """(index, K responses) of each prompt as soon as its last response has ended: roughly in the order given.
+
+        `limits[i][k]` caps single responses below max_new_tokens, to replay recorded lengths. Raises BadInput, before
+        anything is sampled, for a prompt that leaves no room for max_new_tokens in the model's context.
         """
         records = [chat_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
-        k = self.sampling.responses if responses is None else responses
-        base = jax.random.fold_in(jax.random.key(seed), iteration)
-        done: dict[int, Responses] = {}
-        for size, rows in self._batches(records, k):
-            tokens, lengths, logprobs = self._run([records[i] for i in rows], size, k, base)
-            for place, i in enumerate(rows):
-                cut = slice(place * k, (place + 1) * k)
-                done[i] = self._record(records[i], tokens[cut], lengths[cut], logprobs[cut])
-            if on_progress is not None:
-                on_progress(len(rows), int(lengths[: len(rows) * k].sum()))
-        return [done[i] for i in range(len(records))]
+        self._check(records)
+        count, most = responses or self.sampling.responses, self.sampling.max_new_tokens
+        rows = limits or [[most] * count] * len(records)
+        asked = [{k: min(limit, most) for k, limit in enumerate(row)} for row in rows]
+        self.warm_up([len(record.ids) for record in records])
+        return self._stream(records, asked, np.asarray([seed, iteration], np.uint32), on_progress)
 
-    def _batches(self, prompts: Sequence[Prompt], k: int) -> Iterator[tuple[int, list[int]]]:
-        """(padded length, indices) of batches of at most slots // K prompts whose own lengths share a bucket."""
-        a, width = self.architecture, self._width(k)
-        buckets: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            size = -(-len(prompt.ids) // BUCKET) * BUCKET
-            if len(prompt.ids) + self.sampling.max_new_tokens > a.max_positions:
+    def warm_up(self, lengths: Sequence[int]) -> int:
+        """Compile all that prompts of these lengths in tokens need. Returns how many programs that were."""
+        if not lengths:
+            return 0
+        buckets = {bucket(length - 1) for length in lengths}
+        longest = max(*lengths, self._longest)
+        if self._programs is None or longest > self._longest or self.graph != self._programs.graph:
+            self._longest = min(bucket(longest), self.architecture.max_positions)
+            self._programs, self._pages = None, None
+            self._programs = Programs(self.graph, self.weights, self.mesh, self._shape())
+        if self._pages is None:
+            self._pages = self._empty_pages()
+        return self._programs.compile(buckets)
+
+    def _empty_pages(self) -> list[Pages]:
+        programs = self._programs
+        assert programs is not None
+        each, quantize = programs.shape.pages // self.replicas, programs.shape.quantize
+        dtype = programs.model.compute_dtype
+        return [
+            paged.empty(each, self.architecture, dtype, self.mesh, quantize=quantize)
+            for _ in range(self.architecture.layers)
+        ]
+
+    def _shape(self) -> Shape:
+        s = self.sampling
+        longest = self._longest + s.max_new_tokens
+        own = self.stats.slots // self.replicas
+        pages = slots.pages_needed(own, longest, PAGE)
+        least = slots.pages_needed(1, longest, PAGE)
+        if s.cache_tokens:
+            pages = min(pages, s.cache_tokens // PAGE // self.replicas)
+            wanted = "sampling.cache_tokens must be at least"
+            if pages < least:
                 raise BadInput(
-                    f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens="
-                    f"{self.sampling.max_new_tokens} exceed the model's {a.max_positions} positions"
+                    f"sampling.cache_tokens={s.cache_tokens}: {wanted} {least * PAGE * self.replicas}"
+                )
+        elif self._limit is not None:
+            a, dtype = self.architecture, nnx.merge(self.graph, self.weights).compute_dtype
+            free = FILLED * self._limit - _memory(self.mesh)["bytes_in_use"]
+            each = paged.bytes_per_page(a, dtype, s.quantize == "int8") / self.mesh.shape["tensor"]
+            pages = min(pages, max(0, int(free / each)))
+            if pages < least:
+                raise BadInput(
+                    f"a response of {longest} tokens, prompt included, needs {least * each / 1e9:.1f} GB of keys and "
+                    f"values, and {max(0, free) / 1e9:.1f} GB are left on each device: lower sampling.max_new_tokens"
+                )
+        return Shape(
+            slots=self.stats.slots,
+            pages=pages * self.replicas,
+            width=-(-longest // PAGE),
+            eos=self.eos,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            quantize=s.quantize == "int8",
+        )
+
+    def _stream(
+        self,
+        records: list[Prompt],
+        asked: list[dict[int, int]],
+        seeds: np.ndarray,
+        on_progress: Progress | None,
+    ) -> Iterator[tuple[int, Responses]]:
+        if self._streaming:
+            raise RuntimeError("this sampler is in the middle of another stream; close that one first")
+        self._streaming = True
+        try:
+            run = _Run(self, records, asked, seeds)
+            while run.advance():
+                if on_progress is not None:
+                    on_progress(len(run.finished), run.new_tokens, run.in_use)
+                for i in run.finished:
+                    yield i, self._record(records[i], run.done.pop(i))
+        finally:
+            self._streaming = False
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        a, new = self.architecture, self.sampling.max_new_tokens
+        for prompt in prompts:
+            if len(prompt.ids) + new > a.max_positions:
+                raise BadInput(
+                    f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens={new} exceed the model's "
+                    f"{a.max_positions} positions"
                 )
             if max(prompt.ids) >= a.vocab:
                 raise BadInput(
                     f"a prompt holds token id {max(prompt.ids)}, and the model has {a.vocab} tokens"
                 )
-            buckets.setdefault(size, []).append(i)
-        for size, members in sorted(buckets.items()):
-            for start in range(0, len(members), width):
-                yield size, members[start : start + width]
 
-    def _width(self, k: int) -> int:
-        """Prompts per batch: as many as fill the slots, and a whole number for every piece of the mesh."""
-        pieces = sharding.batch_shards(self.mesh)
-        return max(1, self.sampling.slots // (k * pieces)) * pieces
-
-    def _run(self, prompts: list[Prompt], size: int, k: int, base: Array) -> tuple[np.ndarray, ...]:
-        width = self._width(k)
-        tokens = np.zeros((width, size), np.int32)
-        lengths = np.ones(width, np.int32)  # rows that only fill the batch hold one token, and are dropped
-        ids = np.zeros((width, 2), np.uint32)
-        real = np.zeros(width, bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.ids)] = prompt.ids
-            lengths[row] = len(prompt.ids)
-            ids[row] = prompt.prompt_id >> 32, prompt.prompt_id & 0xFFFFFFFF
-            real[row] = True
-
-        def place(x: np.ndarray) -> Array:
-            return jax.device_put(x, sharding.named("B" + "T" * (x.ndim - 1), self.mesh))
-
-        s = self.sampling
-        logits, cache, keys = _prefill(
-            self.graph, self.weights, place(tokens), place(lengths), place(ids), base,
-            k=k, room=s.max_new_tokens, mesh=self.mesh,
-        )  # fmt: skip
-        out, _ = _decode(
-            self.graph, self.weights, cache, logits, place(np.repeat(lengths, k)), place(np.repeat(~real, k)),
-            keys, jnp.asarray(self.eos), steps=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p,
-        )  # fmt: skip
-        return tuple(jax.device_get(out))
-
-    def _record(
-        self, prompt: Prompt, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray
-    ) -> Responses:
-        ids = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    def _record(self, prompt: Prompt, found: dict[int, Response]) -> Responses:
+        rows = [found[k] for k in sorted(found)]
         return Responses(
             prompt_id=prompt.prompt_id,
             prompt=prompt.text,
             prompt_ids=list(prompt.ids),
-            response_ids=ids,
-            responses=[response_text(self.tokenizer, row) for row in ids],
-            finish_reason=["stop" if row[-1] in self.eos else "length" for row in ids],
-            logprobs=[float(x) for x in logprobs],
+            response_ids=[row.tokens for row in rows],
+            responses=[response_text(self.tokenizer, row.tokens) for row in rows],
+            finish_reason=["stop" if row.tokens[-1] in self.eos else "length" for row in rows],
+            logprobs=[math.fsum(row.logprobs) for row in rows],
         )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "k", "room", "mesh"))
-def _prefill(
-    graph: Any,
-    weights: Any,
-    tokens_PT: Int[Array, "P T"],
-    length_P: Int[Array, " P"],
-    id_P2: Array,
-    base: Array,
-    *,
-    k: int,
-    room: int,
-    mesh: Mesh,
-) -> tuple[Float[Array, "B V"], list[KeyValue], Array]:
-    """Run each prompt once and hand its cache, widened by `room`, to its K rows (B = P K), with their keys."""
-    model = nnx.merge(graph, weights)
-    logits_PV, cache = model.prefill(tokens_PT, length_P)
+class _Run:
+    """One stream: what waits, what is in the slots, and the chunk whose tokens are not known yet."""
 
-    def widen(x_PSNC: Array) -> Array:
-        x_BSNC = jnp.repeat(jnp.pad(x_PSNC, ((0, 0), (0, room), (0, 0), (0, 0))), k, axis=0)
-        return jax.lax.with_sharding_constraint(x_BSNC, sharding.named("BSNC", mesh, x_BSNC.shape))
+    def __init__(
+        self, sampler: Sampler, records: list[Prompt], asked: list[dict[int, int]], seeds: np.ndarray
+    ):
+        assert sampler._programs is not None
+        self.sampler, self.records, self.programs = sampler, records, sampler._programs
+        self.waiting = deque(enumerate(asked))
+        self.wanted = [len(row) for row in asked]
+        self.done: dict[int, dict[int, Response]] = {}
+        shape, r = self.programs.shape, sampler.replicas
+        self.each = shape.slots // r
+        self.replicas = [Replica(self.each, shape.pages // r, PAGE, decoding.AHEAD) for _ in range(r)]
+        self.flying: tuple[Any, dict[int, Response]] | None = None
+        self.finished: list[int] = []
+        self.new_tokens = self.in_use = 0
+        like = self.programs.slots_like()
+        self.slots = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
+        self.seeds = self._put(seeds, PartitionSpec())
+        self.quota = self._put(np.int32(max(1, shape.slots // 32)), PartitionSpec())
+        self.unlimited = self._put(np.int32(shape.slots + 1), PartitionSpec())
 
-    def key(id_2: Array, k: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, id_2[0]), id_2[1]), k)
+    def advance(self) -> bool:
+        """Send the next chunk on its way, then read the one before. False: there was neither."""
+        with jax.transfer_guard("disallow"):  # nothing crosses but what is put and got here
+            flying, self.flying = self.flying, self._dispatch()
+            self.finished, self.new_tokens = [], 0
+            if flying is not None:
+                self._harvest(*flying)
+        self.in_use = sum(len(replica.live) for replica in self.replicas)
+        return flying is not None or self.flying is not None
 
-    keys_PK = jax.vmap(jax.vmap(key, (None, 0)), (0, None))(id_P2, jnp.arange(k))
-    widened = [(widen(keys), widen(values)) for keys, values in cache]
-    return jnp.repeat(logits_PV, k, axis=0), widened, keys_PK.reshape(-1)
+    def _dispatch(self) -> tuple[Any, dict[int, Response]] | None:
+        """Refill the slots and start a chunk: what it will tell, and who is in which slot."""
+        orders = np.zeros((self.programs.shape.slots, decoding.ORDERS), np.int32)
+        for r, replica in enumerate(self.replicas):
+            before = {response: slot for slot, response in replica.live.items()}
+            evicted, again = replica.grow()
+            for response in evicted:
+                orders[r * self.each + before[response], decoding.ORDER] = decoding.STOP
+                self.sampler.stats.tokens -= len(response.tokens)
+                self.sampler.stats.evicted_tokens += len(response.tokens)
+            for response in again:
+                self.waiting.appendleft((response.prefix.prompt, {response.k: response.limit}))
+        while self._prefill():
+            pass
+        for r, replica in enumerate(self.replicas):
+            for response in replica.start():
+                self._order(orders[r * self.each + response.slot], replica, response)
+        s = self.sampler
+        if orders.any():
+            self.slots, s._pages = self.programs["admit"](
+                self.slots, s._pages, self.seeds, self._put(orders, PartitionSpec(sharding.TABLE["B"]))
+            )
+        live = {
+            r * self.each + i: x for r, replica in enumerate(self.replicas) for i, x in replica.live.items()
+        }
+        if not live:
+            return None
+        more = self.waiting or any(replica.ready for replica in self.replicas)
+        self.slots, s._pages, found = self.programs["decode"](
+            s.weights, self.slots, s._pages, self._table(), self.quota if more else self.unlimited
+        )
+        return found, live
+
+    def _order(self, row: np.ndarray, replica: Replica, response: Response) -> None:
+        """Fill in a slot's order to start: its first forward is of the prompt's last token."""
+        prompt = self.records[response.prefix.prompt]
+        high, low = np.asarray([prompt.prompt_id >> 32, prompt.prompt_id & 0xFFFFFFFF], np.uint32).view(
+            np.int32
+        )
+        source, target = replica.copied(response)
+        row[:] = (
+            decoding.START,
+            prompt.ids[-1],
+            len(prompt.ids) - 1,
+            response.limit,
+            response.k,
+            high,
+            low,
+            source,
+            target,
+        )
+
+    def _prefill(self) -> bool:
+        """Run prompts of one length bucket where a replica will soon be short of responses. False: none was."""
+        short = [r for r in self.replicas if r.short_of() > 0]
+        if not self.waiting or not short:
+            return False
+        size = bucket(len(self.records[self.waiting[0][0]].ids) - 1)
+        rows = self.programs.rows(size)
+        tokens = np.zeros((len(self.replicas), rows, size), np.int32)
+        lengths = np.zeros((len(self.replicas), rows), np.int32)
+        table = np.zeros((len(self.replicas), rows, -(-size // PAGE)), np.int32)
+        filled = [0] * len(self.replicas)
+        passed: list[tuple[int, dict[int, int]]] = []
+        while self.waiting and len(passed) < 4 * rows:
+            i, limits = self.waiting.popleft()
+            ids = self.records[i].ids
+            place = min(range(len(self.replicas)), key=lambda r: (filled[r], -self.replicas[r].short_of()))
+            if filled[place] == rows:
+                self.waiting.appendleft((i, limits))
+                break
+            prefix = (
+                self.replicas[place].take_prefix(i, len(ids) - 1) if bucket(len(ids) - 1) == size else None
+            )
+            if prefix is None:
+                passed.append((i, limits))
+                continue
+            at = place, filled[place]
+            tokens[at][: prefix.length], lengths[at] = ids[:-1], prefix.length
+            table[at][: len(prefix.pages)] = prefix.pages
+            filled[place] += 1
+            self.replicas[place].wait(prefix, limits)
+        self.waiting.extendleft(reversed(passed))
+        if not any(filled):
+            return False
+        s, batch = self.sampler, PartitionSpec(sharding.TABLE["B"])
+        s._pages = self.programs[size](
+            s.weights,
+            s._pages,
+            *(self._put(x.reshape(-1, *x.shape[2:]), batch) for x in (tokens, lengths, table)),
+        )
+        return True
+
+    def _table(self) -> Any:
+        """[B, W]: the pages of each slot."""
+        table = np.zeros((self.programs.shape.slots, self.programs.shape.width), np.int32)
+        for r, replica in enumerate(self.replicas):
+            for i, response in replica.live.items():
+                row = replica.row(response)
+                table[r * self.each + i, : len(row)] = row
+        return self._put(table, PartitionSpec(sharding.TABLE["B"]))
+
+    def _harvest(self, found: Any, live: dict[int, Response]) -> None:
+        """Read a chunk's tokens: the one transfer from the devices."""
+        tokens, logprobs, counts, active, steps = decoding.read(jax.device_get(found))
+        stats = self.sampler.stats
+        stats.steps += steps
+        for slot, response in live.items():
+            if response.slot < 0:  # thrown out since
+                stats.evicted_tokens += int(counts[slot])
+                continue
+            n = counts[slot]
+            response.tokens += tokens[slot, :n].tolist()
+            response.logprobs += logprobs[slot, :n].tolist()
+            self.new_tokens += int(n)
+            if not active[slot]:
+                self.replicas[slot // self.each].end(response)
+                self._complete(response)
+        stats.tokens += self.new_tokens
+
+    def _complete(self, response: Response) -> None:
+        i = response.prefix.prompt
+        self.done.setdefault(i, {})[response.k] = response
+        if len(self.done[i]) == self.wanted[i]:
+            self.finished.append(i)
+
+    def _put(self, x: Any, spec: PartitionSpec) -> Any:
+        return jax.device_put(x, NamedSharding(self.sampler.mesh, spec))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graph", "steps", "temperature", "top_p"), donate_argnames=("cache",)
-)
-def _decode(
-    graph: Any,
-    weights: Any,
-    cache: list[KeyValue],
-    logits_BV: Float[Array, "B V"],
-    prompt_length_B: Int[Array, " B"],
-    done_B: Array,
-    keys_B: Array,
-    eos: Int[Array, " E"],
-    *,
-    steps: int,
-    temperature: float,
-    top_p: float,
-) -> tuple[tuple[Int[Array, "B T"], Int[Array, " B"], Float[Array, " B"]], list[KeyValue]]:
-    """Sample until every row has ended or has `steps` tokens: tokens, lengths (EOS included), log-prob sums."""
-    model = nnx.merge(graph, weights)
-    rows = keys_B.shape[0]
+def _placed(model: Transformer, whole: Mesh, own: Mesh) -> tuple[Any, Any]:
+    """The unstacked model's graph and weights, matrices in the compute dtype, on the mesh `own`, a part of `whole`."""
+    graph, weights = nnx.split(model)
 
-    def unfinished(state: tuple) -> Array:
-        step, _, _, done_B, *_ = state
-        return (step < steps) & ~jnp.all(done_B)
+    def converted(weights: Any) -> Any:
+        plain = nnx.merge(graph, weights).unstacked()
+        dtype = plain.compute_dtype
+        # Norm scales and biases stay what training has: Gemma adds 1 to them in float32.
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, nnx.split(plain)[1])
 
-    def advance(state: tuple) -> tuple:
-        step, tokens_BT, length_B, done_B, total_B, logits_BV, cache = state
-        key_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        token_B = next_token(logits_BV, key_B, temperature=temperature, top_p=top_p)
-        picked_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
-        total_B += jnp.where(done_B, 0.0, picked_B)
-        tokens_BT = tokens_BT.at[:, step].set(jnp.where(done_B, 0, token_B))
-        length_B += ~done_B
-        done_B |= jnp.isin(token_B, eos)
-        # A finished row overwrites its last column until the batch ends; nobody reads it.
-        logits_BV, cache = model.decode(token_B, prompt_length_B + length_B - 1, cache)
-        return step + 1, tokens_BT, length_B, done_B, total_B, logits_BV, cache
+    unstacked = nnx.split(nnx.eval_shape(lambda: nnx.merge(graph, weights).unstacked()))[0]
+    placed = _shardings(model, jax.eval_shape(converted, weights), whole)
+    found = jax.device_put(jax.jit(converted)(weights), placed)
+    if own is whole:
+        return unstacked, found
 
-    zero_B = jnp.zeros(rows, jnp.int32)
-    start = (0, jnp.zeros((rows, steps), jnp.int32), zero_B, done_B, jnp.zeros(rows), logits_BV, cache)
-    _, tokens_BT, length_B, _, total_B, _, cache = jax.lax.while_loop(unfinished, advance, start)
-    return (tokens_BT, length_B, total_B), cache  # the cache goes out so that its memory can come in donated
+    def mine(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        place = NamedSharding(own, x.sharding.spec)
+        pieces = {shard.device: shard.data for shard in x.addressable_shards}
+        arrays = [pieces[device] for device in own.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, place, arrays)
+
+    return unstacked, jax.tree.map(mine, found)
 
 
-def next_token(
-    logits_BV: Float[Array, "B V"], key_B: Array, *, temperature: float, top_p: float
-) -> Int[Array, " B"]:
-    """Sample from softmax(logits / temperature) cut to its nucleus; the argmax at temperature 0.
+def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
+    """Where each array of an unstacked model lies: as the table says of the stacked one, less its first dimension."""
+    a = model.architecture
+    stacked = hf.abstract(a, mesh) | (lora.abstract(a, mesh) if a.lora_rank else {})
 
-    Gumbel-max with one key per row, so that a row's draw does not depend on its neighbours.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled_BV = logits_BV.astype(jnp.float32) / temperature
-    if top_p < 1:
-        scaled_BV = jnp.where(in_nucleus(scaled_BV, top_p), scaled_BV, -jnp.inf)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:]))(key_B)
-    return jnp.argmax(scaled_BV + noise_BV, axis=-1).astype(jnp.int32)
+    def place(path: tuple, _: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        if "layers" not in names:
+            return next(x.sharding for name, x in stacked.items() if name in names)
+        spec = next(x.sharding.spec for name, x in stacked.items() if name.removeprefix("layers.") in names)
+        return NamedSharding(mesh, PartitionSpec(*spec[1:]))
+
+    return jax.tree_util.tree_map_with_path(place, unstacked)
 
 
-def in_nucleus(logits_BV: Float[Array, "B V"], top_p: float) -> Array:
-    """Which tokens form the smallest set of most likely ones with mass of at least top_p (ties with the last join).
+def _bytes(model: Transformer) -> int:
+    """Of the matrices in the compute dtype."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model))) * jnp.dtype(model.compute_dtype).itemsize
 
-    Found without sorting: the bits of a non-negative float order like its value, so 30 halvings of the interval
-    of integers find the exact weight below which tokens fall out.
-    """
-    weight_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
-    bits_BV = jax.lax.bitcast_convert_type(weight_BV, jnp.int32)
-    needed_B = top_p * jnp.sum(weight_BV, axis=-1)
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B, high_B = bounds  # mass(>= low) suffices, mass(>= high) does not
-        middle_B = low_B + (high_B - low_B) // 2
-        mass_B = jnp.sum(jnp.where(bits_BV >= middle_B[:, None], weight_BV, 0.0), axis=-1)
-        enough_B = mass_B >= needed_B
-        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
-
-    one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
-    zero_B = jnp.zeros(logits_BV.shape[0], jnp.int32)
-    low_B, _ = jax.lax.fori_loop(0, 30, halve, (zero_B, zero_B + one + 1))
-    return bits_BV >= low_B[:, None]
+def _memory(mesh: Mesh) -> dict[str, int]:
+    """What the first of this process's devices says of its memory; nothing on CPUs."""
+    return mesh.local_devices[0].memory_stats() or {}

@@ -70,7 +70,8 @@ class Session:
         self.eos = tokens.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = self._compute_dtype()
         self._policy: tuple[int, Transformer] | None = None
-        self._sampler: Sampler | None = None
+        self._sampler: Sampler | None = None  # kept for its programs, whatever policy is in it
+        self._sampled: int | None = None  # the policy that is
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
@@ -83,7 +84,7 @@ class Session:
     def policy(self, t: int) -> Transformer:
         """The policy after iteration t; what is trained of it is float32, on disk too: a resumed run loses nothing."""
         if self._policy is None or self._policy[0] != t:
-            self._policy = self._sampler = None  # free the other one first
+            self._free()  # the other one first
             self.put_policy(t, self._adapted(t) if self.architecture.lora_rank else self._whole(t))
         assert self._policy is not None
         return self._policy[1]
@@ -115,17 +116,35 @@ class Session:
     def take_policy(self, t: int) -> Transformer:
         """The same, given up by the session: training consumes its arrays."""
         policy = self.policy(t)
-        self._policy = self._sampler = None
+        self._free()
         return policy
 
     def put_policy(self, t: int, policy: Transformer) -> None:
-        self._policy, self._sampler = (t, policy), None
+        self._free()
+        self._policy = (t, policy)
 
     def sampler(self, t: int) -> Sampler:
+        """The sampler with the policy after iteration t in it, and every program that the run's prompts need."""
         policy = self.policy(t)
+        if self._sampled == t and self._sampler is not None:
+            return self._sampler
+        lengths = [len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part]
         if self._sampler is None:
-            self._sampler = Sampler(policy, self.tokenizer, self.config.sampling, self.mesh, eos=self.eos)
+            sampling = self.config.sampling
+            self._sampler = Sampler(
+                policy, self.tokenizer, sampling, self.mesh, eos=self.eos, longest=max(lengths)
+            )
+        else:
+            self._sampler.set_weights(policy)
+        self._sampler.warm_up(lengths)
+        self._sampled = t
         return self._sampler
+
+    def _free(self) -> None:
+        """Nothing of a policy stays on the devices: neither its parameters nor the sampler's copy."""
+        self._policy, self._sampled = None, None
+        if self._sampler is not None:
+            self._sampler.release()
 
     def programs(self, steps_per_epoch: int) -> fit.Programs:
         return fit.make_programs(

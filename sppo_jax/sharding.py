@@ -46,6 +46,30 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list |
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
 
 
+def sampling_mesh(mesh: Mesh, weights: int, limit: int | None) -> Mesh:
+    """The devices of `mesh` as data x 1 x tensor, for decoding: replicas that share nothing, each as small as can be.
+
+    A replica is a number of devices, at least the mesh's own `tensor`, over which `weights` bytes leave three fifths of
+    the `limit` bytes of each (None: there is no limit) for keys and values. It lies on one process's devices
+    if it fits there, so that none waits for another; else on all.
+    """
+    local = mesh.local_mesh.devices.size
+    for count in (local, mesh.size) if local < mesh.size else (local,):
+        for tensor in range(mesh.shape["tensor"], count + 1):
+            if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit):
+                devices = sorted(mesh.devices.flat, key=lambda d: d.process_index)
+                return make_mesh(mesh.size // tensor, 1, tensor, devices=devices)
+    return make_mesh(1, 1, mesh.size, devices=list(mesh.devices.flat))
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """This process's replicas of a sampling mesh; all of it where a replica spans processes."""
+    mine = [row for row in mesh.devices[:, 0] if all(d.process_index == jax.process_index() for d in row)]
+    if not mine or len(mine) * mesh.shape["tensor"] < mesh.local_mesh.devices.size:
+        return mesh
+    return make_mesh(len(mine), 1, mesh.shape["tensor"], devices=[d for row in mine for d in row])
+
+
 def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:
     """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." is anonymous.
 

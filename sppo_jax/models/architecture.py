@@ -52,6 +52,10 @@ class Architecture:
     scaled_embedding: bool = False  # embeddings times sqrt(D)
     lora_rank: int = 0  # R; above 0 only the adapters are trained
 
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees, itself included; None: all before it."""
+        return self.window if not self.windowed or self.windowed[layer] else None
+
     def size(self, letter: str) -> int:
         """Length of a logical axis (sppo_jax.sharding)."""
         sizes = {

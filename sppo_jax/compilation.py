@@ -1,0 +1,21 @@
+"""Compiled programs are kept on disk, so that the second run of a command starts at once."""
+
+import os
+from pathlib import Path
+
+import jax
+
+LARGEST = 4 * 2**30  # bytes on disk; what was used longest ago goes first
+
+
+def keep_programs() -> None:
+    """Use JAX's persistent cache, in ~/.cache/sppo_jax/programs unless JAX_COMPILATION_CACHE_DIR names another folder.
+
+    Call it before anything is compiled. A cache that cannot be written costs a warning and nothing else.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "sppo_jax" / "programs"))
+        jax.config.update("jax_compilation_cache_max_size", LARGEST)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
