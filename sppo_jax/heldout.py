@@ -22,7 +22,7 @@ def answer(session: Session, t: int) -> list[Responses]:
                 seed=seed,
                 iteration=t,
                 responses=2 if t == BASE else 1,
-                on_progress=lambda done, _: advance(done),
+                on_progress=session.metrics.chunks(advance),
             )
         with rundir.replacing(path) as part:
             records.write(part, Responses, found, made_from)
@@ -44,7 +44,7 @@ def probe(session: Session, t: int) -> list[Pair]:
         asked = session.sets.heldout[: c.eval.probe_prompts]
         with session.metrics.progress(f"iteration {t} probe", len(asked), "prompts") as advance:
             found = session.sampler(t - 1).generate(
-                asked, seed=c.seed, iteration=t, on_progress=lambda done, _: advance(done)
+                asked, seed=c.seed, iteration=t, on_progress=session.metrics.chunks(advance)
             )
         comparisons = len(found) * c.sampling.responses * (c.sampling.responses - 1)
         with session.metrics.progress(

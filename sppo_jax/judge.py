@@ -1,19 +1,28 @@
-"""Stage 2: responses → every ordered pair compared → K x K probabilities and win rates, shard by shard on disk."""
+"""Stage 2: responses → every ordered pair compared → K x K probabilities and win rates, shard by shard on disk.
+
+A prompt is compared as soon as its responses are there, by a thread beside the sampler's.
+"""
 
 import importlib
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from sppo_jax import config as configuration
 from sppo_jax import pairrm, preferences, records, tiny
-from sppo_jax.errors import BadInput
-from sppo_jax.metrics import Metrics, from_totals
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.metrics import Metrics
 from sppo_jax.records import Preferences, Responses
-from sppo_jax.rundir import RunDir, replacing, shard_ranges
+from sppo_jax.rundir import RunDir
+from sppo_jax.shards import Kept, Shards, mine, wait_for_all
+
+POLL_SECONDS = 0.2  # between looks at those who stop us, while only the judge is at work
 
 
 class Judge(Protocol):
@@ -60,6 +69,11 @@ class Checked:
         return logits
 
     # What a judge may have besides.
+
+    @property
+    def on_mesh(self) -> bool:
+        """Whether it runs on the devices that sample, and so has to wait for them."""
+        return bool(getattr(self._judge, "on_mesh", False))
 
     @property
     def sources(self) -> dict[str, str]:
@@ -139,67 +153,193 @@ def prefer(
     ]
 
 
-def judge_all(
-    responses: Sequence[Responses],
-    judge: Checked,
-    settings: configuration.Judge,
-    as_shown: Callable[[str], str],
-    *,
-    run: RunDir,
-    iteration: int,
-    shard_prompts: int,
-    made_from: dict[str, str],
-    metrics: Metrics,
-) -> list[Preferences]:
-    """Preferences for every prompt, in order; as in stage 1, shards on disk are read and the others made."""
-    ranges = shard_ranges(len(responses), shard_prompts)
-    paths = [run.shard(iteration, "preferences", i, len(ranges)) for i in range(len(ranges))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    k = len(responses[0].responses)
-    pairs = sum(len(ranges[i]) for i in missing) * k * (k - 1)
-    if missing:
-        before = judge.cut
-        with metrics.progress(f"iteration {iteration} judge", pairs, "pairs") as advance:
-            for i in missing:
-                metrics.poll()
-                shard, shown = [responses[n] for n in ranges[i]], from_totals(advance)
+@dataclass
+class _Shard:
+    """A shard being judged: the rows that are there, and what making them took."""
 
-                def on_progress(done: int, total: int, shown: Callable[[int, int], None] = shown) -> None:
-                    shown(done, total)
-                    metrics.poll()  # a shard of a large judge takes longer than those who stop us wait
-
-                start, cut = time.monotonic(), judge.cut
-                rows = prefer(shard, judge, settings, as_shown, on_progress)
-                shown(len(shard) * k * (k - 1), pairs)  # for judges that report nothing
-                facts = _diagnostics(shard, rows) | _cut(judge.cut - cut)
-                rate = len(shard) * k * (k - 1) / max(time.monotonic() - start, 1e-9)
-                # Before the shard itself: what a crash comes between is said again, and the last line counts.
-                metrics.scalars(iteration, "judge_shard", i, **facts, pairs_per_second=rate)
-                with replacing(paths[i]) as part:
-                    records.write(part, Preferences, rows, _judged(made_from, shard))
-        if cut := judge.cut - before:
-            metrics.say(
-                f"iteration {iteration} judge: reads only the beginning of {cut['prompts']} prompts and "
-                f"{cut['responses']} responses (judge.source_tokens, judge.total_tokens)"
-            )
-        judge.release()
-    found: list[Preferences] = []
-    for path, members in zip(paths, ranges, strict=True):
-        found += records.read(path, Preferences, _judged(made_from, [responses[n] for n in members]))
-    if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:
-        raise BadInput(f"{paths[0].parent}: judged other prompts than were answered; delete it and run again")
-    facts = _diagnostics(responses, found)
-    metrics.scalars(iteration, "judge", 0, **facts)
-    metrics.say(
-        f"iteration {iteration} judge: prompts with a cycle {facts['cycle_share']:.1%}, ties {facts['tie_share']:.1%}, "
-        f"position bias {facts['position_bias']:+.2f}, win rate and length correlate {facts['length_correlation']:+.2f}, "
-        f"entropy {facts['entropy']:.2f}"
+    rows: dict[int, tuple[Responses, Preferences]] = field(default_factory=dict)
+    facts: dict[str, float] = field(
+        default_factory=lambda: {"seconds": 0.0, "cut_prompts": 0.0, "cut_responses": 0.0}
     )
-    return found
 
 
-def _judged(made_from: dict[str, str], responses: Sequence[Responses]) -> dict[str, str]:
-    return made_from | {"responses": records.digest(responses)}
+class Judging:
+    """The judgements of one iteration, begun while its responses are sampled; a context, which no thread outlives.
+
+    What is compared in one call depends on nothing but the judge, so that timing and interruptions change no bit: one
+    prompt, or, by a judge on the mesh, whose turn comes when sampling is over, all prompts of a shard.
+    """
+
+    def __init__(
+        self,
+        judge: Checked,
+        settings: configuration.Judge,
+        as_shown: Callable[[str], str],
+        *,
+        prompts: int,
+        run: RunDir,
+        iteration: int,
+        shard_prompts: int,
+        made_from: dict[str, str],
+        metrics: Metrics,
+    ):
+        """Of so many `prompts`; `as_shown` maps an instruction to what the judge reads. Shards on disk are kept."""
+        self._judge, self._settings, self._as_shown = judge, settings, as_shown
+        self._iteration, self._metrics = iteration, metrics
+        self._shards = Shards(run, iteration, "preferences", Preferences, prompts, shard_prompts, made_from)
+        self._kept = {key: row for i in self._shards.missing for key, row in self._shards.kept(i).items()}
+        self._taken: set[int] = set()
+        self._pairs_kept = 0
+        self._thread = futures.ThreadPoolExecutor(1, "judge")
+        self._waiting: deque[futures.Future[None]] = deque()
+        self._stop = threading.Event()
+        # Written by the thread only.
+        self._open = {i: _Shard() for i in self._shards.missing}
+        self._prompts_judged = self._pairs_judged = 0
+        self._cut: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def take(self, n: int, row: Responses) -> None:
+        """Prompt n has its responses, and they are on disk: the thread may compare them."""
+        if not self._judge.on_mesh:
+            self._submit({n: row})
+
+    def progress(self) -> dict[str, int]:
+        """For people: how many prompts have been judged so far. Raises what the judge has raised."""
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+        return {} if self._judge.on_mesh else {"judged": self._prompts_judged}
+
+    def finish(self, responses: Sequence[Responses]) -> list[Preferences]:
+        """Preferences for every prompt, in order, once all are on disk."""
+        for i in self._shards.missing:
+            shard = {n: responses[n] for n in self._shards.ranges[i]}
+            if self._judge.on_mesh:  # of a pod's every process
+                self._submit(shard)
+            elif mine(i):
+                for n, row in shard.items():
+                    self._submit({n: row})
+        self._wait(_pairs(responses[:1]))
+        wait_for_all(f"iteration {self._iteration} judge")
+        if self._shards.missing:
+            self._judge.release()
+        found: list[Preferences] = []
+        for i, members in enumerate(self._shards.ranges):
+            found += self._shards.read(i, _of([responses[n] for n in members]))
+        if [row.prompt_id for row in found] != [row.prompt_id for row in responses]:
+            where = self._shards.paths[0].parent
+            raise BadInput(f"{where}: judged other prompts than were answered; delete it and run again")
+        self._tell(responses, found)
+        return found
+
+    def _submit(self, members: dict[int, Responses]) -> None:
+        """Of one shard; what is on disk or has been taken is not taken again."""
+        members = {n: row for n, row in members.items() if n not in self._taken}
+        if members and (i := self._shards.holding(min(members))) in self._shards.missing:
+            self._taken |= members.keys()
+            key = records.digest(list(members.values()))
+            kept = self._kept.get(key)
+            self._pairs_kept += 0 if kept is None else _pairs(list(members.values()))
+            self._waiting.append(self._thread.submit(self._judged, i, members, key, kept))
+
+    def _wait(self, pairs: int) -> None:
+        """For the thread, until it has judged all that it was given, so many pairs a prompt."""
+        if not self._waiting:
+            return
+        label, shown = f"iteration {self._iteration} judge", self._pairs_judged
+        total, done = len(self._taken) * pairs, self._pairs_kept + shown
+        with self._metrics.progress(label, total, "pairs", done=done) as advance:
+            while self._waiting:
+                futures.wait([self._waiting[0]], POLL_SECONDS)
+                self.progress()
+                self._metrics.poll()
+                now = self._pairs_judged
+                advance(now - shown)
+                shown = now
+
+    def _tell(self, responses: Sequence[Responses], found: Sequence[Preferences]) -> None:
+        label = f"iteration {self._iteration} judge"
+        if self._cut:
+            self._metrics.say(
+                f"{label}: reads only the beginning of {self._cut['prompts']} prompts and "
+                f"{self._cut['responses']} responses (judge.source_tokens, judge.total_tokens)"
+            )
+        facts = _diagnostics(responses, found)
+        self._metrics.scalars(self._iteration, "judge", 0, **facts)
+        self._metrics.say(
+            f"{label}: prompts with a cycle {facts['cycle_share']:.1%}, ties {facts['tie_share']:.1%}, "
+            f"position bias {facts['position_bias']:+.2f}, "
+            f"win rate and length correlate {facts['length_correlation']:+.2f}, entropy {facts['entropy']:.2f}"
+        )
+
+    # In the thread.
+
+    def _judged(
+        self, i: int, members: dict[int, Responses], key: str, kept: Kept[Preferences] | None
+    ) -> None:
+        """Compare prompts of shard i, unless what they got is kept; the last ones complete it."""
+        if self._stop.is_set():
+            return
+        try:
+            found, facts = ([kept[0]], kept[1]) if kept else self._compared(i, list(members.values()), key)
+            shard = self._open[i]
+            for (n, row), preferences in zip(members.items(), found, strict=True):
+                shard.rows[n] = row, preferences
+            shard.facts = {name: value + facts[name] for name, value in shard.facts.items()}
+            self._prompts_judged += len(members)
+            if len(shard.rows) == len(self._shards.ranges[i]):
+                self._write(i, self._open.pop(i))
+        except BaseException:
+            self._stop.set()  # whatever waits would fail likewise
+            raise
+
+    def _compared(
+        self, i: int, rows: list[Responses], key: str
+    ) -> tuple[list[Preferences], dict[str, float]]:
+        """Preferences of `rows`, and what making them took; those of a prompt by itself are kept at once."""
+        before, cut, start = self._pairs_judged, self._judge.cut, time.monotonic()
+
+        def on_progress(done: int, _total: int) -> None:
+            if self._stop.is_set() or self._metrics.stop_requested:
+                raise Terminated
+            self._pairs_judged = before + done
+
+        found = prefer(rows, self._judge, self._settings, self._as_shown, on_progress)
+        self._pairs_judged = before + _pairs(rows)  # for judges that report nothing
+        facts = {"seconds": time.monotonic() - start} | _cut(self._judge.cut - cut)
+        if not self._judge.on_mesh:
+            self._shards.keep(i, key, found[0], facts)
+        return found, facts
+
+    def _write(self, i: int, shard: _Shard) -> None:
+        responses, rows = zip(*(shard.rows[n] for n in self._shards.ranges[i]), strict=True)
+        facts = shard.facts
+        self._cut += Counter({name: int(facts[f"cut_{name}"]) for name in ("prompts", "responses")})
+        if not mine(i):
+            return
+        rate = _pairs(responses) / max(facts.pop("seconds"), 1e-9)
+        # Before the shard itself: what a crash comes between is said again, and the last line counts.
+        self._metrics.scalars(
+            self._iteration, "judge_shard", i,
+            **_diagnostics(responses, rows), **facts, pairs_per_second=rate,
+        )  # fmt: skip
+        self._shards.write(i, rows, _of(responses))
+
+
+def _pairs(rows: Sequence[Responses]) -> int:
+    """Ordered ones."""
+    return sum(len(row.responses) * (len(row.responses) - 1) for row in rows)
+
+
+def _of(responses: Sequence[Responses]) -> dict[str, str]:
+    """What preferences are made from besides."""
+    return {"responses": records.digest(responses)}
 
 
 def _cut(cut: Mapping[str, int]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -20,7 +21,10 @@ PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
 
 
 class Metrics:
-    """Where a run tells what it does. Close it, or use it as a context manager."""
+    """Where a run tells what it does. Close it, or use it as a context manager.
+
+    Scalars and lines may come from any thread; there is one progress at a time.
+    """
 
     def __init__(self, run: RunDir):
         self._run = run
@@ -29,20 +33,20 @@ class Metrics:
         # A pipe or file has no width of its own: don't fold log lines at 80 columns.
         self._console = Console(soft_wrap=True, highlight=False, markup=False)
         self._stop = False
+        self._writing = threading.Lock()
 
     def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
         """One line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
-        if (
-            self._file is None
-        ):  # not before there is something to say: a run that cannot begin leaves no files
-            self._open()
-        assert self._file is not None
         now = time.time()
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
-        self._file.write(json.dumps(_finite(line)) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
+        with self._writing:
+            if self._file is None:
+                self._open()  # not before there is something to say: a run that cannot begin leaves no files
+            assert self._file is not None
+            self._file.write(json.dumps(_finite(line)) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
 
     def _open(self) -> None:
         from tensorboard.summary import DirectoryOutput, Writer
@@ -58,41 +62,47 @@ class Metrics:
 
     @contextlib.contextmanager
     def progress(
-        self, label: str, total: int, unit: str, *, minor: bool = False
+        self, label: str, total: int, unit: str, *, done: int = 0, minor: bool = False
     ) -> Iterator[Callable[..., None]]:
         """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate.
 
-        Of a `minor` stage that is soon over, a log says nothing.
+        `done` units were there before: they count, but for rate and time left they don't. Of a `minor` stage that is
+        soon over, a log says nothing.
         """
         if self._console.is_terminal:
-            with self._bar(label, total, unit) as advance:
+            with self._bar(label, total, unit, done) as advance:
                 yield advance
         else:
-            with self._lines(label, total, unit, minor) as advance:
+            with self._lines(label, total, unit, done, minor) as advance:
                 yield advance
 
     @contextlib.contextmanager
-    def _lines(self, label: str, total: int, unit: str, minor: bool) -> Iterator[Callable[..., None]]:
+    def _lines(
+        self, label: str, total: int, unit: str, done: int, minor: bool
+    ) -> Iterator[Callable[..., None]]:
         start = shown = time.monotonic()
-        done = 0
+        before = done
 
         def advance(n: int = 1, **facts: Any) -> None:
             nonlocal done, shown
-            if n == 0:
+            if n == 0 and done == total:
                 return
             done += n
             now = time.monotonic()
             if (done < total or (minor and shown == start)) and now - shown < PLAIN_SECONDS:
                 return
             shown = now
-            rate = done / max(now - start, 1e-9)
-            left = f", {_clock((total - done) / rate)} left" if done < total else f" in {_clock(now - start)}"
+            rate = (done - before) / max(now - start, 1e-9)
+            if done == total:
+                left = f" in {_clock(now - start)}"
+            else:
+                left = f", {_clock((total - done) / rate)} left" if rate else ""
             self.say(f"{label}: {done}/{total} {unit}, {rate:.1f}/s{left}{_shown(facts)}")
 
         yield advance
 
     @contextlib.contextmanager
-    def _bar(self, label: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    def _bar(self, label: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
         columns = (
             TextColumn("{task.description:<28}"),
             BarColumn(),
@@ -102,13 +112,13 @@ class Metrics:
             TextColumn("{task.fields[facts]}"),
         )
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task(label, total=total, rate="", facts="")
-            start, done = time.monotonic(), 0
+            task = bar.add_task(label, total=total, completed=done, rate="", facts="")
+            start, new = time.monotonic(), 0
 
             def advance(n: int = 1, **facts: Any) -> None:
-                nonlocal done
-                done += n
-                rate = f"{done / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
+                nonlocal new
+                new += n
+                rate = f"{new / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
                 bar.update(task, advance=n, rate=rate, facts=_shown(facts).removeprefix(", "))
 
             yield advance
@@ -133,6 +143,24 @@ class Metrics:
     def poll(self) -> None:
         if self._stop:
             raise Terminated
+
+    def chunks(
+        self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
+    ) -> Callable[[int, int, int], None]:
+        """`advance` for the sampler, which tells (prompts, tokens, slots in use) of each chunk, and then polls.
+
+        `facts` are shown as well.
+        """
+        start, tokens = time.monotonic(), 0
+
+        def on_progress(prompts: int, new_tokens: int, slots_in_use: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            rate = round(tokens / max(time.monotonic() - start, 1e-9))
+            advance(prompts, **{"tokens/s": rate, "slots in use": slots_in_use}, **facts())
+            self.poll()
+
+        return on_progress
 
     def close(self) -> None:
         if self._file is not None:

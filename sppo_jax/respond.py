@@ -1,18 +1,34 @@
-"""Stage 1: prompts of one iteration → K responses each, shard by shard on disk."""
+"""Stage 1: prompts of one iteration → K responses each, in order of completion → the judge, and shards on disk."""
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from sppo_jax import records
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.rundir import RunDir, replacing, shard_ranges
-from sppo_jax.sampler import Sampler
+from sppo_jax.rundir import RunDir
+from sppo_jax.sampler import Sampler, Stats
+from sppo_jax.shards import Shards, anywhere, mine, wait_for_all
+
+
+class Follower(Protocol):
+    """Who is given each prompt's responses as soon as they are on disk."""
+
+    def take(self, n: int, row: Responses) -> None:
+        """Those of prompt n, in any order."""
+        ...
+
+    def progress(self) -> dict[str, Any]:
+        """What to show beside the sampler's progress. Asked after each chunk of sampling; what it raises ends that."""
+        ...
 
 
 def respond(
     prompts: Sequence[Prompt],
     sampler: Callable[[], Sampler],
+    follower: Follower,
     *,
     run: RunDir,
     iteration: int,
@@ -21,32 +37,26 @@ def respond(
     made_from: dict[str, str],
     metrics: Metrics,
 ) -> list[Responses]:
-    """Responses to every prompt, in order. Shards that are on disk are read, the others made; each is whole or absent.
+    """Responses to every prompt, in order. What is on disk, in whole shards or begun ones, is read, the rest made.
 
-    `sampler` is called only when a shard is missing.
+    `sampler` is called only when a response is missing. On a pod each process makes the shards that are its own.
     """
-    ranges = shard_ranges(len(prompts), shard_prompts)
-    paths = [run.shard(iteration, "responses", i, len(ranges)) for i in range(len(ranges))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    todo = sum(len(ranges[i]) for i in missing)
-    tokens = 0
-    if missing:
-        with metrics.progress(f"iteration {iteration} respond", todo, "prompts") as advance:
-            for i in missing:
-                metrics.poll()
-
-                def on_progress(done: int, new_tokens: int) -> None:
-                    nonlocal tokens
-                    tokens += new_tokens
-                    advance(done, tokens=tokens)
-
-                wanted = [prompts[n] for n in ranges[i]]
-                rows = sampler().generate(wanted, seed=seed, iteration=iteration, on_progress=on_progress)
-                with replacing(paths[i]) as part:
-                    records.write(part, Responses, rows, made_from)
-    found = [row for path in paths for row in records.read(path, Responses, made_from)]
-    if [row.prompt_id for row in found] != [prompt.prompt_id for prompt in prompts]:
-        raise BadInput(f"{paths[0].parent}: answers other prompts than asked; delete it and run again")
+    shards = Shards(run, iteration, "responses", Responses, len(prompts), shard_prompts, made_from)
+    answers = _Answers(prompts, shards, follower)
+    todo, total = answers.begin()
+    # On a pod all make their samplers together: the weights come from all.
+    engine = sampler() if anywhere(bool(todo)) else None
+    speed: dict[str, float] = {}
+    if engine is not None and todo:
+        before, start = dataclasses.replace(engine.stats), time.monotonic()
+        label = f"iteration {iteration} respond"
+        with metrics.progress(label, total, "prompts", done=total - len(todo)) as advance:
+            asked, on_progress = [prompts[n] for n in todo], metrics.chunks(advance, follower.progress)
+            for place, row in engine.stream(asked, seed=seed, iteration=iteration, on_progress=on_progress):
+                answers.add(todo[place], row)
+        speed = _speed(engine.stats, before, time.monotonic() - start)
+    wait_for_all(f"iteration {iteration} respond")
+    found = [row for i in range(len(shards.ranges)) for row in answers.read(i)]
     reasons = [reason for row in found for reason in row.finish_reason]
     lengths = [len(ids) for row in found for ids in row.response_ids]
     metrics.scalars(
@@ -56,5 +66,64 @@ def respond(
         responses=len(lengths),
         mean_tokens=sum(lengths) / len(lengths),
         truncated_share=reasons.count("length") / len(reasons),
+        **speed,
     )
     return found
+
+
+def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
+    """Of what has been sampled since."""
+    new = {name: getattr(stats, name) - getattr(before, name) for name in ("steps", "tokens")}
+    return {
+        "seconds": seconds,
+        "tokens_per_second": new["tokens"] / max(seconds, 1e-9),
+        "slot_efficiency": dataclasses.replace(stats, **new).slot_efficiency,
+    }
+
+
+class _Answers:
+    """Responses on their way to disk and to the follower."""
+
+    def __init__(self, prompts: Sequence[Prompt], shards: Shards[Responses], follower: Follower):
+        self._prompts, self._shards, self._follower = prompts, shards, follower
+        self._waiting: dict[int, Responses] = {}  # for the rest of their shard
+
+    def begin(self) -> tuple[list[int], int]:
+        """Pass on what is on disk. Returns which of our prompts have no responses yet, and how many are ours."""
+        todo: list[int] = []
+        own = [i for i in range(len(self._shards.ranges)) if mine(i)]
+        for i in own:
+            members, whole = self._shards.ranges[i], i not in self._shards.missing
+            kept = {} if whole else self._shards.kept(i)
+            rows = self.read(i) if whole else [kept.get(self._key(n), (None,))[0] for n in members]
+            for n, row in zip(members, rows, strict=True):
+                if row is None:
+                    todo.append(n)
+                elif whole:
+                    self._follower.take(n, row)
+                else:
+                    self._finished(n, row)
+        return todo, sum(len(self._shards.ranges[i]) for i in own)
+
+    def add(self, n: int, row: Responses) -> None:
+        """The sampler has finished prompt n."""
+        self._shards.keep(self._shards.holding(n), self._key(n), row)
+        self._finished(n, row)
+
+    def read(self, i: int) -> list[Responses]:
+        """Shard i. Raises BadInput unless it answers our prompts."""
+        rows = self._shards.read(i)
+        if [row.prompt_id for row in rows] != [self._prompts[n].prompt_id for n in self._shards.ranges[i]]:
+            where = self._shards.paths[i].parent
+            raise BadInput(f"{where}: answers other prompts than asked; delete it and run again")
+        return rows
+
+    def _finished(self, n: int, row: Responses) -> None:
+        self._waiting[n] = row
+        i = self._shards.holding(n)
+        if all(m in self._waiting for m in self._shards.ranges[i]):
+            self._shards.write(i, [self._waiting.pop(m) for m in self._shards.ranges[i]])
+        self._follower.take(n, row)  # last: whoever has heard of a whole shard finds it on disk
+
+    def _key(self, n: int) -> str:
+        return str(self._prompts[n].prompt_id)

@@ -64,29 +64,34 @@ def _played(session: Session, t: int, made_from: dict[str, str]) -> list[Pair]:
     """Sample, judge, select."""
     c, metrics = session.config, session.metrics
 
-    # y_1 .. y_K ~ pi_t(.|x), for every prompt x of the iteration
-    responses = respond.respond(
-        session.sets.train[t - 1],
-        lambda: session.sampler(t - 1),
-        run=session.run,
-        iteration=t,
-        seed=c.seed,
-        shard_prompts=c.sampling.shard_prompts,
-        made_from=made_from,
-        metrics=metrics,
-    )
-    # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
-    preferences = judge.judge_all(
-        responses,
+    prompts, shard_prompts = session.sets.train[t - 1], c.sampling.shard_prompts
+    with judge.Judging(
         session.judge,
         c.judge,
         session.as_judged,
+        prompts=len(prompts),
         run=session.run,
         iteration=t,
-        shard_prompts=c.sampling.shard_prompts,
+        shard_prompts=shard_prompts,
         made_from=made_from,
         metrics=metrics,
-    )
+    ) as judging:
+        # y_1 .. y_K ~ pi_t(.|x), for every prompt x of the iteration; judged while others are sampled
+        responses = respond.respond(
+            prompts,
+            lambda: session.sampler(t - 1),
+            judging,
+            run=session.run,
+            iteration=t,
+            seed=c.seed,
+            shard_prompts=shard_prompts,
+            made_from=made_from,
+            metrics=metrics,
+        )
+        if session.judge.on_mesh:
+            session.put_policy(t - 1, session.policy(t - 1))  # frees the sampler's memory
+        # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
+        preferences = judging.finish(responses)
 
     # the responses kept, with their targets eta (P - 1/2)
     def select() -> list[Pair]:

@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sppo_jax import config, judge, main, preferences, report, tiny
-from sppo_jax.errors import BadInput
+from sppo_jax import config, judge, main, preferences, report, respond, shards, tiny
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.metrics import Metrics
 from sppo_jax.pairrm import layout
 from sppo_jax.rundir import RunDir
 from tests.small_game import words
+from tests.stand_ins import PROMPTS, Counting, K, Streaming, answer
 
 DOCS = Path(__file__).parents[1] / "docs/judges.md"
 EXAMPLES = {text.split(",")[0].removeprefix("# "): text for text in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)}  # fmt: skip
@@ -118,7 +124,7 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
     shards = [line for line in lines if line["stage"] == "judge_shard"]
     assert [line["step"] for line in shards] == [0, 1, 2]
     assert [line["cut_prompts"] for line in shards] == [3, 3, 1]
-    assert [line["cut_responses"] for line in shards] == [2, 2, 2]
+    assert [line["cut_responses"] for line in shards] == [6, 6, 2]
     assert all(line["pairs_per_second"] > 0 for line in shards)
     [whole] = [line for line in lines if line["stage"] == "judge"]
     for line in (*shards, whole):
@@ -128,14 +134,14 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
         assert line["entropy"] == pytest.approx((entropy(2) + 2 * entropy(1.5)) / 3)
         assert -1 <= line["length_correlation"] <= 1
     printed = capsys.readouterr().out
-    assert "reads only the beginning of 7 prompts and 6 responses" in printed
+    assert "reads only the beginning of 7 prompts and 14 responses" in printed
     assert "prompts with a cycle 100.0%, ties 0.0%, position bias +1.33" in printed
     page = (tmp_path / "run/report.html").read_text()
     row = re.search(r"<h2>What the judge's matrices hold.*?</table>", page, re.S)
     assert row is not None
     cells = re.findall(r"<td>(.*?)</td>", row[0])
     assert cells[:4] == ["1", "100.0%", "0.0%", "+1.33"]
-    assert cells[-2:] == ["7", "6"]
+    assert cells[-2:] == ["7", "14"]
     assert made[0].released >= 3  # before training, after the probe, after the measurement
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["judge"] == {"sources": {"owner/judge": "c" * 40}}
@@ -203,24 +209,269 @@ def test_a_judge_of_the_hub_keeps_its_commit_though_main_moves_on(backend, tmp_p
     assert asked == [("owner/judge", {}), ("owner/judge", {"owner/judge": "c" * 40})]
 
 
-def test_a_run_that_is_told_to_stop_does_not_wait_for_the_rest_of_a_shard(tmp_path, monkeypatch):
-    import os
-    import signal
+# --- beside the sampler -----------------------------------------------------------------------------------------------
 
-    from sppo_jax.errors import Terminated
-    from sppo_jax.tiny import world
 
-    class Slow(Scripted):
+@pytest.fixture
+def play(tmp_path):
+    """Sample by a stand-in and judge beside it, in a run directory; returns the preferences."""
+
+    def play(backend, name="run", sampler=None, beside=True, seed=0):
+        run = RunDir(tmp_path / name)
+        run.root.mkdir(exist_ok=True)
+        sampler = sampler or Streaming()
+        shared = {"run": run, "iteration": 1, "shard_prompts": 3, "made_from": {"policy": "p"}}
+        checked = judge.Checked(backend, "judge.backend")
+        with Metrics(run) as metrics, metrics.stopping_on_sigterm():
+            judging = judge.Judging(
+                checked, config.Judge(), str, prompts=len(PROMPTS), metrics=metrics, **shared
+            )
+            with judging:
+                if beside:
+                    rows = respond.respond(
+                        PROMPTS, lambda: sampler, judging, seed=seed, metrics=metrics, **shared
+                    )
+                else:
+                    rows = [answer(prompt, seed) for prompt in PROMPTS]
+                return judging.finish(rows)
+
+    yield play
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("judge")]
+
+
+def whole(directory):
+    return {path.name: path.read_bytes() for path in sorted((directory / "iter_1/preferences").iterdir())}
+
+
+def test_a_prompt_is_judged_while_others_are_sampled(play, capsys):
+    backend, judged = Counting(), threading.Event()
+    compare = backend.compare
+    backend.compare = lambda *words: (compare(*words), judged.set())[0]
+    found = play(
+        backend, sampler=Streaming(lambda chunk: chunk < 1 or judged.wait(20) or pytest.fail("waits"))
+    )
+    assert len(backend.calls) == 7
+    assert [row.prompt_id for row in found] == [prompt.prompt_id for prompt in PROMPTS]
+    assert "judged" in capsys.readouterr().out
+
+
+def test_beside_the_sampler_or_after_it_the_bits_are_the_same(tmp_path, play):
+    beside, after = Counting(), Counting()
+    found = play(beside)
+    assert play(after, "after", beside=False) == found
+    assert whole(tmp_path / "run") == whole(tmp_path / "after")
+    assert [len(call) for call in after.calls] == [1] * 7  # one prompt at a time, whatever waits
+    assert sorted(beside.calls) == sorted(after.calls)
+    assert beside.calls != after.calls
+
+
+def test_a_shard_of_preferences_comes_after_its_responses(tmp_path, play, monkeypatch):
+    def write(self, i, rows, *also_from):
+        if self._kind.__name__ == "Preferences":
+            assert (tmp_path / f"run/iter_1/responses/shard-{i:05d}-of-00003.parquet").exists()
+            written.append(i)
+        real(self, i, rows, *also_from)
+
+    real, written = shards.Shards.write, []
+    monkeypatch.setattr(shards.Shards, "write", write)
+    play(Counting())
+    assert sorted(written) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_T16_killed_in_the_middle_what_is_judged_is_not_judged_again(tmp_path, play, after):
+    class Dying(Counting):
         def compare(self, prompts, responses, on_progress=None):
-            os.kill(os.getpid(), signal.SIGTERM)
-            on_progress(1, 6 * len(prompts))
+            if len(self.calls) == after:
+                raise KeyboardInterrupt
+            return super().compare(prompts, responses, on_progress)
+
+    play(Counting(), "whole")
+    before, again = Dying(), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        play(before)
+    sampler = Streaming()
+    play(again, sampler=sampler)
+    assert len(before.calls) == after
+    assert sorted(before.calls + again.calls) == sorted([prompt.text] for prompt in PROMPTS)
+    assert whole(tmp_path / "run") == whole(tmp_path / "whole")
+    shard_lines = [
+        [line for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+         if line["stage"] == "judge_shard"] for name in ("run", "whole")
+    ]  # fmt: skip
+    for line in (line for lines in shard_lines for line in lines):
+        del line["time"], line["pairs_per_second"]
+    ours, theirs = ({line["step"]: line for line in lines} for lines in shard_lines)
+    assert ours == theirs
+
+
+def test_what_is_kept_of_other_responses_is_judged_again(tmp_path, play):
+    class Dying(Counting):
+        def compare(self, prompts, responses, on_progress=None):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().compare(prompts, responses, on_progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        play(Dying())
+    play(other := Counting(), beside=False, seed=1)
+    assert len(other.calls) == 7
+
+
+def test_an_error_of_the_judge_ends_sampling_at_the_next_chunk(tmp_path, play):
+    class Failing(Counting):
+        def compare(self, prompts, responses, on_progress=None):
+            self.calls.append(list(prompts))
+            failing.set()
+            return np.full((1, K, K), np.nan)
+
+    def chunk(i):
+        chunks.append(i)
+        if i:
+            assert failing.wait(20)
+            time.sleep(0.1)
+
+    backend, failing, chunks = Failing(), threading.Event(), []
+    with pytest.raises(BadInput, match=r"judge\.backend: a score of prompt 'Question"):
+        play(backend, sampler=Streaming(chunk))
+    assert len(backend.calls) == 1  # the next would fail likewise
+    assert chunks == [0, 1]
+    assert not list((tmp_path / "run/iter_1/preferences").glob("*"))
+    assert not list((tmp_path / "run").rglob("*.part"))
+    found = play(Counting(), sampler=(again := Streaming()))
+    assert len(found) == 7
+    assert len(again.asked[0]) < 7
+
+
+@pytest.mark.parametrize("place", ["sampler", "judge"])
+def test_a_run_that_is_told_to_stop_ends_with_the_chunk_or_the_pairs_at_hand(tmp_path, play, place):
+    class Slow(Counting):
+        """Once told to stop, the judge is too."""
+
+        def compare(self, prompts, responses, on_progress=None):
+            if place == "judge":
+                os.kill(os.getpid(), signal.SIGTERM)
+            slow.set()
+            for _ in range(2000):
+                on_progress(1, 6)
+                time.sleep(0.01)
             raise AssertionError("went on")
 
-    monkeypatch.setattr(world, "oracle", Slow)
+    def chunk(i):
+        chunks.append(i)
+        if i:
+            assert slow.wait(20)
+        if i and place == "sampler":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    slow, chunks = threading.Event(), []
+    start = time.monotonic()
     with pytest.raises(Terminated):
-        main.main(words(tmp_path / "run"))
-    assert list((tmp_path / "run/iter_1/responses").iterdir())
-    assert not list((tmp_path / "run/iter_1/preferences").glob("*.parquet"))
+        play(Slow(), sampler=Streaming(chunk))
+    assert time.monotonic() - start < 10
+    assert chunks == [0, 1]
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert len(play(Counting())) == 7
+
+
+def test_a_judge_that_reports_nothing_is_stopped_between_prompts(tmp_path, play, monkeypatch):
+    class Silent(Counting):
+        def compare(self, prompts, responses, on_progress=None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            return super().compare(prompts, responses)
+
+    monkeypatch.setattr(judge, "POLL_SECONDS", 0.01)
+    with pytest.raises(Terminated):
+        play(backend := Silent(), beside=False)
+    assert len(backend.calls) < 3
+    play(again := Counting(), beside=False)
+    assert len(again.calls) == 7 - len(backend.calls)
+
+
+def test_a_judge_on_the_mesh_waits_for_the_sampler_and_takes_whole_shards(play, capsys):
+    backend, during = Counting(on_mesh=True), []
+    play(backend, sampler=Streaming(lambda chunk: during.append(len(backend.calls))))
+    assert during == [0, 0, 0, 0]
+    texts = [prompt.text for prompt in PROMPTS]
+    assert backend.calls == [texts[:3], texts[3:6], texts[6:]]
+    assert "judged" not in capsys.readouterr().out
+    from sppo_jax.pairrm.jax_judge import JaxJudge
+
+    assert JaxJudge.on_mesh
+
+
+def test_a_judge_on_the_mesh_that_was_killed_takes_whole_shards_again(tmp_path, play):
+    class Dying(Counting):
+        def compare(self, prompts, responses, on_progress=None):
+            if len(self.calls) == 1:
+                raise KeyboardInterrupt
+            return super().compare(prompts, responses, on_progress)
+
+    play(Counting(on_mesh=True), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        play(Dying(on_mesh=True))
+    play(again := Counting(on_mesh=True))
+    assert [len(call) for call in again.calls] == [3, 1]
+    assert whole(tmp_path / "run") == whole(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_on_a_pod_each_process_judges_its_shards_but_on_the_mesh_all_do(tmp_path, play, monkeypatch, on_mesh):
+    """Process 0 runs; where it waits for the others' judgements, process 1 runs."""
+    import jax
+
+    judges, waits = [Counting(on_mesh), Counting(on_mesh)], []
+
+    def as_process(i):
+        monkeypatch.setattr(jax, "process_index", lambda: i)
+        found = play(judges[i], beside=False)
+        assert [row.prompt_id for row in found] == [prompt.prompt_id for prompt in PROMPTS]
+
+    def wait(name):
+        waits.append(name)
+        if len(waits) == 1:
+            assert sorted(whole(tmp_path / "run")) == [
+                f"shard-0000{i}-of-00003.parquet" for i in (0, 2)
+            ]  # process 0's
+            as_process(1)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(shards.multihost_utils, "sync_global_devices", wait)
+    as_process(0)
+    assert waits == ["iteration 1 judge"] * 2
+    first, second = ([text for call in judge_.calls for text in call] for judge_ in judges)
+    texts = [prompt.text for prompt in PROMPTS]
+    assert first == (texts if on_mesh else texts[:3] + texts[6:])
+    assert second == (texts[3:6])  # of what was missing when it came
+
+
+def test_progress_of_what_is_left_to_the_judge_counts_what_is_done(play, capsys, monkeypatch):
+    from sppo_jax import metrics as metrics_
+
+    monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(judge, "POLL_SECONDS", 0.01)
+    release = threading.Event()
+
+    class Waiting(Counting):
+        def compare(self, prompts, responses, on_progress=None):
+            if len(self.calls) == 3:
+                release.wait(20)
+            return super().compare(prompts, responses, on_progress)
+
+    def say(self, text):
+        told.append(text)
+        if "iteration 1 judge" in text:
+            release.set()
+
+    told = []
+    monkeypatch.setattr(Metrics, "say", say)
+    play(Waiting())
+    lines = [text for text in told if re.match(r"iteration 1 judge: \d", text)]
+    done = [int(text.split()[3].split("/")[0]) for text in lines]
+    assert done[0] in range(19)
+    assert done == sorted(done)
+    assert lines[-1].startswith("iteration 1 judge: 42/42 pairs, ")
 
 
 def entropy(logit: float) -> float:

@@ -44,6 +44,8 @@ class JaxJudge:
     Not for use by two threads at once. On a mesh of several processes all must call `compare` with the same texts.
     """
 
+    on_mesh = True
+
     def __init__(
         self,
         checkpoint: Checkpoint,

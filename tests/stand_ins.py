@@ -1,0 +1,60 @@
+"""A sampler and judges without models, for tests of what happens around them."""
+
+import random
+from collections import Counter
+
+import numpy as np
+
+from sppo_jax.records import Prompt, Responses
+from sppo_jax.sampler import Stats
+
+PROMPTS = [Prompt(f"Question {n}?", [1, 2, 3 + n]) for n in range(7)]
+K = 3
+
+
+def answer(prompt: Prompt, seed: int = 0) -> Responses:
+    """K responses that depend on the prompt alone, with log-probs that use all their bits."""
+    draw = random.Random(prompt.prompt_id + seed)
+    ids = [[draw.randrange(99) for _ in range(draw.randint(1, 9))] for _ in range(K)]
+    return Responses(
+        prompt.prompt_id, prompt.text, prompt.ids, ids, [" ".join(map(str, row)) for row in ids],
+        [draw.choice(["stop", "length"]) for _ in ids], [-draw.random() / 3 for _ in ids],
+    )  # fmt: skip
+
+
+class Streaming:
+    """The sampler's `stream`: prompts finish two in a chunk, in an order of their own. `chunk(i)` is called before each."""
+
+    def __init__(self, chunk=lambda i: None):
+        self.chunk, self.stats = chunk, Stats(slots=6, steps=1000, tokens=7)
+        self.asked = []  # texts, of each call
+
+    def stream(self, prompts, *, seed, iteration=0, responses=None, limits=None, on_progress=None):
+        self.asked.append([prompt.text for prompt in prompts])
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i].prompt_id)
+        for start in range(0, len(order), 2):
+            self.chunk(start // 2)
+            rows = [(i, answer(prompts[i], seed)) for i in order[start : start + 2]]
+            tokens = sum(len(ids) for _, row in rows for ids in row.response_ids)
+            self.stats.steps += 9
+            self.stats.tokens += tokens
+            on_progress(len(rows), tokens, min(6, K * (len(order) - start)))
+            yield from rows
+
+
+class Counting:
+    """A judge that remembers what it was asked, and whose scores depend on how many prompts it gets at once."""
+
+    identity = "counting"
+
+    def __init__(self, on_mesh=False):
+        self.on_mesh, self.calls, self.cut = on_mesh, [], Counter()
+
+    def compare(self, prompts, responses, on_progress=None):
+        self.calls.append(list(prompts))
+        self.cut += Counter(prompts=len(prompts), responses=2)
+        lengths = np.array([[len(text) for text in row] for row in responses])
+        logits = (lengths[:, :, None] - lengths[:, None, :]) / 7 + len(prompts)
+        if on_progress is not None:
+            on_progress(logits[:, 0, 1:].size * K, logits[:, 0, 1:].size * K)
+        return logits

@@ -1,0 +1,250 @@
+"""Stage 1 around a sampler that streams: what is on disk when, what is asked again, and what people see of it."""
+
+import json
+
+import jax
+import pyarrow.parquet as pq
+import pytest
+
+from sppo_jax import metrics as metrics_
+from sppo_jax import respond, shards
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.metrics import Metrics
+from sppo_jax.rundir import RunDir
+from tests.stand_ins import PROMPTS, Streaming, answer
+
+MADE_FROM = {"policy": "p", "configuration": "c"}
+
+
+class Following:
+    """Who hears of finished prompts; `stop` is raised once so many have been heard."""
+
+    def __init__(self, directory, stop=None, after=99):
+        self.directory, self.heard, self.stop, self.after = directory, {}, stop, after
+        self.whole = []  # shards on disk at each call
+
+    def take(self, n, row):
+        self.heard[n] = row
+        self.whole.append({path.name[6:11] for path in self.directory.glob("*.parquet")})
+
+    def progress(self):
+        if len(self.heard) >= self.after:
+            raise self.stop
+        return {"judged": 2}
+
+
+@pytest.fixture
+def play(tmp_path):
+    """Respond to the prompts in a run directory; returns rows, the sampler and the follower."""
+
+    def play(name="run", sampler=None, stop=None, after=99, prompts=PROMPTS, shard_prompts=3, **made_from):
+        run = RunDir(tmp_path / name)
+        sampler = sampler or Streaming()
+        follower = Following(run.iteration(1) / "responses", stop, after)
+        with Metrics(run) as metrics:
+            rows = respond.respond(
+                prompts, lambda: sampler, follower, run=run, iteration=1, seed=0, shard_prompts=shard_prompts,
+                made_from=MADE_FROM | made_from, metrics=metrics,
+            )  # fmt: skip
+        return rows, sampler, follower
+
+    return play
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_responses_come_in_the_order_of_the_prompts_whatever_finishes_first(tmp_path, play):
+    rows, sampler, follower = play()
+    assert rows == [answer(prompt) for prompt in PROMPTS]
+    assert sampler.asked == [[prompt.text for prompt in PROMPTS]]  # one stream, though there are three shards
+    assert list(follower.heard) != sorted(follower.heard)
+    directory = tmp_path / "run/iter_1/responses"
+    assert sorted(files(directory)) == [f"shard-0000{i}-of-00003.parquet" for i in range(3)]
+    assert pq.read_table(directory / "shard-00001-of-00003.parquet").num_rows == 3
+
+
+def test_each_prompt_is_heard_of_at_once_and_its_shard_is_on_disk_with_its_last(play):
+    _, _, follower = play()
+    heard = list(follower.heard)
+    for n in range(len(PROMPTS)):
+        complete = {
+            f"{i:05d}" for i in range(3) if set(range(3 * i, min(3 * i + 3, 7))) <= set(heard[: n + 1])
+        }
+        assert follower.whole[n] == complete
+    assert any(follower.whole[:-1])
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_T16_killed_in_the_middle_of_a_shard_what_is_finished_is_not_sampled_again(
+    tmp_path, play, capsys, after
+):
+    play("whole")
+    with pytest.raises(Terminated):
+        play(stop=Terminated, after=after)
+    begun = tmp_path / "run/iter_1/responses"
+    kept = "".join(path.read_text() for path in begun.glob(".*.jsonl"))
+    finished = {p.text for p in PROMPTS if f'"{p.text}"' in kept}
+    for path in begun.glob("*.parquet"):
+        finished |= {row["prompt"] for row in pq.read_table(path).to_pylist()}
+    capsys.readouterr()
+    rows, sampler, follower = play()
+    assert after <= len(finished) < 7
+    assert sampler.asked == [[p.text for p in PROMPTS if p.text not in finished]]
+    assert rows == [answer(prompt) for prompt in PROMPTS]
+    assert follower.heard == dict(enumerate(rows))  # those from before too
+    assert files(begun) == files(tmp_path / "whole/iter_1/responses")
+    assert "iteration 1 respond: 7/7 prompts, " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_line_that_a_crash_has_cut_costs_its_own_prompt_alone(tmp_path, play):
+    def begin(after):
+        with pytest.raises(Terminated):
+            play(stop=Terminated, after=after, shard_prompts=7)
+
+    begin(after=2)
+    lines = tmp_path / "run/iter_1/responses/.shard-00000-of-00001.partial.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-9])
+    begin(after=4)  # appends to it: 1 from before, and 4
+    rows, sampler, _ = play(shard_prompts=7)
+    assert len(sampler.asked[0]) == 2
+    assert rows == [answer(prompt) for prompt in PROMPTS]
+
+
+def test_all_rows_of_a_shard_kept_but_the_shard_not_written_asks_for_nothing(tmp_path, play, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Shards, "write", full)
+        with pytest.raises(OSError, match="full"):
+            play(prompts=PROMPTS[:3])
+    assert not list((tmp_path / "run/iter_1/responses").glob("*.parquet"))
+    rows, sampler, _ = play(prompts=PROMPTS[:3])
+    assert rows == [answer(prompt) for prompt in PROMPTS[:3]]
+    assert sampler.asked == []
+
+
+def test_lines_that_outlived_their_shard_are_cleared_away(tmp_path, play):
+    play()
+    left = tmp_path / "run/iter_1/responses/.shard-00001-of-00003.partial.jsonl"
+    left.write_text("{")
+    play()
+    assert not left.exists()
+
+
+def test_T14_a_begun_shard_of_another_policy_is_refused(tmp_path, play):
+    with pytest.raises(Terminated):
+        play(stop=Terminated, after=2)
+    with pytest.raises(BadInput, match=r"partial.jsonl: was made from another policy; choose another --out"):
+        play(policy="q")
+
+
+def test_whole_shards_are_looked_at_before_anything_is_sampled(tmp_path, play):
+    play()
+    (tmp_path / "run/iter_1/responses/shard-00002-of-00003.parquet").unlink()
+    other = [*PROMPTS[:2], answer(PROMPTS[5]), *PROMPTS[3:]]
+    sampler = Streaming()
+    with pytest.raises(BadInput, match="answers other prompts than asked"):
+        play(sampler=sampler, prompts=other)
+    assert sampler.asked == []
+
+
+def test_on_a_pod_each_process_makes_its_own_shards_and_reads_all(tmp_path, play, monkeypatch):
+    """Process 0 runs; where it waits for the others, process 1 runs."""
+    made = {}
+
+    def as_process(i):
+        monkeypatch.setattr(jax, "process_index", lambda: i)
+        made[i] = play()
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    waits = []
+
+    def wait(name):
+        waits.append(name)
+        if len(waits) == 1:
+            as_process(1)
+
+    monkeypatch.setattr(shards.multihost_utils, "sync_global_devices", wait)
+    monkeypatch.setattr(shards.multihost_utils, "process_allgather", lambda x: x[None])
+    as_process(0)
+    assert waits == ["iteration 1 respond"] * 2
+    for i, own in ((0, [0, 1, 2, 6]), (1, [3, 4, 5])):
+        rows, sampler, follower = made[i]
+        assert sampler.asked == [[PROMPTS[n].text for n in own]]
+        assert sorted(follower.heard) == own
+        assert rows == [answer(prompt) for prompt in PROMPTS]
+
+
+def test_progress_and_metrics_tell_tokens_slots_and_the_judge(tmp_path, play, capsys, monkeypatch):
+    monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
+    rows, _, _ = play()
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 4
+    assert "iteration 1 respond: 2/7 prompts, " in shown[0]
+    assert " left, tokens/s " in shown[0]
+    assert ", slots in use 6, judged 2" in shown[0]
+    assert shown[-1].startswith("iteration 1 respond: 7/7 prompts, ")
+    [line] = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    tokens = sum(len(ids) for row in rows for ids in row.response_ids)
+    assert line["stage"] == "respond"
+    assert (line["responses"], line["mean_tokens"]) == (21, tokens / 21)
+    assert line["tokens_per_second"] == pytest.approx(tokens / line["seconds"])
+    assert line["slot_efficiency"] == pytest.approx(tokens / (4 * 9 * 6))
+
+
+def test_what_was_there_before_counts_but_does_not_hurry_the_clock(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics_.time, "monotonic", lambda: now[0])
+    with (
+        Metrics(RunDir(tmp_path)) as metrics,
+        metrics.progress("respond", 1000, "prompts", done=900) as advance,
+    ):
+        on_progress = metrics.chunks(advance, lambda: {"judged": 3})
+        now[0] += 10
+        on_progress(0, 500, 8)  # none is finished yet: no time left is known
+        now[0] += 10
+        on_progress(20, 500, 7)
+        on_progress(0, 1, 1)  # too soon
+        now[0] += 20
+        on_progress(80, 1000, 0)
+        on_progress(0, 0, 0)  # over
+    assert capsys.readouterr().out.splitlines() == [
+        "respond: 900/1000 prompts, 0.0/s, tokens/s 50, slots in use 8, judged 3",
+        "respond: 920/1000 prompts, 1.0/s, 1m20s left, tokens/s 50, slots in use 7, judged 3",
+        "respond: 1000/1000 prompts, 2.5/s in 40s, tokens/s 50, slots in use 0, judged 3",
+    ]
+
+
+def test_a_bar_begins_where_the_last_run_ended(tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    with Metrics(RunDir(tmp_path)) as metrics:
+        screen = io.StringIO()
+        metrics._console = Console(file=screen, force_terminal=True, width=160)
+        with metrics.progress("respond", 10, "prompts", done=6) as advance:
+            metrics.chunks(advance)(4, 70, 5)
+    assert "10/10" in screen.getvalue()
+    assert "slots in use 5" in screen.getvalue()
+
+
+def test_scalars_of_two_threads_are_whole_lines(tmp_path):
+    import threading
+
+    def write(metrics, stage):
+        for step in range(200):
+            metrics.scalars(1, stage, step, value=step / 3)
+
+    with Metrics(RunDir(tmp_path)) as metrics:
+        threads = [threading.Thread(target=write, args=(metrics, name)) for name in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "a"] == list(range(200))
+    assert len(lines) == 400
