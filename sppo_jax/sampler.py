@@ -81,6 +81,14 @@ class Sampler:
         self._streaming = False
         self.set_weights(model)
 
+    @property
+    def alone(self) -> bool:
+        """True where this process samples on its own devices: it may be asked other prompts than the others.
+
+        False where a replica spans processes: all of them must ask for the same.
+        """
+        return jax.process_count() == 1 or self.mesh.size < self._whole.size
+
     def set_weights(self, model: Transformer) -> None:
         """Sample from another model of the same architecture from now on; its matrices are cast once, here."""
         self.weights = None  # free the old ones first

@@ -1,0 +1,71 @@
+"""Sampling where a mesh spans processes: each on its own devices where the model fits there, all together where not."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sppo_jax import sharding
+from sppo_jax.config import Sampling
+from sppo_jax.sampler import Sampler
+from tests.pod_process import PROMPTS
+
+CHILD = Path(__file__).with_name("pod_process.py")
+
+
+def test_two_processes_sample_what_one_does(policy, tokenizer):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(CHILD), port, str(rank)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
+    found = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in said]
+    one = Sampler(policy, tokenizer, Sampling(responses=2, max_new_tokens=10, slots=8))
+    expected = [row.response_ids for row in one.generate(PROMPTS, seed=0)]
+    for rank, (apart, together) in enumerate(found):
+        assert apart == {"alone": True, "mesh": [2, 1, 1], "rows": expected[rank::2]}
+        assert together == {"alone": False, "mesh": [1, 1, 4], "rows": expected}
+
+
+class Devices(SimpleNamespace):
+    """A mesh's shape, 16 devices on 4 processes, as far as a choice looks at it."""
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tensor", "expected"),
+    [
+        (14.5, 1, (4, 1, 4)),  # Mistral-7B on v5e: 4 chips of a host
+        (6.0, 1, (16, 1, 1)),
+        (6.0, 2, (8, 1, 2)),  # no smaller than the user's own
+        (140.0, 1, (1, 1, 16)),  # not on a host
+        (1000.0, 1, (1, 1, 16)),  # nowhere; the pages will say so
+    ],
+)
+def test_a_replica_is_as_small_as_leaves_room_for_keys_and_values(monkeypatch, gigabytes, tensor, expected):
+    devices = np.asarray([SimpleNamespace(process_index=i // 4) for i in range(16)]).reshape(
+        1, 16 // tensor, tensor
+    )
+    mesh = Devices(
+        shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor}, size=16, devices=devices,
+        local_mesh=SimpleNamespace(devices=devices.reshape(-1)[:4]),
+    )  # fmt: skip
+    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes, devices: sizes)
+    assert sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000) == expected
