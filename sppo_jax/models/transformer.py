@@ -138,7 +138,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 whatever the compute dtype: a bfloat16 logit is .03 nats off."""
         w_DV = self.embedding[...].T if self.head is None else self.head[...]
-        x = jnp.einsum("...D,DV->...V", hidden, self._cast(w_DV), preferred_element_type=jnp.float32)
+        x = product("...D,DV->...V", hidden, w_DV, jnp.float32)
         cap = self.architecture.logit_softcap
         return x if cap is None else cap * jnp.tanh(x / cap)
 
@@ -186,7 +186,7 @@ class Transformer(nnx.Module):
 
     def _linear(self, w: Weights, name: str, x: Array, ins: str, outs: str) -> Array:
         """x W + b, from dimensions `ins` to `outs`, with its adapter where there is one: + x A B times LORA_SCALE."""
-        y = jnp.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x, self._cast(w[name]))
+        y = product(f"BT{ins},{ins}{outs}->BT{outs}", x, w[name])
         if f"{name}_bias" in w:
             y += self._cast(w[f"{name}_bias"])
         if f"{name}_lora_a" in w:
@@ -222,6 +222,17 @@ class Transformer(nnx.Module):
 
     def _cast(self, x: Array) -> Array:
         return x.astype(self.compute_dtype)
+
+
+def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
+    """einsum of `x` with a matrix in the dtype of `x`, or with one in 8 bits (models/quantized.py), as `dtype` or that of `x`."""
+    if isinstance(w, jax.Array):
+        return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
+    # XLA would convert every matrix before a loop and carry the copies through it: let the conversion wait for x.
+    x, int8 = jax.lax.optimization_barrier((x, w.qvalue))
+    wide = jnp.einsum(equation, x, int8.astype(x.dtype), preferred_element_type=jnp.float32)
+    # What is summed over comes first in a matrix, and has 1 in the scale.
+    return (wide * w.scale).astype(dtype or x.dtype)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
