@@ -25,7 +25,7 @@ from sppo_jax.models import hf, lora, paged
 from sppo_jax.models.paged import Pages
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.slots import Replica, Response
+from sppo_jax.slots import Prefix, Replica, Response
 from sppo_jax.tokens import chat_prompt, own_eos_ids, response_text
 
 FILLED = 0.85  # share of a device's memory that weights and pages may take together
@@ -133,13 +133,13 @@ class Sampler:
         count, most = responses or self.sampling.responses, self.sampling.max_new_tokens
         rows = limits or [[most] * count] * len(records)
         asked = [{k: min(limit, most) for k, limit in enumerate(row)} for row in rows]
+        if not records:
+            return iter(())
         self.warm_up([len(record.ids) for record in records])
         return self._stream(records, asked, np.asarray([seed, iteration], np.uint32), on_progress)
 
     def warm_up(self, lengths: Sequence[int]) -> int:
         """Compile all that prompts of these lengths in tokens need. Returns how many programs that were."""
-        if not lengths:
-            return 0
         buckets = {bucket(length - 1) for length in lengths}
         longest = max(*lengths, self._longest)
         if self._programs is None or longest > self._longest or self.graph != self._programs.graph:
@@ -203,7 +203,7 @@ class Sampler:
     ) -> Iterator[tuple[int, Responses]]:
         if self._streaming:
             raise RuntimeError("this sampler is in the middle of another stream; close that one first")
-        self._streaming = True
+        self._streaming, whole = True, False
         try:
             run = _Run(self, records, asked, seeds)
             while run.advance():
@@ -211,8 +211,11 @@ class Sampler:
                     on_progress(len(run.finished), run.new_tokens, run.in_use)
                 for i in run.finished:
                     yield i, self._record(records[i], run.done.pop(i))
+            whole = True
         finally:
             self._streaming = False
+            if not whole:  # the pages may have been given away to a program that never ran
+                self._pages = None
 
     def _check(self, prompts: Sequence[Prompt]) -> None:
         a, new = self.architecture, self.sampling.max_new_tokens
@@ -326,45 +329,47 @@ class _Run:
         )
 
     def _prefill(self) -> bool:
-        """Run prompts of one length bucket where a replica will soon be short of responses. False: none was."""
-        short = [r for r in self.replicas if r.short_of() > 0]
-        if not self.waiting or not short:
+        """Run prompts of one length bucket where a replica will soon be short of responses. False: there were none."""
+        if not self.waiting or all(replica.short_of() <= 0 for replica in self.replicas):
             return False
-        size = bucket(len(self.records[self.waiting[0][0]].ids) - 1)
+        size = bucket(self._kept(self.waiting[0][0]))
         rows = self.programs.rows(size)
+        batch = self._batch(size, rows)
         tokens = np.zeros((len(self.replicas), rows, size), np.int32)
         lengths = np.zeros((len(self.replicas), rows), np.int32)
         table = np.zeros((len(self.replicas), rows, -(-size // PAGE)), np.int32)
-        filled = [0] * len(self.replicas)
+        for r, prefixes in enumerate(batch):
+            for row, prefix in enumerate(prefixes):
+                tokens[r, row, : prefix.length] = self.records[prefix.prompt].ids[:-1]
+                lengths[r, row] = prefix.length
+                table[r, row, : len(prefix.pages)] = prefix.pages
+        s, place = self.sampler, PartitionSpec(sharding.TABLE["B"])
+        if any(batch):
+            inputs = [self._put(x.reshape(-1, *x.shape[2:]), place) for x in (tokens, lengths, table)]
+            s._pages = self.programs[size](s.weights, s._pages, *inputs)
+        return any(batch)
+
+    def _batch(self, size: int, rows: int) -> list[list[Prefix]]:
+        """For each replica up to `rows` prompts of the bucket `size`, from the front of those that wait."""
+        batch: list[list[Prefix]] = [[] for _ in self.replicas]
         passed: list[tuple[int, dict[int, int]]] = []
-        while self.waiting and len(passed) < 4 * rows:
+        while self.waiting and len(passed) < 4 * rows and any(len(part) < rows for part in batch):
             i, limits = self.waiting.popleft()
-            ids = self.records[i].ids
-            place = min(range(len(self.replicas)), key=lambda r: (filled[r], -self.replicas[r].short_of()))
-            if filled[place] == rows:
-                self.waiting.appendleft((i, limits))
-                break
-            prefix = (
-                self.replicas[place].take_prefix(i, len(ids) - 1) if bucket(len(ids) - 1) == size else None
-            )
+            prefix = None
+            for r in sorted(range(len(batch)), key=lambda r: (len(batch[r]), -self.replicas[r].short_of())):
+                if prefix is None and len(batch[r]) < rows and bucket(self._kept(i)) == size:
+                    prefix = self.replicas[r].take_prefix(i, self._kept(i))
+                    if prefix is not None:
+                        batch[r].append(prefix)
+                        self.replicas[r].wait(prefix, limits)
             if prefix is None:
                 passed.append((i, limits))
-                continue
-            at = place, filled[place]
-            tokens[at][: prefix.length], lengths[at] = ids[:-1], prefix.length
-            table[at][: len(prefix.pages)] = prefix.pages
-            filled[place] += 1
-            self.replicas[place].wait(prefix, limits)
         self.waiting.extendleft(reversed(passed))
-        if not any(filled):
-            return False
-        s, batch = self.sampler, PartitionSpec(sharding.TABLE["B"])
-        s._pages = self.programs[size](
-            s.weights,
-            s._pages,
-            *(self._put(x.reshape(-1, *x.shape[2:]), batch) for x in (tokens, lengths, table)),
-        )
-        return True
+        return batch
+
+    def _kept(self, i: int) -> int:
+        """Tokens of prompt i whose keys and values its responses share: all but the last."""
+        return len(self.records[i].ids) - 1
 
     def _table(self) -> Any:
         """[B, W]: the pages of each slot."""

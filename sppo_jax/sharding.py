@@ -6,8 +6,11 @@ V vocabulary, L layers, R rank of an adapter (in training code: responses of a p
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sppo_jax.errors import BadInput
@@ -57,9 +60,8 @@ def sampling_mesh(mesh: Mesh, weights: int, limit: int | None) -> Mesh:
     for count in (local, mesh.size) if local < mesh.size else (local,):
         for tensor in range(mesh.shape["tensor"], count + 1):
             if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit):
-                devices = sorted(mesh.devices.flat, key=lambda d: d.process_index)
-                return make_mesh(mesh.size // tensor, 1, tensor, devices=devices)
-    return make_mesh(1, 1, mesh.size, devices=list(mesh.devices.flat))
+                return _in_order(mesh.devices.flat, tensor)
+    return _in_order(mesh.devices.flat, mesh.size)
 
 
 def own_part(mesh: Mesh) -> Mesh:
@@ -67,7 +69,13 @@ def own_part(mesh: Mesh) -> Mesh:
     mine = [row for row in mesh.devices[:, 0] if all(d.process_index == jax.process_index() for d in row)]
     if not mine or len(mine) * mesh.shape["tensor"] < mesh.local_mesh.devices.size:
         return mesh
-    return make_mesh(len(mine), 1, mesh.shape["tensor"], devices=[d for row in mine for d in row])
+    return _in_order([d for row in mine for d in row], mesh.shape["tensor"])
+
+
+def _in_order(devices: Iterable[Any], tensor: int) -> Mesh:
+    """Replicas of `tensor` devices each, process by process: jax.make_mesh would look at the torus alone."""
+    ordered = np.asarray(sorted(devices, key=lambda d: d.process_index), object)
+    return Mesh(ordered.reshape(-1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:

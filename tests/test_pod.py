@@ -60,12 +60,15 @@ class Devices(SimpleNamespace):
     ],
 )
 def test_a_replica_is_as_small_as_leaves_room_for_keys_and_values(monkeypatch, gigabytes, tensor, expected):
-    devices = np.asarray([SimpleNamespace(process_index=i // 4) for i in range(16)]).reshape(
+    devices = np.asarray([SimpleNamespace(process_index=i % 4) for i in range(16)]).reshape(
         1, 16 // tensor, tensor
     )
     mesh = Devices(
         shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor}, size=16, devices=devices,
         local_mesh=SimpleNamespace(devices=devices.reshape(-1)[:4]),
     )  # fmt: skip
-    monkeypatch.setattr(sharding, "make_mesh", lambda *sizes, devices: sizes)
-    assert sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000) == expected
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
+    found = sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000)
+    assert found.shape == expected
+    if tensor <= expected[2] <= 4:  # a replica's devices are one process's
+        assert all(len({d.process_index for d in row}) == 1 for row in found[:, 0])
