@@ -20,6 +20,7 @@ from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.metrics import Metrics
 from sppo_jax.models import hf, lora
 from sppo_jax.models.architecture import Architecture
+from sppo_jax.models.attention import choose
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.models.transformer import Adapter, Transformer
 from sppo_jax.optim import make_optimizer, schedule
@@ -139,12 +140,18 @@ class Programs:
 
 @functools.lru_cache(maxsize=4)
 def make_programs(
-    architecture: Architecture, compute_dtype: Any, mesh: Mesh, fit: Fit, steps_per_epoch: int
+    architecture: Architecture,
+    compute_dtype: Any,
+    mesh: Mesh,
+    fit: Fit,
+    steps_per_epoch: int,
+    attention: str = "auto",
 ) -> Programs:
     """Cached, so that iterations of equal shapes compile once."""
     optimizer = make_optimizer(fit, steps_per_epoch)
     weights = hf.abstract(architecture, mesh) | lora.abstract(architecture, mesh)
-    graph, params, _ = split(Transformer(architecture, dict(weights), compute_dtype))
+    kernel = choose(attention, mesh, architecture, compute_dtype)
+    graph, params, _ = split(Transformer(architecture, dict(weights), compute_dtype, kernel))
     placed = jax.tree.map(lambda x: x.sharding, params)
     replicated = sharding.named("", mesh)
     opt_placed = optax.tree_utils.tree_map_params(

@@ -91,7 +91,9 @@ class Session:
 
     def _whole(self, t: int) -> Transformer:
         directory = self.base if t == BASE else self.run.export(t)
-        return hf.load(directory, mesh=self.mesh, dtype=self.compute_dtype)
+        return hf.load(
+            directory, mesh=self.mesh, dtype=self.compute_dtype, attention=self.config.model.attention
+        )
 
     def _adapted(self, t: int) -> Transformer:
         """The frozen base with the adapters after iteration t.
@@ -101,7 +103,13 @@ class Session:
         """
         dtype = self.compute_dtype
         kept = dtype if hf.stored_dtypes(self.base) == {dtype.name} else jnp.float32
-        frozen = hf.load(self.base, mesh=self.mesh, dtype=dtype, param_dtype=kept)
+        frozen = hf.load(
+            self.base,
+            mesh=self.mesh,
+            dtype=dtype,
+            param_dtype=kept,
+            attention=self.config.model.attention,
+        )
         if t == BASE:
             key = jax.random.key(self.config.seed)
             return lora.attach(frozen, self.architecture.lora_rank, key, self.mesh)
@@ -148,7 +156,12 @@ class Session:
 
     def programs(self, steps_per_epoch: int) -> fit.Programs:
         return fit.make_programs(
-            self.architecture, self.compute_dtype, self.mesh, self.config.fit, steps_per_epoch
+            self.architecture,
+            self.compute_dtype,
+            self.mesh,
+            self.config.fit,
+            steps_per_epoch,
+            self.config.model.attention,
         )
 
     def batches(self, pairs: Sequence[Pair], t: int) -> Any:

@@ -1,10 +1,225 @@
-"""Attention of one layer over explicit masks: where the kernel is chosen."""
+"""Attention of one layer: over an explicit mask, or over whole sequences by the kernel of the mesh's platform."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from sppo_jax import sharding
+from sppo_jax.errors import BadInput
+from sppo_jax.models.architecture import Architecture
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without keys stays finite
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # of the kernels that need one
+LANES = 128  # of which splash's blocks are multiples
+BLOCK = 1024  # splash's largest
+
+Seen = Callable[[Any, Array, Array, Array], Array]  # kind of layer, q, k, v -> what the queries see
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What attends over whole sequences, and the mesh that it is compiled for.
+
+    "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU) and "cudnn" (GPU) do not.
+    """
+
+    name: str = "xla"
+    mesh: Mesh | None = None  # xla needs none
+    interpret: bool = False  # splash on any device, slowly: for tests
+
+
+def choose(forced: str, mesh: Mesh, a: Architecture, dtype: Any) -> Kernel:
+    """The kernel that `model.attention` names; auto: the platform's own where it serves the model, else xla.
+
+    Raises BadInput where the one that is named does not serve it.
+    """
+    found = sharding.platform(mesh)
+    name = forced
+    if forced == "auto":
+        name = next((own for own, platform in PLATFORMS.items() if platform == found), "xla")
+    why = obstacle(name, mesh, a, jnp.dtype(dtype))
+    if why is not None and forced != "auto":
+        raise BadInput(f"model.attention={forced} {why}; choose auto or xla")
+    return Kernel("xla" if why else name, mesh)
+
+
+def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
+    """Why a kernel cannot serve a model on this mesh, or None. Splash serves every model on a TPU."""
+    found = sharding.platform(mesh)
+    if PLATFORMS.get(name, found) != found:
+        return f"runs on a {PLATFORMS[name]}, and the mesh is of {found} devices"
+    if name != "cudnn":
+        return None
+    capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+    major = int(capability.split(".")[0]) if capability[:1].isdigit() else 0  # AMD's begin with gfx
+    widest = 256 if major >= 9 else 128
+    if major < 8:
+        return "needs an NVIDIA GPU of compute capability 8 or later"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs model.compute_dtype=bfloat16, and this is {dtype}"
+    if a.attention_softcap is not None:
+        return "has no soft cap of the scores, which this model has"
+    if a.head_dim % 8 or a.head_dim > widest:
+        return f"needs a head_dim that is a multiple of 8 up to {widest}, and this is {a.head_dim}"
+    return None
+
+
+def whole(
+    valid_BT: Bool[Array, "B T"],
+    windows: Sequence[int | None],
+    kernel: Kernel,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Seen:
+    """Causal attention among the real tokens of whole sequences; `windows` are those of each kind of layer.
+
+    What it returns takes a kind (an int, or traced), q [B, T, H, C], and k, v [B, T, N, C]. Padding may lie on
+    either side; with cudnn on the right only. What padding sees is finite and has no meaning.
+    """
+    if kernel.name == "xla":
+        masks = [causal_mask(valid_BT, window) for window in windows]
+
+        def dense(kind: Any, q: Array, k: Array, v: Array) -> Array:
+            if isinstance(kind, int) or len(masks) == 1:
+                mask_BTS = masks[kind if isinstance(kind, int) else 0]
+            else:
+                mask_BTS = jnp.where(kind, masks[1], masks[0])
+            return attend(q, k, v, mask_BTS, scale=scale, softcap=softcap)
+
+        return dense
+
+    length = valid_BT.shape[1]
+    windows = [None if window is None or window >= length else window for window in windows]
+    of: Callable[..., Array] = functools.partial(_cudnn, scale=scale)
+    if kernel.name == "splash":
+        of = functools.partial(_splash, scale=scale, softcap=softcap, interpret=kernel.interpret)
+    assert kernel.mesh is not None, f"{kernel.name} needs a mesh"
+    kinds = [_sharded(functools.partial(of, window=window), kernel.mesh) for window in windows]
+
+    def fused(kind: Any, q: Array, k: Array, v: Array) -> Array:
+        if len(set(windows)) == 1:  # also where no sequence is as long as the window
+            kind = 0
+        if isinstance(kind, int):
+            return kinds[kind](q, k, v, valid_BT)
+        return jax.lax.switch(kind, kinds, q, k, v, valid_BT)
+
+    return fused
+
+
+def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
+    """`of` on each device's own rows and heads: the compiler cannot cut a kernel by itself.
+
+    Heads that `tensor` does not divide are repeated (2 kv heads over 4 devices), or else computed by all of them.
+    """
+
+    def call(
+        q_BTHC: Float[Array, "B T H C"],
+        k_BTNC: Float[Array, "B T N C"],
+        v_BTNC: Float[Array, "B T N C"],
+        valid_BT: Bool[Array, "B T"],
+    ) -> Float[Array, "B T H C"]:
+        heads, kv_heads = q_BTHC.shape[2], k_BTNC.shape[2]
+        cut = math.lcm(kv_heads, sharding.shards(mesh, sharding.TABLE["N"]))
+        h, n = ("H", "N") if heads % cut == 0 else (".", ".")
+        if n == "N" and cut != kv_heads:
+            k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
+        q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
+        valid = sharding.spec("BT", mesh, valid_BT.shape)
+        # check_vma would ask the kernel for what it cannot say: over which axes its result varies.
+        local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, valid), out_specs=q, check_vma=False)
+        return local(q_BTHC, k_BTNC, v_BTNC, valid_BT)
+
+    return call
+
+
+def _splash(
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTNC: Float[Array, "B T N C"],
+    v_BTNC: Float[Array, "B T N C"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    interpret: bool,
+) -> Float[Array, "B T H C"]:
+    """Pallas' splash attention: the scale goes into the queries, real tokens and padding are segments of their own."""
+    length, heads, channels = q_BTHC.shape[1:]
+    size, blocks = block_sizes(length)
+    shape = (size, size)
+    mask = (
+        splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
+    )
+    kernel = splash.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+
+    def rows(x: Array) -> Array:
+        return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, size - length), (0, 0), (0, 0))), 2, 1)
+
+    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), ((0, 0), (0, size - length)))
+    q_BTHC *= jnp.asarray(channels**-0.5 if scale is None else scale, q_BTHC.dtype)
+    seen_BHTC = jax.vmap(kernel)(
+        rows(q_BTHC), rows(k_BTNC), rows(v_BTNC), splash.SegmentIds(segment_BT, segment_BT)
+    )
+    return jnp.moveaxis(seen_BHTC, 1, 2)[:, :length]
+
+
+def block_sizes(length: int) -> tuple[int, splash.BlockSizes]:
+    """(length after padding, blocks): up to BLOCK keys and half as many queries, which a head of 256 channels allows.
+
+    The backward pass is fused; each block of keys writes its own part of the queries' gradient, so few are better.
+    """
+    half = BLOCK // 2
+    step = LANES if length <= half else 2 * LANES if length <= BLOCK else half
+    size = -(-length // step) * step
+    q = size if size <= half else size // 2 if size <= BLOCK else half
+    kv = size if size <= BLOCK else BLOCK if size % BLOCK == 0 else half
+    return size, splash.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=True,
+    )
+
+
+def _cudnn(
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTNC: Float[Array, "B T N C"],
+    v_BTNC: Float[Array, "B T N C"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float | None,
+) -> Float[Array, "B T H C"]:
+    """cuDNN's flash attention, told lengths instead of a mask of T x T: padding is on the right."""
+    length_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32), 1)  # of no length nothing is defined
+    return jax.nn.dot_product_attention(
+        q_BTHC,
+        k_BTNC,
+        v_BTNC,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
 
 
 def attend(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models.architecture import Architecture, read_architecture, read_json
+from sppo_jax.models.attention import choose
 from sppo_jax.models.safetensors_file import Entry, write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Transformer
 
@@ -164,29 +165,37 @@ def initialise(a: Architecture, key: jax.Array, mesh: Mesh, compute_dtype: Any =
         return {t.path: initial(t, k) for t, k in zip(table(a), keys, strict=True)}
 
     shardings = {t.path: _placed(t, a, mesh) for t in table(a)}
-    return Transformer(a, jax.jit(init, out_shardings=shardings)(key), compute_dtype)
+    weights = jax.jit(init, out_shardings=shardings)(key)
+    return Transformer(a, weights, compute_dtype, choose("auto", mesh, a, compute_dtype))
 
 
 def load(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    attention: str = "auto",
 ) -> Transformer:
     """A model from a Hugging Face directory, sharded over `mesh` (default: one device).
 
-    `dtype` is the dtype of its matrix products, `param_dtype` the one its parameters are kept in. Host memory: one
-    device's piece of one stacked parameter at a time. Raises BadInput for a tensor that is missing, unknown,
-    misshapen, quantised or not finite, before anything compiles.
+    `dtype` is the dtype of its matrix products, `param_dtype` the one its parameters are kept in, `attention` the
+    kernel (models/attention.py). Host memory: one device's piece of one stacked parameter at a time. Raises BadInput
+    for a kernel that cannot serve it, and for a tensor that is missing, unknown, misshapen, quantised or not finite,
+    before anything compiles.
     """
     directory = Path(path)
     if mesh is None:
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     architecture = read_architecture(directory)
+    kernel = choose(attention, mesh, architecture, dtype)
     files = tensor_files(weight_files(directory))
     check_tensors(directory, table(architecture), architecture, files)
     weights = {
         t.path: read_sharded(t, architecture, mesh, files, jnp.dtype(param_dtype))
         for t in table(architecture)
     }
-    return Transformer(architecture, weights, dtype)
+    return Transformer(architecture, weights, dtype, kernel)
 
 
 def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) -> None:

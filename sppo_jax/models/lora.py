@@ -108,4 +108,4 @@ def beside(model: Transformer, a: Architecture, adapters: dict[str, Any]) -> Tra
     weights |= {
         f"layers.{name}": param[...] for name, param in model.layers.items() if not isinstance(param, Adapter)
     }
-    return Transformer(a, weights | adapters, model.compute_dtype)
+    return Transformer(a, weights | adapters, model.compute_dtype, model.kernel)

@@ -4,6 +4,7 @@ Layers are stacked on a leading axis L and scanned for training; decoding walks 
 array per layer, because a stacked cache would be copied at every step.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sppo_jax.models.architecture import Architecture, Rope
-from sppo_jax.models.attention import attend, cache_mask, causal_mask
+from sppo_jax.models.attention import Kernel, Seen, whole
 
 Weights = dict[str, Array]  # the tensors of one layer, by their name in models/hf.py
 Attention = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> what the queries see
-KeyValue = tuple[Float[Array, "B S N C"], Float[Array, "B S N C"]]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -38,10 +39,17 @@ class Adapter(nnx.Param):
 class Transformer(nnx.Module):
     """The decoder. `model(tokens)` gives float32 logits; weights are masters, cast to `compute_dtype` in use."""
 
-    def __init__(self, architecture: Architecture, weights: dict[str, Any], compute_dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: dict[str, Any],
+        compute_dtype: Any = jnp.float32,
+        kernel: Kernel = Kernel(),  # noqa: B008  frozen
+    ):
         """`weights` maps the paths of models/hf.py ("embedding", "layers.q") to arrays."""
         self.architecture = architecture
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self.kernel = kernel  # of attention over whole sequences
         self.embedding = nnx.Param(weights["embedding"])
         self.norm = nnx.Param(weights["norm"])
         self.head = None if architecture.tied else nnx.Param(weights["head"])
@@ -63,13 +71,18 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The normalised last hidden state. The backward pass keeps each layer's input and computes the rest again."""
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        if self.kernel.name != "cudnn":
+            return self._hidden(tokens_BT, valid_BT)
+        start_B = jnp.argmax(valid_BT, axis=1)  # cuDNN knows of padding on the right alone
+        return _turn(self._hidden(_turn(tokens_BT, -start_B), _turn(valid_BT, -start_B)), start_B)
+
+    def _hidden(self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         rope = self._rope(jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0))
-        masks = [causal_mask(valid_BT, window) for window in self._windows()]
+        seen = self._whole(valid_BT, self.kernel)
 
         def layer(x_BTD: Array, xs: tuple[Weights, Array]) -> tuple[Array, None]:
             w, kind = xs
-            mask = masks[0] if len(masks) == 1 else jnp.where(kind, masks[1], masks[0])
-            return self._block(w, x_BTD, rope, lambda q, k, v: self._attend(q, k, v, mask)), None
+            return self._block(w, x_BTD, rope, functools.partial(seen, kind)), None
 
         kinds_L = jnp.asarray([self._kind(i) for i in range(self.architecture.layers)])
         x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), (self.stacked(), kinds_L))
@@ -88,47 +101,6 @@ class Transformer(nnx.Module):
             x_BTD = self._block(self.layer(i), x_BTD, rope, functools.partial(attention, i))
         return self._rms_norm(x_BTD, self.norm[...])
 
-    def prefill(
-        self, tokens_BT: Int[Array, "B T"], length_B: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
-        """Run right-padded prompts: logits after the last real token, and each layer's keys and values."""
-        valid_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
-        rope = self._rope(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape))
-        masks = [causal_mask(valid_BT, window) for window in self._windows()]
-        x_BTD, cache = self.embed(tokens_BT), []
-        for i in range(self.architecture.layers):
-            mask = masks[self._kind(i)]
-
-            def keep(q: Array, k: Array, v: Array, mask: Array = mask) -> Array:
-                cache.append((k, v))
-                return self._attend(q, k, v, mask)
-
-            x_BTD = self._block(self.layer(i), x_BTD, rope, keep)
-        last_BD = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(self._rms_norm(last_BD, self.norm[...])), cache
-
-    def decode(
-        self, token_B: Int[Array, " B"], position_B: Int[Array, " B"], cache: list[KeyValue]
-    ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
-        """One token per row at `position_B`, which is also its column of the cache; logits of the next."""
-        rope = self._rope(position_B[:, None])
-        masks = [cache_mask(position_B, cache[0][0].shape[1], window) for window in self._windows()]
-        rows = jnp.arange(token_B.shape[0])
-        x_B1D, new_cache = self.embed(token_B[:, None]), []
-        for i, (keys, values) in enumerate(cache):
-            mask = masks[self._kind(i)]
-
-            def insert(
-                q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values, mask: Array = mask
-            ) -> Array:
-                keys = keys.at[rows, position_B].set(k[:, 0])
-                values = values.at[rows, position_B].set(v[:, 0])
-                new_cache.append((keys, values))
-                return self._attend(q, keys, values, mask)
-
-            x_B1D = self._block(self.layer(i), x_B1D, rope, insert)
-        return self.logits(self._rms_norm(x_B1D[:, 0], self.norm[...])), new_cache
-
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         x = self._cast(self.embedding[...][tokens])
         if self.architecture.scaled_embedding:  # the factor is rounded to the compute dtype, as in training
@@ -142,16 +114,20 @@ class Transformer(nnx.Module):
         cap = self.architecture.logit_softcap
         return x if cap is None else cap * jnp.tanh(x / cap)
 
-    def whole_attention(self, valid_BT: Bool[Array, "B T"]) -> Attention:
-        """What `forward` takes for sequences that are whole in this call: causal, each layer with its own window."""
-        masks = [causal_mask(valid_BT, window) for window in self._windows()]
-        return lambda i, q, k, v: self._attend(q, k, v, masks[self._kind(i)])
+    def whole_attention(self, valid_BT: Bool[Array, "B T"], mesh: Mesh | None = None) -> Attention:
+        """What `forward` takes for sequences that are whole in this call: causal, each layer with its own window.
+
+        Padding is on the right. `mesh`: where the sequences are, if not on the model's own.
+        """
+        kernel = self.kernel if mesh is None else dataclasses.replace(self.kernel, mesh=mesh)
+        seen = self._whole(valid_BT, kernel)
+        return lambda i, q, k, v: seen(self._kind(i), q, k, v)
 
     def unstacked(self) -> "Transformer":
         """The same model with an array per layer: slicing a stacked one would copy it at every decoded token."""
         weights = {"embedding": self.embedding[...], "norm": self.norm[...]}
         weights |= {} if self.head is None else {"head": self.head[...]}
-        model = Transformer(self.architecture, weights, self.compute_dtype)
+        model = Transformer(self.architecture, weights, self.compute_dtype, self.kernel)
         model.layers = nnx.List(
             nnx.Dict({name: type(param)(param[...][i]) for name, param in self.layers.items()})
             for i in range(self.architecture.layers)
@@ -194,9 +170,9 @@ class Transformer(nnx.Module):
             y += LORA_SCALE * jnp.einsum(f"BTR,R{outs}->BT{outs}", low_BTR, self._cast(w[f"{name}_lora_b"]))
         return y
 
-    def _attend(self, q_BTHC: Array, k_BSNC: Array, v_BSNC: Array, mask_BTS: Array) -> Array:
+    def _whole(self, valid_BT: Array, kernel: Kernel) -> Seen:
         a = self.architecture
-        return attend(q_BTHC, k_BSNC, v_BSNC, mask_BTS, scale=a.query_scale, softcap=a.attention_softcap)
+        return whole(valid_BT, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
 
     def _windows(self) -> tuple[int | None, ...]:
         """The window of each kind of layer."""
@@ -255,3 +231,8 @@ def _rotate(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float
     cos, sin = rope
     a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def _turn(x: Array, by_B: Int[Array, " B"]) -> Array:
+    """Each row of x [B, T, ...] moved so many places to the right, around the end."""
+    return jax.vmap(functools.partial(jnp.roll, axis=0))(x, by_B)
