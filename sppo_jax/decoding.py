@@ -63,11 +63,11 @@ class Programs:
     def __init__(
         self, graph: Any, weights: Any, mesh: Mesh, shape: Shape, kernel: paged.Kernel | None = None
     ):
-        """`kernel`: of paged attention; default: what the mesh's platform has."""
+        """`kernel`: of paged attention; default: the one that goes with the model's own on this platform."""
         self.graph, self.mesh, self.shape = graph, mesh, shape
         self.weights = jax.tree.map(_described, weights)
         self.model: Transformer = nnx.merge(graph, self.weights)
-        self.kernel = paged.choose(mesh, "auto") if kernel is None else kernel
+        self.kernel = paged.choose(mesh, self.model.kernel.name) if kernel is None else kernel
         self.replicas = sharding.batch_shards(mesh)
         a = self.model.architecture
         each = shape.pages // self.replicas
@@ -138,7 +138,7 @@ class Programs:
         """Put the keys and values of each prompt's first `length` tokens into its pages. Rows of length 0 are none."""
         model, pages = nnx.merge(self.graph, weights), list(pages)
         place_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1])[None], tokens_PT.shape)
-        seen = model.whole_attention(place_PT < length_P[:, None])
+        seen = model.whole_attention(place_PT < length_P[:, None], self.mesh)
 
         def attention(i: int, q_PTHC: Array, k_PTNC: Array, v_PTNC: Array) -> Array:
             pages[i] = paged.fill(pages[i], k_PTNC, v_PTNC, table_PW, length_P, self.mesh)
