@@ -13,7 +13,7 @@ def keep_programs() -> None:
 
     Call it before anything is compiled. A cache that cannot be written costs a warning and nothing else.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "sppo_jax" / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
