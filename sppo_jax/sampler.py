@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -23,6 +22,7 @@ from sppo_jax.decoding import PAGE, Programs, Shape, bucket
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf, lora, paged
 from sppo_jax.models.paged import Pages
+from sppo_jax.models.quantized import Int8, quantized
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.slots import Prefix, Replica, Response
@@ -70,8 +70,9 @@ class Sampler:
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
         self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
+        self._int8 = sampling.quantize == "int8"
         self._limit = _memory(mesh).get("bytes_limit")
-        self._whole = sharding.sampling_mesh(mesh, _bytes(model), self._limit)
+        self._whole = sharding.sampling_mesh(mesh, _bytes(model, self._int8), self._limit)
         self.mesh = sharding.own_part(self._whole)
         self.replicas = sharding.batch_shards(self.mesh)
         self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)
@@ -90,9 +91,9 @@ class Sampler:
         return jax.process_count() == 1 or self.mesh.size < self._whole.size
 
     def set_weights(self, model: Transformer) -> None:
-        """Sample from another model of the same architecture from now on; its matrices are cast once, here."""
+        """Sample from another model of the same architecture from now on; its matrices are cast or rounded once, here."""
         self.weights = None  # free the old ones first
-        self.graph, self.weights = _placed(model, self._whole, self.mesh)
+        self.graph, self.weights = _placed(model, self._whole, self.mesh, self._int8)
 
     def release(self) -> None:
         """Free the devices' memory; `set_weights` must come before the next prompt. Programs are kept."""
@@ -408,21 +409,28 @@ class _Run:
         return jax.device_put(x, NamedSharding(self.sampler.mesh, spec))
 
 
-def _placed(model: Transformer, whole: Mesh, own: Mesh) -> tuple[Any, Any]:
-    """The unstacked model's graph and weights, matrices in the compute dtype, on the mesh `own`, a part of `whole`."""
+def _serving(model: Transformer, int8: bool) -> Transformer:
+    """The model that decodes: an array per layer, its matrices in 8 bits or in the compute dtype."""
+    model = quantized(model.unstacked()) if int8 else model.unstacked()
+    graph, *states = nnx.split(model, Int8, ...)
+    rounded, rest = states
+    dtype = model.compute_dtype
+    # Norm scales and biases stay what training has: Gemma adds 1 to them in float32.
+    return nnx.merge(graph, rounded, jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, rest))
+
+
+def _placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any, Any]:
+    """The serving model's graph and weights, on the mesh `own`, a part of `whole`."""
     graph, weights = nnx.split(model)
 
     def converted(weights: Any) -> Any:
-        plain = nnx.merge(graph, weights).unstacked()
-        dtype = plain.compute_dtype
-        # Norm scales and biases stay what training has: Gemma adds 1 to them in float32.
-        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, nnx.split(plain)[1])
+        return nnx.split(_serving(nnx.merge(graph, weights), int8))[1]
 
-    unstacked = nnx.split(nnx.eval_shape(lambda: nnx.merge(graph, weights).unstacked()))[0]
-    placed = _shardings(model, jax.eval_shape(converted, weights), whole)
+    serving, shapes = nnx.split(nnx.eval_shape(lambda: _serving(model, int8)))
+    placed = _shardings(model, shapes, whole)
     found = jax.device_put(jax.jit(converted)(weights), placed)
     if own is whole:
-        return unstacked, found
+        return serving, found
 
     def mine(x: jax.Array) -> jax.Array:
         assert isinstance(x.sharding, NamedSharding)
@@ -431,27 +439,31 @@ def _placed(model: Transformer, whole: Mesh, own: Mesh) -> tuple[Any, Any]:
         arrays = [pieces[device] for device in own.devices.flat]
         return jax.make_array_from_single_device_arrays(x.shape, place, arrays)
 
-    return unstacked, jax.tree.map(mine, found)
+    return serving, jax.tree.map(mine, found)
 
 
 def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
-    """Where each array of an unstacked model lies: as the table says of the stacked one, less its first dimension."""
-    a = model.architecture
+    """Where each array of an unstacked model lies: as the table says of the stacked one, less its first dimension.
+
+    The scales of a matrix in 8 bits lie as the matrix does, whole where they have one number for a dimension.
+    """
+    a = dataclasses.replace(model.architecture, tied=False)  # in 8 bits a tied head is a matrix of its own
     stacked = hf.abstract(a, mesh) | (lora.abstract(a, mesh) if a.lora_rank else {})
 
-    def place(path: tuple, _: Any) -> NamedSharding:
+    def place(path: tuple, x: Any) -> NamedSharding:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        if "layers" not in names:
-            return next(x.sharding for name, x in stacked.items() if name in names)
-        spec = next(x.sharding.spec for name, x in stacked.items() if name.removeprefix("layers.") in names)
-        return NamedSharding(mesh, PartitionSpec(*spec[1:]))
+        found = next(name for name in stacked if name.removeprefix("layers.") in names)
+        spec = stacked[found].sharding.spec[1 if "layers" in names else 0 :]
+        axes = [axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, unstacked)
 
 
-def _bytes(model: Transformer) -> int:
-    """Of the matrices in the compute dtype."""
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model))) * jnp.dtype(model.compute_dtype).itemsize
+def _bytes(model: Transformer, int8: bool) -> int:
+    """Of the serving model's weights, over all devices."""
+    serving = nnx.state(nnx.eval_shape(lambda: _serving(model, int8)))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(serving))
 
 
 def _memory(mesh: Mesh) -> dict[str, int]:

@@ -15,6 +15,10 @@ from sppo_jax.models.lora import MATRICES
 from sppo_jax.models.transformer import Transformer
 
 
+class Int8(nnx.Param):
+    """A matrix in 8 bits: a qwix.QArray."""
+
+
 def quantized(model: Transformer) -> Transformer:
     """`model`, which `Transformer.unstacked` has made, with its matrices in 8 bits, in place.
 
@@ -22,9 +26,9 @@ def quantized(model: Transformer) -> Transformer:
     """
     for layer in model.layers:
         for name, (ins, _, _) in MATRICES.items():
-            layer[name] = nnx.Param(rounded(layer[name][...], len(ins)))
+            layer[name] = Int8(rounded(layer[name][...], len(ins)))
     head_DV = model.embedding[...].T if model.head is None else model.head[...]
-    model.head = nnx.Param(rounded(head_DV, 1))
+    model.head = Int8(rounded(head_DV, 1))
     return model
 
 
