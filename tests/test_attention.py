@@ -1,0 +1,268 @@
+"""Kernels of attention against dense masks: splash in Pallas' interpreter, cuDNN by what it is told, and who gets which."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from sppo_jax import sharding
+from sppo_jax.errors import BadInput
+from sppo_jax.models import attention, hf, lora
+from sppo_jax.models.attention import Kernel
+from sppo_jax.models.transformer import Adapter, Transformer
+from tests.conftest import ODD
+
+ALTERNATING = dataclasses.replace(
+    ODD, layers=2, windowed=(True, False), attention_softcap=20.0, query_scale=0.3
+)
+
+
+def padded(lengths, width, side="right"):
+    """valid [B, T] of rows of these lengths; "middle": padding on both sides."""
+    valid = np.arange(width)[None] < np.asarray(lengths)[:, None]
+    turn = {"right": 0, "left": 1, "middle": 0.5}[side]
+    rows = zip(valid, lengths, strict=True)
+    return jnp.asarray(np.stack([np.roll(row, int(turn * (width - n))) for row, n in rows]))
+
+
+def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softcap=None, scale=None):
+    """What the real queries see, and the gradients of q, k, v."""
+    rng = np.random.default_rng(0)
+    shapes = [(*valid.shape, n, 16) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+    @jax.jit
+    def run(q, k, v):
+        def real(q, k, v):
+            seen = attention.whole(valid, [window], kernel, scale=scale, softcap=softcap)(0, q, k, v)
+            return jnp.where(valid[..., None, None], seen, 0)
+
+        out, pullback = jax.vjp(real, q, k, v)
+        return out, *pullback(cotangent)
+
+    return [np.asarray(x) for x in run(q, k, v)]
+
+
+def assert_close(found, expected, atol=5e-5):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "side", "options"),
+    [
+        ((111, 50), 111, "left", {"window": 20, "scale": 0.1}),
+        ((128, 90, 0), 128, "middle", {"softcap": 3.0}),
+    ],
+)
+def test_splash_equals_dense_masks(one_device, lengths, width, side, options):
+    valid = padded(lengths, width, side)
+    found = seen_and_gradients(Kernel("splash", one_device, interpret=True), valid, **options)
+    assert_close(found, seen_and_gradients(Kernel(), valid, **options))
+
+
+def test_splash_equals_dense_masks_over_many_blocks(one_device, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 256)
+    valid = padded((300, 140), 300)  # three by three blocks, of which the window and the diagonal leave five
+    found = seen_and_gradients(Kernel("splash", one_device, interpret=True), valid, window=70)
+    assert_close(found, seen_and_gradients(Kernel(), valid, window=70))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "heads"),
+    [((2, 2, 2), 8, 4), ((1, 2, 4), 2, 4), ((1, 2, 4), 3, 6)],
+    ids=["rows and heads cut", "kv heads repeated", "neither divides"],
+)
+def test_splash_is_the_same_on_every_mesh(sizes, rows, heads):
+    valid = padded([128, 100, 60, 90, 128, 3, 128, 128][:rows], 128)
+    found = seen_and_gradients(
+        Kernel("splash", sharding.make_mesh(*sizes), interpret=True), valid, heads=heads
+    )
+    assert_close(found, seen_and_gradients(Kernel(), valid, heads=heads))
+
+
+def loss_and_gradients(model, tokens, valid):
+    graph, weights = nnx.split(model)
+
+    def loss(weights):
+        logits = nnx.merge(graph, weights)(tokens, valid)
+        return jnp.sum(jnp.where(valid[..., None], jax.nn.log_softmax(logits)[..., :9], 0)) / valid.sum()
+
+    return jax.jit(jax.value_and_grad(loss))(weights)
+
+
+def with_kernel(model, kernel):
+    graph, weights = nnx.split(model)
+    model = nnx.merge(graph, weights)
+    model.kernel = kernel
+    return model
+
+
+def random_model(architecture, mesh):
+    shapes = hf.abstract(architecture, mesh) | lora.abstract(architecture, mesh)
+    rng = np.random.default_rng(0)
+    arrays = {name: 0.2 * rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    return Transformer(
+        architecture, {name: jax.device_put(x, shapes[name].sharding) for name, x in arrays.items()}
+    )
+
+
+def random_texts(rows, width):
+    return jnp.asarray(np.random.default_rng(1).integers(0, ODD.vocab, (rows, width)))
+
+
+def test_a_model_with_windows_in_some_layers_is_the_same_under_splash(one_device):
+    model = random_model(ALTERNATING, one_device)
+    tokens, valid = random_texts(2, 40), padded((40, 9), 40, "middle")
+    splash = with_kernel(model, Kernel("splash", one_device, interpret=True))
+    assert_close(loss_and_gradients(splash, tokens, valid), loss_and_gradients(model, tokens, valid))
+
+
+def test_whole_attention_gives_each_layer_its_window_on_another_mesh(one_device, eight_devices):
+    model = random_model(ALTERNATING, one_device)
+    tokens, valid = random_texts(4, 40), padded((40, 9, 31, 22), 40)
+    place = jnp.broadcast_to(jnp.arange(40)[None], tokens.shape)
+    there = jax.device_put(model, sharding.replicated(eight_devices))
+    splash = with_kernel(there, Kernel("splash", one_device, interpret=True))
+    seen = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid, eight_devices)))(splash)
+    assert_close(
+        np.asarray(seen)[valid], np.asarray(jax.jit(lambda m: m.hidden(tokens, valid))(model))[valid]
+    )
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 512, 513, 700, 1024, 1025, 1536, 2560, 4097])
+def test_blocks_of_splash_tile_the_padded_length(length):
+    size, blocks = attention.block_sizes(length)
+    assert length <= size < length + 512
+    for block in dataclasses.astuple(blocks)[:6]:
+        assert size % block == 0
+        assert block % attention.LANES == 0
+    # What fits a TPU's vector memory with 256 channels.
+    assert blocks.block_q <= 512
+    assert blocks.block_kv <= 1024
+
+
+class Device:
+    """A device as far as a choice looks at it."""
+
+    id = process_index = 0
+
+    def __init__(self, platform, capability=None):
+        self.platform = platform
+        if capability is not None:
+            self.compute_capability = capability
+
+
+def mesh_of(*device):
+    return Mesh(np.asarray([[[Device(*device)]]]), sharding.MESH_AXES)
+
+
+CPU, TPU, H100, A100 = ("cpu",), ("tpu",), ("gpu", "9.0"), ("gpu", "8.0")
+CAPPED = {"attention_softcap": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "dtype", "model", "expected"),
+    [
+        ("auto", CPU, "bfloat16", {}, "xla"),
+        ("auto", TPU, "bfloat16", {}, "splash"),
+        ("auto", TPU, "float32", CAPPED, "splash"),
+        ("auto", A100, "bfloat16", {"head_dim": 128}, "cudnn"),
+        ("auto", H100, "float16", {"head_dim": 256}, "cudnn"),
+        ("auto", A100, "bfloat16", {"head_dim": 256}, "xla"),
+        ("auto", H100, "bfloat16", {"head_dim": 100}, "xla"),
+        ("auto", H100, "float32", {"head_dim": 128}, "xla"),
+        ("auto", H100, "bfloat16", {"head_dim": 128} | CAPPED, "xla"),
+        ("auto", ("gpu", "7.5"), "bfloat16", {"head_dim": 128}, "xla"),
+        ("auto", ("gpu", "gfx90a"), "bfloat16", {"head_dim": 128}, "xla"),
+        ("auto", ("METAL",), "float32", {}, "xla"),
+        ("xla", TPU, "bfloat16", {}, "xla"),
+        ("splash", TPU, "bfloat16", {}, "splash"),
+        ("cudnn", H100, "bfloat16", {"head_dim": 64}, "cudnn"),
+    ],
+)
+def test_the_kernel_is_that_of_the_meshs_platform(forced, device, dtype, model, expected):
+    mesh = mesh_of(*device)
+    kernel = attention.choose(forced, mesh, dataclasses.replace(ODD, **model), dtype)
+    assert kernel == Kernel(expected, mesh)
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "dtype", "model", "why"),
+    [
+        ("splash", CPU, "float32", {}, "runs on a tpu, and the mesh is of cpu devices"),
+        ("cudnn", TPU, "bfloat16", {}, "runs on a gpu, and the mesh is of tpu devices"),
+        ("cudnn", H100, "float32", {"head_dim": 128}, "needs model.compute_dtype=bfloat16"),
+        ("cudnn", H100, "bfloat16", {"head_dim": 128} | CAPPED, "no soft cap"),
+        ("cudnn", H100, "bfloat16", {}, "multiple of 8 up to 256, and this is 10"),
+        ("cudnn", A100, "bfloat16", {"head_dim": 256}, "multiple of 8 up to 128, and this is 256"),
+        ("cudnn", ("gpu", "gfx90a"), "bfloat16", {}, "NVIDIA GPU of compute capability 8"),
+    ],
+)
+def test_a_kernel_that_cannot_serve_is_refused(forced, device, dtype, model, why):
+    with pytest.raises(BadInput, match=f"model.attention={forced} .*{why}.*; choose auto or xla"):
+        attention.choose(forced, mesh_of(*device), dataclasses.replace(ODD, **model), dtype)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What cuDNN's attention is called with. XLA, which takes the same arguments, answers in its place."""
+    calls = []
+    original = jax.nn.dot_product_attention
+
+    def answer(*args, implementation, **options):
+        if implementation == "cudnn":
+            calls.append(options)
+        return original(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_what_cudnn_is_told_means_the_dense_masks(one_device, told, window):
+    valid = padded((40, 9, 1, 0), 40)
+    found = seen_and_gradients(Kernel("cudnn", one_device), valid, window=window, scale=0.2)
+    assert_close(found, seen_and_gradients(Kernel(), valid, window=window, scale=0.2))
+    (options,) = told
+    # No mask of T x T: only these have a place in cuDNN's own kernel.
+    assert options.keys() == {
+        "scale", "is_causal", "local_window_size", "query_seq_lengths", "key_value_seq_lengths"
+    }  # fmt: skip
+    assert options["is_causal"] is True
+    assert options["local_window_size"] == ((8, 0) if window == 9 else None)  # 40 is no window here
+
+
+def test_lengths_of_cudnn_are_those_of_the_texts_and_never_0(one_device, monkeypatch):
+    told = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: told.update(options) or q)
+    heads = jnp.ones((4, 40, 2, 16))
+    attention._cudnn(heads, heads, heads, padded((40, 9, 1, 0), 40), window=None, scale=None)
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        assert told[name].tolist() == [40, 9, 1, 1]
+
+
+def test_a_model_padded_on_the_left_is_the_same_under_cudnn(one_device, told):
+    model = random_model(dataclasses.replace(ALTERNATING, attention_softcap=None), one_device)
+    tokens, valid = random_texts(2, 40), padded((40, 9), 40, "left")
+    cudnn = with_kernel(model, Kernel("cudnn", one_device))
+    assert_close(loss_and_gradients(cudnn, tokens, valid), loss_and_gradients(model, tokens, valid))
+    assert len({options["local_window_size"] for options in told}) == 2  # a program for each kind of layer
+
+
+def test_an_array_per_layer_computes_the_same(one_device):
+    model = random_model(dataclasses.replace(ALTERNATING, lora_rank=2), one_device)
+    graph, weights = nnx.split(model)
+    graph, weights = jax.jit(lambda w: nnx.split(nnx.merge(graph, w).unstacked()))(weights)
+    apart: Transformer = nnx.merge(graph, weights)
+    assert apart.layers[1]["gate"][...].shape == (ODD.model, ODD.mlp)
+    assert isinstance(apart.layers[1]["gate_lora_a"], Adapter)
+    assert apart.kernel == model.kernel
+    tokens, valid = random_texts(2, 20), jnp.ones((2, 20), bool)
+    place = jnp.broadcast_to(jnp.arange(20)[None], tokens.shape)
+    hidden = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid)))
+    np.testing.assert_array_equal(hidden(apart), hidden(model))
