@@ -6,6 +6,7 @@ token folds (seed, iteration, prompt_id, k, position).
 """
 
 import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -422,14 +423,10 @@ def _serving(model: Transformer, int8: bool) -> Transformer:
 def _placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any, Any]:
     """The serving model's graph and weights, on the mesh `own`, a part of `whole`."""
     graph, weights = nnx.split(model)
-
-    def converted(weights: Any) -> Any:
-        return nnx.split(_serving(nnx.merge(graph, weights), int8))[1]
-
     serving, shapes = nnx.split(nnx.eval_shape(lambda: _serving(model, int8)))
     placed = _shardings(model, shapes, whole)
-    found = jax.device_put(jax.jit(converted)(weights), placed)
-    if own is whole:
+    found = jax.device_put(_converted(weights, graph=graph, int8=int8), placed)
+    if own == whole:
         return serving, found
 
     def mine(x: jax.Array) -> jax.Array:
@@ -440,6 +437,12 @@ def _placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any
         return jax.make_array_from_single_device_arrays(x.shape, place, arrays)
 
     return serving, jax.tree.map(mine, found)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "int8"))
+def _converted(weights: Any, *, graph: Any, int8: bool) -> Any:
+    """The serving model's weights, wherever the compiler likes them."""
+    return nnx.split(_serving(nnx.merge(graph, weights), int8))[1]
 
 
 def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
