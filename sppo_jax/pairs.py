@@ -67,6 +67,21 @@ def with_reference(pairs: Sequence[Pair], ref_logprob: np.ndarray) -> list[Pair]
     return [dataclasses.replace(pair, ref_logprob=values) for pair, values in filled]
 
 
+def sampler_gap(pairs: Sequence[Pair], responses: Sequence[Responses]) -> dict[str, float]:
+    """How far the sampler's log-probs are from the reference's, which training computes: nats per token of a response.
+
+    Mean, root mean square and largest of the absolute differences over the responses kept. Rounding alone where both
+    compute in float32; what sampling.quantize costs, where it is on.
+    """
+    sampled = {row.prompt_id: row for row in responses}
+    gaps = []
+    for pair in pairs:
+        row = sampled[pair.prompt_id]
+        for ids, reference in zip(pair.response_ids, pair.ref_logprob, strict=True):
+            gaps.append(abs(row.logprobs[row.response_ids.index(ids)] - reference) / len(ids))
+    return {"mean": float(np.mean(gaps)), "rms": float(np.sqrt(np.mean(np.square(gaps)))), "max": max(gaps)}
+
+
 def log_partition(win_rate: np.ndarray, eta: float) -> float:
     """log Z / eta with log Z ~ log mean_k exp(eta P_k): the baseline in units of a win rate."""
     highest = float(np.max(win_rate))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sppo_jax import dataset, pairs, preferences
-from sppo_jax.records import Preferences, Responses
+from sppo_jax.records import Preferences, Responses, prompt_id
 
 
 def judged(logits, texts=None, *, prompt="q", reasons=None):
@@ -13,7 +13,7 @@ def judged(logits, texts=None, *, prompt="q", reasons=None):
     texts = texts or [f"answer {i}" for i in range(k)]
     p = preferences.probability_matrix(logits)
     row = Responses(
-        hash(prompt) % 1000, prompt, [1, 9, 9], [[10 + i] * (3 + 4 * i) + [2] for i in range(k)], texts,
+        prompt_id(prompt), prompt, [1, 9, 9], [[10 + i] * (3 + 4 * i) + [2] for i in range(k)], texts,
         reasons or ["stop"] * k, [-1.0] * k,
     )  # fmt: skip
     return row, Preferences(
@@ -74,6 +74,16 @@ def test_T11_an_empty_response_may_lose_but_is_never_chosen():
     kept, counts = select(judged(ladder(1, 0), ["", "b"]), judged(ladder(1, 0), ["a", " "]))
     assert [pair.rejected[1]["content"] for pair in kept] == [" "]
     assert counts["empty_chosen"] == 1
+
+
+def test_the_samplers_gap_is_per_token_of_the_responses_kept():
+    first, second = judged(ladder(0, 2, -1, 1)), judged(ladder(1, 0), prompt="other")
+    first[0].logprobs[:] = [-9.0, -2.0, -3.0, -9.0]  # 8 and 12 tokens of the two that are kept
+    second[0].logprobs[:] = [-1.0, -1.0]  # 4 and 8 tokens
+    kept, _ = select(second, first)
+    reference = np.array([[-1.0, -1.8], [-2.4, -1.8]])
+    gap = pairs.sampler_gap(pairs.with_reference(kept, reference), [first[0], second[0]])
+    assert gap == pytest.approx({"mean": 0.0625, "rms": np.sqrt(0.0225 / 4), "max": 0.1})
 
 
 def test_T25_other_prompts_never_change_a_prompts_targets():
