@@ -1,6 +1,7 @@
 """Pages of keys and values: what lands in them, and attention over them against the dense form, in bits where promised."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,74 +10,196 @@ import pytest
 
 from sppo_jax import sharding
 from sppo_jax.models import attention, paged
+from sppo_jax.models.paged import PAGE
 from tests.conftest import ODD
 
-SLOTS, WIDTH, POOL = 8, 4, 40  # of one replica
-HEADS, KV_HEADS, CHANNELS = 6, 2, 10
-LONGEST = WIDTH * paged.PAGE
+SLOTS, WIDTH, POOL = 32, 4, 136  # pages of one replica; several groups of live ones
+LAYER = dataclasses.replace(ODD, heads=6, kv_heads=2, head_dim=10)
+LONGEST = WIDTH * PAGE
 
 
-def layer(kv_heads=KV_HEADS):
-    return dataclasses.replace(ODD, kv_heads=kv_heads, heads=HEADS, head_dim=CHANNELS)
+@dataclasses.dataclass
+class Batch:
+    """Slots with every column's keys and values: the token at `position` is new."""
+
+    q: np.ndarray  # [B, H, C]
+    keys: np.ndarray  # [B, S, N, C]
+    values: np.ndarray
+    position: np.ndarray
+    table: np.ndarray
+    active: np.ndarray
+
+    def __getitem__(self, rows):
+        return Batch(*(x[rows] for x in vars(self).values()))
 
 
-def ragged_slots(rng, slots=SLOTS):
-    """Random keys and values of every column, queries, where each slot is, and its own pages."""
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    keys, values = draw(2, slots, LONGEST, KV_HEADS, CHANNELS)
-    position = rng.integers(0, LONGEST, slots).astype(np.int32)
-    position[:3] = 0, paged.PAGE - 1, paged.PAGE  # the edges of a page
-    table = rng.permutation(POOL)[: slots * WIDTH].reshape(slots, WIDTH).astype(np.int32)
-    return draw(slots, HEADS, CHANNELS), keys, values, position, np.ones(slots, bool), table
+def random_batch(seed, replicas=1, a=LAYER):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    keys, values = draw(2, SLOTS, LONGEST, a.kv_heads, a.head_dim)
+    position = rng.integers(0, LONGEST, SLOTS).astype(np.int32)
+    position[:4] = 0, PAGE - 1, PAGE, LONGEST - 1  # the edges of a page
+    own = SLOTS // replicas
+    table = [rng.permutation(POOL)[: own * WIDTH].reshape(own, WIDTH) for _ in range(replicas)]
+    table = np.concatenate(table).astype(np.int32)
+    return Batch(draw(SLOTS, a.heads, a.head_dim), keys, values, position, table, np.ones(SLOTS, bool))
 
 
-def step(
-    mesh,
-    q,
-    keys,
-    values,
-    position,
-    active,
-    table,
-    *,
-    window=None,
-    softcap=None,
-    scale=None,
-    quantize=False,
-    pages=None,
-):
-    """Fill the columns before `position`, then one decode step at it: output and pages."""
-    rows = np.arange(len(position))
-    if pages is None:
-        pages = paged.empty(POOL, layer(keys.shape[2]), jnp.float32, mesh, quantize=quantize)
+fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paged.fill, paged.copy))
 
-    @jax.jit
-    def run(pages, q, keys, values, k, v, position, active, table):
-        pages = paged.fill(pages, keys, values, table, position, mesh)
-        work = paged.work(position, active, table, window, mesh)
-        return paged.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel="xla", mesh=mesh)
 
-    out, pages = run(
-        pages, q, keys, values, keys[rows, position], values[rows, position], position, active, table
+@functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "mesh"))
+def fill_and_attend(pages, q, keys, values, position, table, active, *, mesh, window, softcap, scale):
+    rows = jnp.arange(len(position))
+    pages = paged.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
+    work = paged.work(position, active, table, window, mesh)
+    k, v = keys[rows, position], values[rows, position]
+    return paged.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel="xla", mesh=mesh)
+
+
+def attend(mesh, batch, *, a=LAYER, window=None, softcap=None, scale=None, quantize=False, pages=None):
+    """Prefill the columns before `position`, then one decode step at it: output [B, H, C], and pages."""
+    pages = paged.empty(POOL, a, jnp.float32, mesh, quantize=quantize) if pages is None else pages
+    out, pages = fill_and_attend(
+        pages, *vars(batch).values(), mesh=mesh, window=window, softcap=softcap, scale=scale
     )
-    return np.asarray(out), pages
+    return np.asarray(out), jax.tree.map(np.asarray, pages)
 
 
-def dense(q, keys, values, position, window=None, softcap=None, scale=None):
-    mask = attention.cache_mask(jnp.asarray(position), keys.shape[1], window)
-    return np.asarray(
-        attention.attend(*map(jnp.asarray, (q[:, None], keys, values)), mask, scale=scale, softcap=softcap)[
-            :, 0
-        ]
-    )
+def dense(batch, window=None, softcap=None, scale=None):
+    q, keys, values, position = map(jnp.asarray, list(vars(batch).values())[:4])
+    mask = attention.cache_mask(position, keys.shape[1], window)
+    return np.asarray(attention.attend(q[:, None], keys, values, mask, scale=scale, softcap=softcap)[:, 0])
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"window": 7}, {"window": 100, "softcap": 3.0, "scale": 0.5}, {"window": 64}, {"window": 1}],
+    "options", [{}, {"window": 7}, {"window": 100, "softcap": 3.0, "scale": 0.5}, {"window": 1}]
 )
 def test_ragged_lengths_equal_dense_attention(one_device, options):
-    for seed in range(3):
-        data = ragged_slots(np.random.default_rng(seed))
-        out, _ = step(one_device, *data, **options)
-        np.testing.assert_allclose(out, dense(*data[:4], **options), atol=1e-5)
+    for seed in range(4):
+        batch = random_batch(seed)
+        out, _ = attend(one_device, batch, **options)
+        np.testing.assert_allclose(out, dense(batch, **options), atol=1e-5)
+
+
+def test_a_window_visits_only_its_pages(one_device):
+    position = np.random.default_rng(0).integers(0, LONGEST, SLOTS).astype(np.int32)
+    work = paged.work(
+        jnp.asarray(position), jnp.ones(SLOTS, bool), jnp.asarray(random_batch(0).table), 65, one_device
+    )
+    first = np.maximum(position + 1 - 65, 0) // PAGE
+    assert work.items_R.tolist() == [(position // PAGE - first + 1).sum()]
+    assert work.table_BW.shape[1] == 2
+
+
+def test_prefill_lands_in_its_own_pages_alone(one_device):
+    batch = random_batch(1)
+    before = jax.tree.map(lambda x: jnp.full_like(x, 7), paged.empty(POOL, LAYER, jnp.float32, one_device))
+    length = np.tile(np.array([0, 1, 63, 64, 65, 200, 256, 0], np.int32), SLOTS // 8)
+    after = fill(before, batch.keys, batch.values, batch.table, length, mesh=one_device)
+    expected = np.full_like(before.values, 7)
+    for row, n in enumerate(length):
+        pages = batch.table[row, : -(-n // PAGE)]
+        kv = np.stack([batch.keys[row], batch.values[row]], axis=2).reshape(WIDTH, PAGE, 4, 10)
+        kv[np.arange(LONGEST).reshape(WIDTH, PAGE) >= n] = 0  # the rest of the last page
+        expected[pages] = kv[: len(pages)]
+    np.testing.assert_array_equal(after.values, expected)
+
+
+def test_a_prompt_shorter_than_a_page_is_stored_too(one_device):
+    batch = random_batch(2)
+    pages = paged.empty(POOL, LAYER, jnp.float32, one_device)
+    length = np.full(SLOTS, 20, np.int32)
+    short = fill(pages, batch.keys[:, :32], batch.values[:, :32], batch.table[:, :1], length, mesh=one_device)
+    whole = fill(pages, batch.keys, batch.values, batch.table, length, mesh=one_device)
+    np.testing.assert_array_equal(short.values, whole.values)
+
+
+def test_copying_takes_the_page_and_leaves_the_rest(one_device):
+    _, pages = attend(one_device, random_batch(3), quantize=True)
+    source, target = (
+        np.resize(np.array([3, 5, 3, 0, 1, 2, 9, 9], np.int32), SLOTS),
+        np.resize(np.array([-1, 130, 131, -1, -1, 133] + [-1] * 26, np.int32), SLOTS),
+    )
+    after = copy(jax.tree.map(jnp.asarray, pages), source, target, mesh=one_device)
+    for was, now in ((pages.values, after.values), (pages.scale, after.scale)):
+        expected = was.copy()
+        expected[[130, 131, 133]] = was[[5, 3, 2]]
+        np.testing.assert_array_equal(now, expected)
+
+
+def test_slots_that_are_not_active_write_nothing_and_stay_finite(one_device):
+    batch = random_batch(4)
+    batch.active[2:6] = False
+    batch.table[2], batch.table[3], batch.table[4] = -1, POOL + 5, batch.table[0]
+    batch.position[5] = LONGEST + 3  # beyond the table
+    pages = paged.empty(POOL, LAYER, jnp.float32, one_device)
+    out, pages = attend(one_device, batch, pages=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages))
+    assert np.isfinite(out).all()
+    live = batch[batch.active]
+    np.testing.assert_allclose(out[batch.active], dense(live), atol=1e-5)
+    used = [page for row, n in zip(live.table, live.position, strict=True) for page in row[: n // PAGE + 1]]
+    assert np.isnan(np.delete(pages.values, used, axis=0)).all()
+
+
+def test_int8_pages_are_right_to_half_a_step(one_device):
+    batch = random_batch(5)
+    batch.keys[:, 3] = 0  # a vector of zeros stays one
+    out, pages = attend(one_device, batch, quantize=True)
+    exact, plain = attend(one_device, batch)
+    step = np.abs(plain.values).max(-1) / 127
+    error = np.abs(pages.values * pages.scale[..., None] - plain.values)
+    assert pages.values.dtype == np.int8
+    assert (error <= 0.5001 * step[..., None]).all()
+    np.testing.assert_allclose(out, exact, atol=0.05)
+    assert np.abs(out - exact).max() > 0
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_slot_depends_in_no_bit_on_its_neighbours_or_its_pages(one_device, window):
+    for seed in range(6):
+        rng = np.random.default_rng(100 + seed)
+        batch = random_batch(seed)
+        alone, _ = attend(one_device, batch, window=window)
+        order = rng.permutation(SLOTS)
+        moved = batch[order]
+        moved.table = rng.permutation(POOL)[: SLOTS * WIDTH].reshape(SLOTS, WIDTH).astype(np.int32)
+        kept = rng.random(SLOTS) < 0.5  # the others have other texts, of other lengths
+        other = random_batch(seed + 50)
+        for name in ("q", "keys", "values", "position", "active"):
+            getattr(moved, name)[~kept] = getattr(other, name)[~kept]
+        moved.active[~kept] = rng.random((~kept).sum()) < 0.7
+        out, _ = attend(one_device, moved, window=window)
+        np.testing.assert_array_equal(out[kept], alone[order][kept])
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_eight_devices_give_the_same_bits(one_device, kv_heads):
+    """Over `tensor` the kv heads are cut where it divides them, and whole on every device where not."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    a = dataclasses.replace(LAYER, kv_heads=kv_heads)
+    batch = random_batch(6, replicas=4, a=a)
+    single = dataclasses.replace(batch, table=np.arange(SLOTS * WIDTH, dtype=np.int32).reshape(SLOTS, WIDTH))
+    out, _ = attend(one_device, single, a=a, window=90)
+    pages = paged.empty(POOL, a, jnp.float32, mesh)
+    assert pages.values.sharding.shard_shape(pages.values.shape) == (
+        POOL,
+        PAGE,
+        2 if kv_heads == 2 else 6,
+        10,
+    )
+    spread, _ = attend(mesh, batch, a=a, window=90, pages=pages)
+    np.testing.assert_array_equal(spread, out)
+
+
+def test_pages_are_what_their_shapes_and_bytes_say(eight_devices):
+    for quantize in (False, True):
+        like = paged.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
+        pages = paged.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
+        for x, y in zip(jax.tree.leaves(pages), jax.tree.leaves(like), strict=True):
+            assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+        total = sum(x.nbytes for x in jax.tree.leaves(pages)) * LAYER.layers
+        assert total == 5 * 4 * paged.bytes_per_page(LAYER, jnp.bfloat16, quantize)

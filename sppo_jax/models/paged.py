@@ -216,54 +216,74 @@ def attend(
 
 
 def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
-    """Live pages alone, GROUP at a time; each leaves max, sum and weighted values, joined in order at the end."""
-    slots, width = work.table_BW.shape
-    heads, channels = pages.values.shape[2] // 2, pages.values.shape[3]
+    """Live pages alone, GROUP at a time; each leaves max, sum and weighted values, which `_join` puts together."""
+    slots, heads, channels = q_BHC.shape[0], pages.values.shape[2] // 2, pages.values.shape[3]
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
-    row_S = jnp.arange(PAGE)
 
-    def group(t: Array, parts: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        item_G = t * GROUP + jnp.arange(GROUP)
-        real_G = item_G < work.items_R[0]
-        slot_G, block_G = (x.at[item_G].get(mode="clip") for x in (work.slot_I, work.block_I))
+    def group(t: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        item_G = t * GROUP + jnp.arange(
+            GROUP
+        )  # those past the last are done for nothing, and nobody reads them
+        slot_G, block_G = work.slot_I.at[item_G].get(mode="clip"), work.block_I.at[item_G].get(mode="clip")
         page_G = work.table_BW.at[slot_G, block_G].get(mode="clip")
         kv_GSNKC = pages.values.at[page_G].get(mode="clip").reshape(GROUP, PAGE, heads, 2, channels)
-        k_GSNC, v_GSNC = kv_GSNKC[..., 0, :].astype(q_BHC.dtype), kv_GSNKC[..., 1, :].astype(q_BHC.dtype)
-        score_GNHS = (
-            jnp.einsum("GNHC,GSNC->GNHS", q_BNHC[slot_G], k_GSNC, preferred_element_type=jnp.float32) * scale
-        )
+        k_GNSC, v_GNSC = (kv_GSNKC[:, :, :, i].swapaxes(1, 2).astype(q_BHC.dtype) for i in range(2))
+        column_GS = block_G[:, None] * PAGE + jnp.arange(PAGE)[None]
+        seen_GS = (column_GS < work.length_B[slot_G][:, None]) & (column_GS >= work.first_B[slot_G][:, None])
+        seen_G11S = seen_GS[:, None, None]
+
+        score_GNHS = jnp.einsum("GNHC,GNSC->GNHS", q_BNHC[slot_G], k_GNSC, preferred_element_type=jnp.float32)
+        score_GNHS *= scale
         if pages.scale is not None:
-            scale_GNKS = (
-                pages.scale.at[page_G].get(mode="clip").reshape(GROUP, PAGE, heads, 2).transpose(0, 2, 3, 1)
-            )
-            score_GNHS *= scale_GNKS[:, :, 0, None]
+            scale_GSNK = pages.scale.at[page_G].get(mode="clip").reshape(GROUP, PAGE, heads, 2)
+            k_scale_GN1S, v_scale_GN1S = (scale_GSNK[..., i].swapaxes(1, 2)[:, :, None] for i in range(2))
+            score_GNHS *= k_scale_GN1S
         if softcap is not None:
             score_GNHS = softcap * jnp.tanh(score_GNHS / softcap)
-        column_GS = block_G[:, None] * PAGE + row_S[None]
-        seen_GS = (column_GS < work.length_B[slot_G][:, None]) & (column_GS >= work.first_B[slot_G][:, None])
-        score_GNHS = jnp.where(seen_GS[:, None, None], score_GNHS, MASKED)
+        score_GNHS = jnp.where(seen_G11S, score_GNHS, MASKED)
         top_GNH = jnp.max(score_GNHS, axis=-1)
         weight_GNHS = jnp.exp(score_GNHS - top_GNH[..., None])
         sum_GNH = jnp.sum(weight_GNHS, axis=-1)
         if pages.scale is not None:
-            weight_GNHS *= scale_GNKS[:, :, 1, None]
+            weight_GNHS *= v_scale_GN1S
+        # Rows that are not seen hold what another slot left, which may not be finite.
+        v_GNSC = jnp.where(seen_GS[:, None, :, None], v_GNSC, 0)
         value_GNHC = jnp.einsum(
-            "GNHS,GSNC->GNHC", weight_GNHS.astype(q_BHC.dtype), v_GSNC, preferred_element_type=jnp.float32
+            "GNHS,GNSC->GNHC", weight_GNHS.astype(q_BHC.dtype), v_GNSC, preferred_element_type=jnp.float32
         )
-        place = (slot_G, jnp.where(real_G, block_G, width))
         return tuple(
-            part.at[place].set(x, mode="drop")
+            jax.lax.dynamic_update_slice_in_dim(part, x, t * GROUP, axis=0)
             for part, x in zip(parts, (top_GNH, sum_GNH, value_GNHC), strict=True)
         )
 
-    top_BWNH = jnp.full((slots, width, *q_BNHC.shape[1:3]), MASKED, jnp.float32)
-    parts = (top_BWNH, jnp.zeros_like(top_BWNH), jnp.zeros((*top_BWNH.shape, channels), jnp.float32))
-    top_BWNH, sum_BWNH, value_BWNHC = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
-    share_BWNH = jnp.exp(top_BWNH - jnp.max(top_BWNH, axis=1, keepdims=True))
-    sum_BNH = jnp.sum(share_BWNH * sum_BWNH, axis=1)
-    value_BNHC = jnp.sum(share_BWNH[..., None] * value_BWNHC, axis=1)
-    value_BNHC /= jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
-    return value_BNHC.astype(q_BHC.dtype).reshape(q_BHC.shape)
+    groups = -(-work.slot_I.shape[0] // GROUP)
+    like = ((), (), (channels,))
+    parts = tuple(jax.lax.empty((groups * GROUP, *q_BNHC.shape[1:3], *c), jnp.float32) for c in like)
+    parts = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
+    return _join(*parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
+
+
+def _join(top_INH: Array, sum_INH: Array, value_INHC: Array, work: Work) -> Array:
+    """Softmax of each slot from those of its pages, in their order: a page that it lacks changes no bit."""
+    blocks_B = -(-work.length_B // PAGE)
+    begin_B = jnp.cumsum(blocks_B) - blocks_B
+
+    def page(j: Array, sofar: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top_BNH, sum_BNH, value_BNHC = sofar
+        own_B11 = (j < blocks_B)[:, None, None]
+        next_BNH, more_BNH, values_BNHC = (
+            x.at[begin_B + j].get(mode="clip") for x in (top_INH, sum_INH, value_INHC)
+        )
+        new_BNH = jnp.where(own_B11, jnp.maximum(top_BNH, next_BNH), top_BNH)
+        old_BNH, add_BNH = jnp.exp(top_BNH - new_BNH), jnp.exp(next_BNH - new_BNH)
+        sum_BNH = jnp.where(own_B11, sum_BNH * old_BNH + more_BNH * add_BNH, sum_BNH)
+        values_BNHC = value_BNHC * old_BNH[..., None] + values_BNHC * add_BNH[..., None]
+        return new_BNH, sum_BNH, jnp.where(own_B11[..., None], values_BNHC, value_BNHC)
+
+    shape = (blocks_B.shape[0], *value_INHC.shape[1:])
+    start = (jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3]), jnp.zeros(shape))
+    _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
+    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
 
 
 def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
