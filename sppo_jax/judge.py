@@ -187,6 +187,7 @@ class Judging:
         self._judge, self._settings, self._as_shown = judge, settings, as_shown
         self._iteration, self._metrics = iteration, metrics
         self._shards = Shards(run, iteration, "preferences", Preferences, prompts, shard_prompts, made_from)
+        self._own = {i for i in self._shards.missing if mine(i)}
         self._kept = {key: row for i in self._shards.missing for key, row in self._shards.kept(i).items()}
         self._taken: set[int] = set()
         self._pairs_kept = 0
@@ -220,11 +221,8 @@ class Judging:
         """Preferences for every prompt, in order, once all are on disk."""
         for i in self._shards.missing:
             shard = {n: responses[n] for n in self._shards.ranges[i]}
-            if self._judge.on_mesh:  # of a pod's every process
-                self._submit(shard)
-            elif mine(i):
-                for n, row in shard.items():
-                    self._submit({n: row})
+            for unit in [shard] if self._judge.on_mesh else [{n: row} for n, row in shard.items()]:
+                self._submit(unit)
         self._wait(_pairs(responses[:1]))
         wait_for_all(f"iteration {self._iteration} judge")
         if self._shards.missing:
@@ -239,9 +237,11 @@ class Judging:
         return found
 
     def _submit(self, members: dict[int, Responses]) -> None:
-        """Of one shard; what is on disk or has been taken is not taken again."""
+        """Of one shard; what is on disk, another process's or taken already is left alone."""
         members = {n: row for n, row in members.items() if n not in self._taken}
-        if members and (i := self._shards.holding(min(members))) in self._shards.missing:
+        i = self._shards.holding(min(members, default=0))
+        # On the mesh a pod judges together.
+        if members and i in self._shards.missing and (i in self._own or self._judge.on_mesh):
             self._taken |= members.keys()
             key = records.digest(list(members.values()))
             kept = self._kept.get(key)
@@ -321,7 +321,7 @@ class Judging:
         responses, rows = zip(*(shard.rows[n] for n in self._shards.ranges[i]), strict=True)
         facts = shard.facts
         self._cut += Counter({name: int(facts[f"cut_{name}"]) for name in ("prompts", "responses")})
-        if not mine(i):
+        if i not in self._own:
             return
         rate = _pairs(responses) / max(facts.pop("seconds"), 1e-9)
         # Before the shard itself: what a crash comes between is said again, and the last line counts.

@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
+
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.rundir import RunDir
 from sppo_jax.sampler import Sampler, Stats
-from sppo_jax.shards import Shards, anywhere, mine, wait_for_all
+from sppo_jax.shards import Shards, anywhere, as_first_says, mine, wait_for_all
 
 
 class Follower(Protocol):
@@ -39,15 +41,22 @@ def respond(
 ) -> list[Responses]:
     """Responses to every prompt, in order. What is on disk, in whole shards or begun ones, is read, the rest made.
 
-    `sampler` is called only when a response is missing. On a pod each process makes the shards that are its own.
+    `sampler` is called only when a response is missing. On a pod each process makes the shards that are its own, unless
+    the sampler needs all of them for each prompt.
     """
     shards = Shards(run, iteration, "responses", Responses, len(prompts), shard_prompts, made_from)
-    answers = _Answers(prompts, shards, follower)
-    todo, total = answers.begin()
+    pod = jax.process_count() > 1
     # On a pod all make their samplers together: the weights come from all.
-    engine = sampler() if anywhere(bool(todo)) else None
+    engine = sampler() if pod and anywhere(bool(shards.missing)) else None
+    together = engine is not None and not engine.alone
+    # Where all sample the same, the first one's word counts, and it alone writes.
+    answers = _Answers(prompts, shards, follower, (lambda _: jax.process_index() == 0) if together else mine)
+    todo, total = answers.begin()
+    if together:
+        todo, total = as_first_says(todo, len(prompts)), len(prompts)
     speed: dict[str, float] = {}
-    if engine is not None and todo:
+    if todo:
+        engine = engine or sampler()
         before, start = dataclasses.replace(engine.stats), time.monotonic()
         label = f"iteration {iteration} respond"
         with metrics.progress(label, total, "prompts", done=total - len(todo)) as advance:
@@ -84,14 +93,21 @@ def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
 class _Answers:
     """Responses on their way to disk and to the follower."""
 
-    def __init__(self, prompts: Sequence[Prompt], shards: Shards[Responses], follower: Follower):
-        self._prompts, self._shards, self._follower = prompts, shards, follower
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        shards: Shards[Responses],
+        follower: Follower,
+        own: Callable[[int], bool],
+    ):
+        """`own`: whether this process is the one that writes a shard."""
+        self._prompts, self._shards, self._follower, self._own = prompts, shards, follower, own
         self._waiting: dict[int, Responses] = {}  # for the rest of their shard
 
     def begin(self) -> tuple[list[int], int]:
-        """Pass on what is on disk. Returns which of our prompts have no responses yet, and how many are ours."""
+        """Pass on what is on disk. Returns which prompts of our shards have no responses yet, and how many are in them."""
         todo: list[int] = []
-        own = [i for i in range(len(self._shards.ranges)) if mine(i)]
+        own = [i for i in range(len(self._shards.ranges)) if self._own(i)]
         for i in own:
             members, whole = self._shards.ranges[i], i not in self._shards.missing
             kept = {} if whole else self._shards.kept(i)
@@ -107,8 +123,12 @@ class _Answers:
 
     def add(self, n: int, row: Responses) -> None:
         """The sampler has finished prompt n."""
-        self._shards.keep(self._shards.holding(n), self._key(n), row)
-        self._finished(n, row)
+        i = self._shards.holding(n)
+        if self._own(i):
+            self._shards.keep(i, self._key(n), row)
+            self._finished(n, row)
+        else:
+            self._follower.take(n, row)
 
     def read(self, i: int) -> list[Responses]:
         """Shard i. Raises BadInput unless it answers our prompts."""

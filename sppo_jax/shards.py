@@ -105,6 +105,12 @@ def anywhere(true: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(true)).any())
 
 
+def as_first_says(chosen: Sequence[int], among: int) -> list[int]:
+    """Process 0's choice of the numbers below `among`, in every process; all ask together."""
+    mask = np.isin(np.arange(among), chosen)
+    return np.flatnonzero(multihost_utils.broadcast_one_to_all(mask)).tolist()
+
+
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         return json.loads(text)

@@ -1,10 +1,14 @@
 """A sampler and judges without models, for tests of what happens around them."""
 
 import random
+import threading
 from collections import Counter
+from concurrent import futures
 
+import jax
 import numpy as np
 
+from sppo_jax import shards
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.sampler import Stats
 
@@ -25,9 +29,10 @@ def answer(prompt: Prompt, seed: int = 0) -> Responses:
 class Streaming:
     """The sampler's `stream`: prompts finish two in a chunk, in an order of their own. `chunk(i)` is called before each."""
 
-    def __init__(self, chunk=lambda i: None):
-        self.chunk, self.stats = chunk, Stats(slots=6, steps=1000, tokens=7)
-        self.asked = []  # texts, of each call
+    def __init__(self, chunk=lambda i: None, alone=True):
+        self.chunk, self.alone = chunk, alone
+        self.stats = Stats(slots=6, steps=1000, tokens=7)
+        self.made, self.asked = 0, []  # how often it was made; texts, of each call
 
     def stream(self, prompts, *, seed, iteration=0, responses=None, limits=None, on_progress=None):
         self.asked.append([prompt.text for prompt in prompts])
@@ -58,3 +63,40 @@ class Counting:
         if on_progress is not None:
             on_progress(logits[:, 0, 1:].size * K, logits[:, 0, 1:].size * K)
         return logits
+
+
+class Pod:
+    """Two processes, played by threads; where jax lets processes meet, they meet at a barrier."""
+
+    def __init__(self, monkeypatch):
+        self._who, self._barrier, self._said = (
+            threading.local(),
+            threading.Barrier(2, timeout=20),
+            [None, None],
+        )
+        self.waits = []
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: self._who.i)
+        meet = shards.multihost_utils
+        monkeypatch.setattr(meet, "process_allgather", lambda x: np.stack(self._exchanged(x)))
+        monkeypatch.setattr(meet, "broadcast_one_to_all", lambda x: self._exchanged(x)[0])
+        monkeypatch.setattr(
+            meet, "sync_global_devices", lambda name: self.waits.append(self._exchanged(name))
+        )
+
+    def run(self, process):
+        """[process(0), process(1)], at once."""
+
+        def as_process(i):
+            self._who.i = i
+            return process(i)
+
+        with futures.ThreadPoolExecutor(2, "process") as threads:
+            return list(threads.map(as_process, range(2), timeout=60))
+
+    def _exchanged(self, said):
+        self._said[self._who.i] = said
+        self._barrier.wait()
+        both = list(self._said)
+        self._barrier.wait()
+        return both

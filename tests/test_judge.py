@@ -1,5 +1,6 @@
 """Stage 2 as a run sees it: which judge is opened, what it is asked, and what is told about its answers."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,11 +16,11 @@ import pytest
 
 from sppo_jax import config, judge, main, preferences, report, respond, shards, tiny
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics
+from sppo_jax.metrics import Metrics, read
 from sppo_jax.pairrm import layout
 from sppo_jax.rundir import RunDir
 from tests.small_game import words
-from tests.stand_ins import PROMPTS, Counting, K, Streaming, answer
+from tests.stand_ins import PROMPTS, Counting, K, Pod, Streaming, answer
 
 DOCS = Path(__file__).parents[1] / "docs/judges.md"
 EXAMPLES = {text.split(",")[0].removeprefix("# "): text for text in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)}  # fmt: skip
@@ -222,7 +223,8 @@ def play(tmp_path):
         sampler = sampler or Streaming()
         shared = {"run": run, "iteration": 1, "shard_prompts": 3, "made_from": {"policy": "p"}}
         checked = judge.Checked(backend, "judge.backend")
-        with Metrics(run) as metrics, metrics.stopping_on_sigterm():
+        alone = threading.current_thread() is threading.main_thread()
+        with Metrics(run) as metrics, metrics.stopping_on_sigterm() if alone else contextlib.nullcontext():
             judging = judge.Judging(
                 checked, config.Judge(), str, prompts=len(PROMPTS), metrics=metrics, **shared
             )
@@ -418,32 +420,18 @@ def test_a_judge_on_the_mesh_that_was_killed_takes_whole_shards_again(tmp_path, 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_on_a_pod_each_process_judges_its_shards_but_on_the_mesh_all_do(tmp_path, play, monkeypatch, on_mesh):
-    """Process 0 runs; where it waits for the others' judgements, process 1 runs."""
-    import jax
-
-    judges, waits = [Counting(on_mesh), Counting(on_mesh)], []
-
-    def as_process(i):
-        monkeypatch.setattr(jax, "process_index", lambda: i)
-        found = play(judges[i], beside=False)
-        assert [row.prompt_id for row in found] == [prompt.prompt_id for prompt in PROMPTS]
-
-    def wait(name):
-        waits.append(name)
-        if len(waits) == 1:
-            assert sorted(whole(tmp_path / "run")) == [
-                f"shard-0000{i}-of-00003.parquet" for i in (0, 2)
-            ]  # process 0's
-            as_process(1)
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(shards.multihost_utils, "sync_global_devices", wait)
-    as_process(0)
-    assert waits == ["iteration 1 judge"] * 2
+    play(Counting(on_mesh), "one", beside=False)
+    judges, pod = [Counting(on_mesh), Counting(on_mesh)], Pod(monkeypatch)
+    found, same = pod.run(lambda i: play(judges[i], beside=False))
+    assert found == same
+    assert pod.waits == [["iteration 1 judge"] * 2] * 2
     first, second = ([text for call in judge_.calls for text in call] for judge_ in judges)
     texts = [prompt.text for prompt in PROMPTS]
     assert first == (texts if on_mesh else texts[:3] + texts[6:])
-    assert second == (texts[3:6])  # of what was missing when it came
+    assert second == (texts if on_mesh else texts[3:6])
+    assert whole(tmp_path / "run") == whole(tmp_path / "one")
+    lines = read(RunDir(tmp_path / "run"))
+    assert [line["step"] for line in lines if line["stage"] == "judge_shard"] == [0, 1, 2]
 
 
 def test_progress_of_what_is_left_to_the_judge_counts_what_is_done(play, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from sppo_jax import respond, shards
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.metrics import Metrics
 from sppo_jax.rundir import RunDir
-from tests.stand_ins import PROMPTS, Streaming, answer
+from tests.stand_ins import PROMPTS, Pod, Streaming, answer
 
 MADE_FROM = {"policy": "p", "configuration": "c"}
 
@@ -41,9 +41,14 @@ def play(tmp_path):
         run = RunDir(tmp_path / name)
         sampler = sampler or Streaming()
         follower = Following(run.iteration(1) / "responses", stop, after)
+
+        def make():
+            sampler.made += 1
+            return sampler
+
         with Metrics(run) as metrics:
             rows = respond.respond(
-                prompts, lambda: sampler, follower, run=run, iteration=1, seed=0, shard_prompts=shard_prompts,
+                prompts, make, follower, run=run, iteration=1, seed=0, shard_prompts=shard_prompts,
                 made_from=MADE_FROM | made_from, metrics=metrics,
             )  # fmt: skip
         return rows, sampler, follower
@@ -123,7 +128,7 @@ def test_all_rows_of_a_shard_kept_but_the_shard_not_written_asks_for_nothing(tmp
     assert not list((tmp_path / "run/iter_1/responses").glob("*.parquet"))
     rows, sampler, _ = play(prompts=PROMPTS[:3])
     assert rows == [answer(prompt) for prompt in PROMPTS[:3]]
-    assert sampler.asked == []
+    assert sampler.made == 0
 
 
 def test_lines_that_outlived_their_shard_are_cleared_away(tmp_path, play):
@@ -152,30 +157,48 @@ def test_whole_shards_are_looked_at_before_anything_is_sampled(tmp_path, play):
 
 
 def test_on_a_pod_each_process_makes_its_own_shards_and_reads_all(tmp_path, play, monkeypatch):
-    """Process 0 runs; where it waits for the others, process 1 runs."""
-    made = {}
-
-    def as_process(i):
-        monkeypatch.setattr(jax, "process_index", lambda: i)
-        made[i] = play()
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    waits = []
-
-    def wait(name):
-        waits.append(name)
-        if len(waits) == 1:
-            as_process(1)
-
-    monkeypatch.setattr(shards.multihost_utils, "sync_global_devices", wait)
-    monkeypatch.setattr(shards.multihost_utils, "process_allgather", lambda x: x[None])
-    as_process(0)
-    assert waits == ["iteration 1 respond"] * 2
-    for i, own in ((0, [0, 1, 2, 6]), (1, [3, 4, 5])):
-        rows, sampler, follower = made[i]
+    play("one")
+    pod = Pod(monkeypatch)
+    made = pod.run(lambda i: play())
+    assert pod.waits == [["iteration 1 respond"] * 2] * 2
+    for (rows, sampler, follower), own in zip(made, ([0, 1, 2, 6], [3, 4, 5]), strict=True):
         assert sampler.asked == [[PROMPTS[n].text for n in own]]
         assert sorted(follower.heard) == own
         assert rows == [answer(prompt) for prompt in PROMPTS]
+    assert files(tmp_path / "run/iter_1/responses") == files(tmp_path / "one/iter_1/responses")
+
+
+def test_a_process_with_nothing_to_do_still_makes_its_sampler_with_the_others(tmp_path, play, monkeypatch):
+    play()
+    (tmp_path / "run/iter_1/responses/shard-00001-of-00003.parquet").unlink()
+    samplers = [Streaming(), Streaming()]
+    Pod(monkeypatch).run(lambda i: play(sampler=samplers[i]))
+    assert [sampler.made for sampler in samplers] == [1, 1]
+    assert [len(sampler.asked) for sampler in samplers] == [0, 1]
+
+
+def test_where_a_sampler_needs_the_whole_pod_all_sample_the_same_and_the_first_writes(
+    tmp_path, play, monkeypatch
+):
+    play("one")
+    with pytest.raises(Terminated):
+        play(stop=Terminated, after=4)
+    assert list((tmp_path / "run").rglob(".*.jsonl"))
+    writers, write = set(), shards.Shards.write
+
+    def spy(self, i, *words):
+        writers.add(jax.process_index())
+        write(self, i, *words)
+
+    pod = Pod(monkeypatch)
+    monkeypatch.setattr(shards.Shards, "write", spy)
+    (rows, first, _), (same, second, follower) = pod.run(lambda i: play(sampler=Streaming(alone=False)))
+    assert first.asked == second.asked
+    assert 0 < len(first.asked[0]) < 5
+    assert sorted(row.prompt for row in follower.heard.values()) == sorted(second.asked[0])
+    assert rows == same == [answer(prompt) for prompt in PROMPTS]
+    assert writers == {0}
+    assert files(tmp_path / "run/iter_1/responses") == files(tmp_path / "one/iter_1/responses")
 
 
 def test_progress_and_metrics_tell_tokens_slots_and_the_judge(tmp_path, play, capsys, monkeypatch):
