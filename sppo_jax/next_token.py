@@ -5,9 +5,12 @@ and a noise of its own from Exponential(1); the largest weight / noise wins, whi
 weight_i / sum(weight). A row has a key of its own and is worked on alone, so its token depends on nothing else.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 def next_token(
@@ -26,11 +29,12 @@ def next_token(
     logits_BV = logits_BV.astype(jnp.float32)
     highest_B = jnp.max(logits_BV, axis=-1)
     if temperature == 0:
-        token_B = _first(logits_BV == highest_B[:, None])
+        token_B = _best(logits_BV)
     else:
-        weight_BV = jnp.exp(
-            (logits_BV - highest_B[:, None]) / max(temperature, 1e-30)
-        )  # 0 / 0 if flushed to 0
+        temperature = max(
+            temperature, 1e-30
+        )  # a smaller one would be flushed to 0, and the largest weight be 0 / 0
+        weight_BV = jnp.exp((logits_BV - highest_B[:, None]) / temperature)
         if 0 < top_k < logits_BV.shape[1]:
             weight_BV = jnp.where(in_top_k(logits_BV, top_k), weight_BV, 0.0)
         token_B = _race(weight_BV, exponential(key_B, logits_BV.shape[1]), top_p)
@@ -40,9 +44,34 @@ def next_token(
 
 
 def exponential(key_B: Key[Array, " B"], vocab: int) -> Float[Array, "B V"]:
-    """Noise from Exponential(1), above 0: V draws per key."""
-    tiny = jnp.finfo(jnp.float32).tiny
-    return -jnp.log(jax.vmap(lambda key: jax.random.uniform(key, (vocab,), minval=tiny))(key_B))
+    """Noise from Exponential(1), between 2**-32 and 17.4: V draws per threefry key.
+
+    Small noise wins, so -log(1 - u) keeps its precision there: even a token of probability 1e-9 has its due.
+    """
+    first_B, second_B = jax.random.key_data(key_B).T
+    count_BV = jax.lax.broadcasted_iota(jnp.uint32, (key_B.shape[0], vocab), 1)
+    bits_BV = threefry(first_B[:, None], second_B[:, None], count_BV)
+    u_BV = (bits_BV >> 1).astype(jnp.int32).astype(jnp.float32) * 2.0**-31 + 2.0**-32
+    series_BV = u_BV * (1 + u_BV * (1 / 2 + u_BV * (1 / 3 + u_BV * (1 / 4))))
+    return jnp.where(u_BV < 0.01, series_BV, -jnp.log(jnp.maximum(1 - u_BV, 2.0**-25)))
+
+
+def threefry(
+    first_B1: UInt32[Array, "B 1"], second_B1: UInt32[Array, "B 1"], count_BV: UInt32[Array, "B V"]
+) -> UInt32[Array, "B V"]:
+    """The bits of `jax.random.bits` for these keys, in one pass: on a CPU jax takes five, and twice the time.
+
+    Threefry-2x32 of 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+    keys = first_B1, second_B1, first_B1 ^ second_B1 ^ np.uint32(0x1BD11BDA)
+    x, y = jnp.broadcast_to(keys[0], count_BV.shape), count_BV + keys[1]
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x = x + y
+            y = x ^ (y << turn | y >> (32 - turn))
+        x = x + keys[(i + 1) % 3]
+        y = y + keys[(i + 2) % 3] + np.uint32(i + 1)
+    return x ^ y
 
 
 def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: float) -> Int[Array, " B"]:
@@ -100,12 +129,19 @@ def in_top_k(logits_BV: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
 
 
 def _best(score_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The index of the largest, of equals the first."""
-    return _first(score_BV == jnp.max(score_BV, axis=-1, keepdims=True))
+    """The index of the largest of each row, of equals the first; some index if the row holds NaN.
+
+    Found block by block, and then in the best block: on a CPU about ten times as fast as argmax.
+    """
+    rows, vocab = score_BV.shape
+    block = math.gcd(vocab, 128)
+    score_BGS = score_BV.reshape(rows, -1, block)
+    group_B = _first_largest(jnp.max(score_BGS, axis=-1))
+    score_BS = jnp.take_along_axis(score_BGS, group_B[:, None, None], axis=1)[:, 0]
+    return group_B * block + _first_largest(score_BS)
 
 
-def _first(found_BV: Bool[Array, "B V"]) -> Int[Array, " B"]:
-    """The first index found in each row (on a CPU twice as fast as argmax); some index if none is (NaN)."""
-    last = found_BV.shape[1] - 1
-    index_BV = jax.lax.broadcasted_iota(jnp.int32, found_BV.shape, 1)
-    return jnp.min(jnp.where(found_BV, index_BV, last), axis=-1)
+def _first_largest(x_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
+    last = x_BV.shape[1] - 1
+    index_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
+    return jnp.min(jnp.where(x_BV == jnp.max(x_BV, axis=-1, keepdims=True), index_BV, last), axis=-1)
