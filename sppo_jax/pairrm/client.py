@@ -20,7 +20,7 @@ import numpy as np
 
 from sppo_jax import hub
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout, wire
+from sppo_jax.pairrm import layout, pairing, wire
 from sppo_jax.pairrm.format import Limits
 from sppo_jax.pairrm.process import Broken, Child
 
@@ -110,9 +110,7 @@ class SidecarJudge:
         prompts [n] are raw instructions, responses [n][K] decoded text. `on_progress(done, total)` counts ordered pairs.
         Raises ValueError for shapes that do not fit, BadInput when the judge fails for good.
         """
-        n, k = len(prompts), len(responses[0]) if responses else 0
-        if len(responses) != n or any(len(row) != k for row in responses):
-            raise ValueError(f"{n} prompts need {n} rows of equally many responses")
+        n, k = pairing.shape(prompts, responses)
         if self._closed:
             raise BadInput(f"{self._name}: this judge is closed; load it again")
         scores = _Scores(n, k)

@@ -87,9 +87,7 @@ class JaxJudge:
         prompts [n] are raw instructions, responses [n][K] decoded text. `on_progress(done, total)` counts ordered pairs.
         Raises ValueError for shapes that do not fit, BadInput for a score that is not a finite number.
         """
-        n, k = len(prompts), len(responses[0]) if responses else 0
-        if len(responses) != n or any(len(row) != k for row in responses):
-            raise ValueError(f"{n} prompts need {n} rows of equally many responses")
+        n, k = pairing.shape(prompts, responses)
         if self._closed:
             raise BadInput("PairRM: this judge is closed; load it again")
         logits = np.zeros((n, k, k), np.float32)

@@ -23,6 +23,14 @@ class Work:
     cells: list[Cell]
 
 
+def shape(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """(n, K) of prompts [n] and responses [n][K]; raises ValueError unless each prompt has equally many."""
+    n, k = len(prompts), len(responses[0]) if responses else 0
+    if len(responses) != n or any(len(row) != k for row in responses):
+        raise ValueError(f"{n} prompts need {n} rows of equally many responses")
+    return n, k
+
+
 def plan(formatter: Formatter, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[Work]:
     """All ordered pairs i != j of each prompt's K responses; both orders, off the diagonal, are in the list."""
     return distinct(read(formatter, prompts, responses))
