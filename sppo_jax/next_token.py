@@ -31,9 +31,7 @@ def next_token(
     if temperature == 0:
         token_B = _best(logits_BV)
     else:
-        temperature = max(
-            temperature, 1e-30
-        )  # a smaller one would be flushed to 0, and the largest weight be 0 / 0
+        temperature = max(temperature, 1e-30)  # flushed to 0, it would make the largest weight 0 / 0
         weight_BV = jnp.exp((logits_BV - highest_B[:, None]) / temperature)
         if 0 < top_k < logits_BV.shape[1]:
             weight_BV = jnp.where(in_top_k(logits_BV, top_k), weight_BV, 0.0)

@@ -121,6 +121,11 @@ def test_temperature_zero_takes_the_first_of_the_largest(vocab):
     assert found[0] == 130
 
 
+def test_a_temperature_below_what_floats_hold_is_nearly_zero():
+    found, _ = draw(random_logits(), keys(64), temperature=1e-45, top_p=1.0)
+    np.testing.assert_array_equal(found, random_logits().argmax(-1))
+
+
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.9, 20)])
 def test_a_row_depends_in_no_bit_on_the_others(top_p, top_k):
     """Other rows change how many rounds are run, not what a row gets."""
