@@ -49,23 +49,23 @@ def random_batch(seed, replicas=1, a=LAYER):
 
 
 fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paged.fill, paged.copy))
+work = jax.jit(paged.work, static_argnames=("window", "mesh"))
 
 
-@functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "mesh"))
-def fill_and_attend(pages, q, keys, values, position, table, active, *, mesh, window, softcap, scale):
+@functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "kernel", "mesh"))
+def fill_and_attend(pages, q, keys, values, position, table, active, *, window, softcap, scale, kernel, mesh):
     rows = jnp.arange(len(position))
     pages = paged.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
     work = paged.work(position, active, table, window, mesh)
     k, v = keys[rows, position], values[rows, position]
-    return paged.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel="xla", mesh=mesh)
+    return paged.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh)
 
 
-def attend(mesh, batch, *, a=LAYER, window=None, softcap=None, scale=None, quantize=False, pages=None):
+def attend(mesh, batch, *, a=LAYER, quantize=False, pages=None, kernel="xla", **options):
     """Prefill the columns before `position`, then one decode step at it: output [B, H, C], and pages."""
     pages = paged.empty(POOL, a, jnp.float32, mesh, quantize=quantize) if pages is None else pages
-    out, pages = fill_and_attend(
-        pages, *vars(batch).values(), mesh=mesh, window=window, softcap=softcap, scale=scale
-    )
+    options = {"window": None, "softcap": None, "scale": None, "kernel": kernel, "mesh": mesh} | options
+    out, pages = fill_and_attend(pages, *vars(batch).values(), **options)
     return np.asarray(out), jax.tree.map(np.asarray, pages)
 
 
@@ -87,12 +87,10 @@ def test_ragged_lengths_equal_dense_attention(one_device, options):
 
 def test_a_window_visits_only_its_pages(one_device):
     position = np.random.default_rng(0).integers(0, LONGEST, SLOTS).astype(np.int32)
-    work = paged.work(
-        jnp.asarray(position), jnp.ones(SLOTS, bool), jnp.asarray(random_batch(0).table), 65, one_device
-    )
+    found = work(position, np.ones(SLOTS, bool), random_batch(0).table, window=65, mesh=one_device)
     first = np.maximum(position + 1 - 65, 0) // PAGE
-    assert work.items_R.tolist() == [(position // PAGE - first + 1).sum()]
-    assert work.table_BW.shape[1] == 2
+    assert found.items_R.tolist() == [(position // PAGE - first + 1).sum()]
+    assert found.table_BW.shape[1] == 2
 
 
 def test_prefill_lands_in_its_own_pages_alone(one_device):
@@ -203,3 +201,31 @@ def test_pages_are_what_their_shapes_and_bytes_say(eight_devices):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
         total = sum(x.nbytes for x in jax.tree.leaves(pages)) * LAYER.layers
         assert total == 5 * 4 * paged.bytes_per_page(LAYER, jnp.bfloat16, quantize)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kv_heads", "head_dim", "dtype", "kernel"),
+    [
+        (4, 8, 128, jnp.bfloat16, "ragged"),  # Mistral
+        (1, 8, 128, jnp.float32, "ragged"),
+        (4, 2, 128, jnp.bfloat16, "ragged"),  # Qwen2.5-1.5B, heads whole
+        (1, 3, 128, jnp.bfloat16, "xla"),
+        (4, 4, 256, jnp.bfloat16, "ragged"),  # Gemma-2-2B
+        (4, 8, 256, jnp.bfloat16, "xla"),
+        (4, 4, 256, jnp.float32, "xla"),
+        (1, 8, 64, jnp.bfloat16, "xla"),
+    ],
+)
+def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads, head_dim, dtype, kernel):
+    """As benchmarks/sampler_tpu.py found with libtpu 0.0.42."""
+    mesh = sharding.make_mesh(8 // tensor, 1, tensor)
+    a = dataclasses.replace(LAYER, kv_heads=kv_heads, head_dim=head_dim)
+    assert paged.choose(mesh, "auto", a, dtype) == "xla"
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
+    assert paged.choose(mesh, "auto", a, dtype) == kernel
+    assert paged.choose(mesh, "xla", a, dtype) == "xla"
+
+
+def test_the_tpu_kernel_refuses_int8_pages(one_device):
+    with pytest.raises(ValueError, match="int8"):
+        attend(one_device, random_batch(0), quantize=True, kernel="ragged")

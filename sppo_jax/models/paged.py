@@ -23,6 +23,9 @@ from sppo_jax.models.attention import MASKED
 
 PAGE = 64  # tokens
 GROUP = 32  # pages that the XLA form takes at a time
+# Of the TPU kernel. Each slot is computed for all queries of a block: with 32 that takes longer (1302 bundles) than
+# reading 512 tokens of two heads (960 cycles of v5e), with 8 not (644). Blocks are read whole, dead pages included.
+PAGES_PER_BLOCK, QUERIES_PER_BLOCK = 8, 8
 BEYOND = jnp.iinfo(jnp.int32).max  # a page of no pool: what is written there is dropped
 Kernel = Literal["xla", "ragged"]
 
@@ -55,9 +58,24 @@ class Work:
     window: int | None = field(metadata={"static": True})
 
 
-def choose(mesh: Mesh, forced: str) -> Kernel:
-    """The kernel for `mesh`; `forced` is model.attention."""
-    return "ragged" if sharding.platform(mesh) == "tpu" and forced != "xla" else "xla"
+def choose(
+    mesh: Mesh, forced: str, architecture: Architecture | None = None, dtype: Any = jnp.bfloat16
+) -> Kernel:
+    """ "ragged" on TPUs, if it serves the architecture and `forced` is not "xla"; else "xla"."""
+    if sharding.platform(mesh) != "tpu" or forced == "xla":
+        return "xla"
+    return "ragged" if architecture is None or _serves(mesh, architecture, jnp.dtype(dtype)) else "xla"
+
+
+def _serves(mesh: Mesh, a: Architecture, dtype: Any) -> bool:
+    """What the kernel of jax 0.10.2 compiles for: whole tiles of heads, and heads of 128 channels.
+
+    Of wider ones it takes one alone on a device, in bfloat16: Gemma-2-9B needs `tensor` 8, not 4.
+    """
+    heads = _local(mesh, a.kv_heads)
+    words = 2 * heads * dtype.itemsize / 4
+    tiled = words in (1, 2, 4, 8) or words % 8 == 0
+    return tiled and (a.head_dim == 128 or (a.head_dim % 128 == 0 and heads == 1 and dtype.itemsize == 2))
 
 
 def bytes_per_page(architecture: Architecture, dtype: Any, quantize: bool) -> int:
@@ -260,10 +278,10 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
     like = ((), (), (channels,))
     parts = tuple(jax.lax.empty((groups * GROUP, *q_BNHC.shape[1:3], *c), jnp.float32) for c in like)
     parts = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
-    return _join(*parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
+    return _join(parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
 
 
-def _join(top_INH: Array, sum_INH: Array, value_INHC: Array, work: Work) -> Array:
+def _join(parts: tuple[Array, ...], work: Work) -> Array:
     """Softmax of each slot from those of its pages, in their order: a page that it lacks changes no bit."""
     blocks_B = -(-work.length_B // PAGE)
     begin_B = jnp.cumsum(blocks_B) - blocks_B
@@ -271,23 +289,26 @@ def _join(top_INH: Array, sum_INH: Array, value_INHC: Array, work: Work) -> Arra
     def page(j: Array, sofar: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top_BNH, sum_BNH, value_BNHC = sofar
         own_B11 = (j < blocks_B)[:, None, None]
-        next_BNH, more_BNH, values_BNHC = (
-            x.at[begin_B + j].get(mode="clip") for x in (top_INH, sum_INH, value_INHC)
-        )
+        next_BNH, more_BNH, values_BNHC = (x.at[begin_B + j].get(mode="clip") for x in parts)
         new_BNH = jnp.where(own_B11, jnp.maximum(top_BNH, next_BNH), top_BNH)
         old_BNH, add_BNH = jnp.exp(top_BNH - new_BNH), jnp.exp(next_BNH - new_BNH)
         sum_BNH = jnp.where(own_B11, sum_BNH * old_BNH + more_BNH * add_BNH, sum_BNH)
         values_BNHC = value_BNHC * old_BNH[..., None] + values_BNHC * add_BNH[..., None]
         return new_BNH, sum_BNH, jnp.where(own_B11[..., None], values_BNHC, value_BNHC)
 
-    shape = (blocks_B.shape[0], *value_INHC.shape[1:])
+    shape = (blocks_B.shape[0], *parts[2].shape[1:])  # B, N, H, C
     start = (jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3]), jnp.zeros(shape))
     _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
     return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
 
 
 def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
-    """The TPU kernel. A slot that is not active reads one column: the kernel knows no empty sequence."""
+    """The TPU kernel. A slot that is not active reads one column: the kernel knows no empty sequence.
+
+    It takes one scale for all int8 keys, known when it is compiled, and ours have one for each: "xla" reads those.
+    """
+    if pages.scale is not None:
+        raise ValueError("ragged paged attention cannot read int8 pages: take the kernel xla")
     slots, width = work.table_BW.shape
     return ragged_paged_attention(
         q_BHC,
@@ -299,8 +320,8 @@ def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float
         sm_scale=scale,
         sliding_window=work.window,
         soft_cap=softcap,
-        num_kv_pages_per_block=min(8, width),
-        num_queries_per_block=min(32, slots),
+        num_kv_pages_per_block=min(PAGES_PER_BLOCK, width),
+        num_queries_per_block=min(QUERIES_PER_BLOCK, slots),
     )
 
 
@@ -323,8 +344,15 @@ def _store(pages: Pages, place: tuple[Array, ...], kv: Float[Array, "*rows M C"]
 
 def _spec(letters: str, mesh: Mesh, kv_heads: int) -> PartitionSpec:
     """Heads lie over `tensor` where it divides the kv heads, else whole on every device, queries' heads with them."""
-    whole = kv_heads % sharding.shards(mesh, sharding.TABLE["N"])
-    return sharding.spec(letters.replace("N", ".").replace("H", ".") if whole else letters, mesh)
+    if _local(mesh, kv_heads) == kv_heads:
+        letters = letters.replace("N", ".").replace("H", ".")
+    return sharding.spec(letters, mesh)
+
+
+def _local(mesh: Mesh, kv_heads: int) -> int:
+    """Kv heads of one device."""
+    pieces = sharding.shards(mesh, sharding.TABLE["N"])
+    return kv_heads if kv_heads % pieces else kv_heads // pieces
 
 
 def _pages_spec(mesh: Mesh, kv_heads: int, quantize: bool) -> Pages:
