@@ -54,7 +54,7 @@ class Shape:
     temperature: float
     top_p: float
     top_k: int
-    quantize: bool = False
+    quantize: bool = False  # the pages
 
 
 class Programs:
@@ -67,7 +67,7 @@ class Programs:
         self.graph, self.mesh, self.shape = graph, mesh, shape
         self.weights = jax.tree.map(_described, weights)
         self.model: Transformer = nnx.merge(graph, self.weights)
-        self.kernel = paged.choose(mesh, self.model.kernel.name) if kernel is None else kernel
+        self.kernel = kernel_of(self.model, mesh) if kernel is None else kernel
         self.replicas = sharding.batch_shards(mesh)
         a = self.model.architecture
         each = shape.pages // self.replicas
@@ -259,6 +259,11 @@ class Programs:
 
         hidden_B1D = model.forward(slots.token[:, None], slots.position[:, None], attention)
         return model.logits(hidden_B1D[:, 0]), pages
+
+
+def kernel_of(model: Transformer, mesh: Mesh) -> paged.Kernel:
+    """Of attention over pages: what goes with the model's own on this platform."""
+    return paged.choose(mesh, model.kernel.name, model.architecture, model.compute_dtype)
 
 
 def bucket(length: int) -> int:

@@ -166,6 +166,9 @@ class Sampler:
         s = self.sampling
         longest = self._longest + s.max_new_tokens
         own = self.stats.slots // self.replicas
+        a, model = self.architecture, nnx.merge(self.graph, self.weights)
+        # The TPU's kernel reads no keys in 8 bits with a scale each; there the matrices alone are.
+        quantize = self._int8 and decoding.kernel_of(model, self.mesh) == "xla"
         pages = slots.pages_needed(own, longest, PAGE)
         least = slots.pages_needed(1, longest, PAGE)
         if s.cache_tokens:
@@ -176,9 +179,10 @@ class Sampler:
                     f"sampling.cache_tokens={s.cache_tokens}: {wanted} {least * PAGE * self.replicas}"
                 )
         elif self._limit is not None:
-            a, dtype = self.architecture, nnx.merge(self.graph, self.weights).compute_dtype
             free = FILLED * self._limit - _memory(self.mesh)["bytes_in_use"]
-            each = paged.bytes_per_page(a, dtype, s.quantize == "int8") / self.mesh.shape["tensor"]
+            tensor = self.mesh.shape["tensor"]
+            pieces = 1 if a.kv_heads % tensor else tensor
+            each = paged.bytes_per_page(a, model.compute_dtype, quantize) / pieces
             pages = min(pages, max(0, int(free / each)))
             if pages < least:
                 raise BadInput(
@@ -193,7 +197,7 @@ class Sampler:
             temperature=s.temperature,
             top_p=s.top_p,
             top_k=s.top_k,
-            quantize=s.quantize == "int8",
+            quantize=quantize,
         )
 
     def _stream(
