@@ -78,9 +78,7 @@ class Sampling:
     quantize: Literal["none", "int8"] = knob(
         "none", "int8: the sampler's copy of the weights, and its keys and values, in 8 bits"
     )
-    shard_prompts: int = knob(
-        64, "prompts per shard file: the most that an interruption of sampling or judging can cost"
-    )
+    shard_prompts: int = knob(64, "prompts per shard file of responses and of preferences")
 
 
 @dataclass(frozen=True)

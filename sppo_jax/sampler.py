@@ -213,10 +213,10 @@ class Sampler:
         try:
             run = _Run(self, records, asked, seeds)
             while run.advance():
-                if on_progress is not None:
-                    on_progress(len(run.finished), run.new_tokens, run.in_use)
                 for i in run.finished:
                     yield i, self._record(records[i], run.done.pop(i))
+                if on_progress is not None:  # last: who stops us there has what was finished
+                    on_progress(len(run.finished), run.new_tokens, run.in_use)
             whole = True
         finally:
             self._streaming = False

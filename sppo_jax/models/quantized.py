@@ -28,7 +28,7 @@ def quantized(model: Transformer) -> Transformer:
         for name, (ins, _, _) in MATRICES.items():
             layer[name] = Int8(rounded(layer[name][...], len(ins)))
     head_DV = model.embedding[...].T if model.head is None else model.head[...]
-    model.head = Int8(rounded(head_DV, 1))
+    model.head = nnx.data(Int8(rounded(head_DV, 1)))
     return model
 
 
