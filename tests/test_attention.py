@@ -1,6 +1,7 @@
 """Kernels of attention against dense masks: splash in Pallas' interpreter, cuDNN by what it is told, and who gets which."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import sharding
+from sppo_jax import config, fit, main, session, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
 from tests.conftest import ODD
+from tests.small_game import words
 
 ALTERNATING = dataclasses.replace(
     ODD, layers=2, windowed=(True, False), attention_softcap=20.0, query_scale=0.3
@@ -208,6 +210,32 @@ def test_a_kernel_that_cannot_serve_is_refused(forced, device, dtype, model, why
         attention.choose(forced, mesh_of(*device), dataclasses.replace(ODD, **model), dtype)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_is_refused_a_kernel_that_its_mesh_has_not(rank, tmp_path):
+    with pytest.raises(BadInput, match="attention=splash runs on a tpu"):
+        main.main(
+            words(tmp_path, model__attention="splash", model__lora_rank=rank, mesh__fsdp=4, mesh__tensor=2)
+        )
+
+
+def test_the_kernel_that_is_named_trains_too(one_device, monkeypatch):
+    with pytest.raises(BadInput, match="attention=splash runs on a tpu"):
+        fit.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
+    named = []
+    monkeypatch.setattr(fit, "make_programs", lambda *args: named.append(args[-1]))
+    settings = config.Config(model=config.Model(attention="xla"))
+    run = SimpleNamespace(config=settings, architecture=ODD, compute_dtype=jnp.float32, mesh=one_device)
+    session.Session.programs(run, 1)
+    assert named == ["xla"]
+
+
+def test_adapters_keep_the_kernel(one_device):
+    model = random_model(ODD, one_device)
+    model.kernel = Kernel("xla", one_device)
+    a = dataclasses.replace(ODD, lora_rank=2)
+    assert lora.beside(model, a, dict(lora.abstract(a, one_device))).kernel == model.kernel
+
+
 @pytest.fixture
 def told(monkeypatch):
     """What cuDNN's attention is called with. XLA, which takes the same arguments, answers in its place."""
@@ -256,6 +284,7 @@ def test_a_model_padded_on_the_left_is_the_same_under_cudnn(one_device, told):
 
 def test_an_array_per_layer_computes_the_same(one_device):
     model = random_model(dataclasses.replace(ALTERNATING, lora_rank=2), one_device)
+    model.kernel = Kernel("xla", one_device)
     graph, weights = nnx.split(model)
     graph, weights = jax.jit(lambda w: nnx.split(nnx.merge(graph, w).unstacked()))(weights)
     apart: Transformer = nnx.merge(graph, weights)
