@@ -130,7 +130,7 @@ def _sampler(args: Any) -> "Sampler":
         raise BadInput(
             f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all"
         )
-    mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
+    mesh = sharding.make_mesh(1, 1, -1, devices=jax.local_devices())
     dtype = jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16
     model = hf.load(directory, mesh=mesh, dtype=dtype, param_dtype=dtype)
     sampling = dataclasses.replace(
@@ -141,7 +141,7 @@ def _sampler(args: Any) -> "Sampler":
         top_p=args.top_p,
         max_new_tokens=longest,
     )
-    return Sampler(model, tokenizer, sampling, mesh, eos=eos, longest=architecture.max_positions - longest)
+    return Sampler(model, tokenizer, sampling, mesh, eos=eos)
 
 
 def _lines() -> Iterator[str]:

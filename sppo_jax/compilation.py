@@ -14,8 +14,8 @@ def keep_programs() -> None:
     Call it before anything is compiled. A cache that cannot be written costs a warning and nothing else.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", str(caches / "sppo_jax" / "programs"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

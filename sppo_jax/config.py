@@ -76,7 +76,8 @@ class Sampling:
         "tokens whose keys and values are kept while sampling, over all devices; 0: what slots can need, or what fits",
     )
     quantize: Literal["none", "int8"] = knob(
-        "none", "int8: the sampler's copy of the weights, and its keys and values, in 8 bits"
+        "none",
+        "int8: the sampler's copy of the weights in 8 bits, and its keys and values where XLA reads them (not on TPUs)",
     )
     shard_prompts: int = knob(64, "prompts per shard file of responses and of preferences")
 

@@ -46,6 +46,8 @@ def probe(session: Session, t: int) -> list[Pair]:
             found = session.sampler(t - 1).generate(
                 asked, seed=c.seed, iteration=t, on_progress=session.metrics.chunks(advance)
             )
+        if session.judge.on_mesh:
+            session.rest_sampler()
         comparisons = len(found) * c.sampling.responses * (c.sampling.responses - 1)
         with session.metrics.progress(
             f"iteration {t} probe judge", comparisons, "pairs", minor=True
@@ -64,6 +66,8 @@ def probe(session: Session, t: int) -> list[Pair]:
 def measure(session: Session, t: int, probed: list[Pair]) -> None:
     """Write iteration t's eval.json, its last file; with the first one, the base's against itself."""
     policy, base, previous = (answer(session, i) for i in (t, BASE, t - 1))
+    if session.judge.on_mesh:
+        session.rest_sampler()
     judges = {"judge": session.judge} | ({} if session.oracle is None else {"oracle": session.oracle})
 
     def rate(

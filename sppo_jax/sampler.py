@@ -7,6 +7,7 @@ token folds (seed, iteration, prompt_id, k, position).
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sppo_jax import decoding, sharding, slots
@@ -78,8 +80,8 @@ class Sampler:
         self.replicas = sharding.batch_shards(self.mesh)
         self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)
         self._longest = longest
-        self._programs: Programs | None = None
-        self._pages: list[Any] | None = None
+        self.programs: Programs | None = None
+        self.pages: list[Any] | None = None
         self._streaming = False
         self.set_weights(model)
 
@@ -93,12 +95,14 @@ class Sampler:
 
     def set_weights(self, model: Transformer) -> None:
         """Sample from another model of the same architecture from now on; its matrices are cast or rounded once, here."""
+        self._check_idle()
         self.weights = None  # free the old ones first
         self.graph, self.weights = _placed(model, self._whole, self.mesh, self._int8)
 
     def release(self) -> None:
         """Free the devices' memory; `set_weights` must come before the next prompt. Programs are kept."""
-        self.weights = self._pages = None
+        self._check_idle()
+        self.weights = self.pages = None
 
     def generate(
         self,
@@ -130,10 +134,15 @@ class Sampler:
         `limits[i][k]` caps single responses below max_new_tokens, to replay recorded lengths. Raises BadInput, before
         anything is sampled, for a prompt that leaves no room for max_new_tokens in the model's context.
         """
+        self._check_idle()
+        if not 0 <= seed < 2**32:
+            raise BadInput(f"seed {seed} must lie in [0, 2**32)")
         records = [chat_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
         self._check(records)
         count, most = responses or self.sampling.responses, self.sampling.max_new_tokens
         rows = limits or [[most] * count] * len(records)
+        if len(rows) != len(records) or not all(row and min(row) >= 1 for row in rows):
+            raise BadInput("limits need a row for each prompt, and in it a number above 0 for each response")
         asked = [{k: min(limit, most) for k, limit in enumerate(row)} for row in rows]
         if not records:
             return iter(())
@@ -142,18 +151,27 @@ class Sampler:
 
     def warm_up(self, lengths: Sequence[int]) -> int:
         """Compile all that prompts of these lengths in tokens need. Returns how many programs that were."""
+        self._check_idle()
         buckets = {bucket(length - 1) for length in lengths}
         longest = max(*lengths, self._longest)
-        if self._programs is None or longest > self._longest or self.graph != self._programs.graph:
+        if self.programs is None or longest > self._longest or self.graph != self.programs.graph:
             self._longest = min(bucket(longest), self.architecture.max_positions)
-            self._programs, self._pages = None, None
-            self._programs = Programs(self.graph, self.weights, self.mesh, self._shape())
-        if self._pages is None:
-            self._pages = self._empty_pages()
-        return self._programs.compile(buckets)
+            self.programs, self.pages = None, None
+            self.programs = Programs(self.graph, self.weights, self.mesh, self._shape())
+        try:
+            if self.pages is None:
+                self.pages = self._empty_pages()
+            return self.programs.compile(buckets)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise BadInput(
+                f"the devices have no memory for {self.stats.slots} slots and {self.programs.shape.pages * PAGE} tokens of "
+                "keys and values: lower sampling.slots or sampling.cache_tokens"
+            ) from None
 
     def _empty_pages(self) -> list[Pages]:
-        programs = self._programs
+        programs = self.programs
         assert programs is not None
         each, quantize = programs.shape.pages // self.replicas, programs.shape.quantize
         dtype = programs.model.compute_dtype
@@ -184,6 +202,8 @@ class Sampler:
             pieces = 1 if a.kv_heads % tensor else tensor
             each = paged.bytes_per_page(a, model.compute_dtype, quantize) / pieces
             pages = min(pages, max(0, int(free / each)))
+            if not self.alone:  # one program for all: the fewest that any process has room for
+                pages = int(multihost_utils.process_allgather(np.asarray(pages)).min())
             if pages < least:
                 raise BadInput(
                     f"a response of {longest} tokens, prompt included, needs {least * each / 1e9:.1f} GB of keys and "
@@ -207,8 +227,7 @@ class Sampler:
         seeds: np.ndarray,
         on_progress: Progress | None,
     ) -> Iterator[tuple[int, Responses]]:
-        if self._streaming:
-            raise RuntimeError("this sampler is in the middle of another stream; close that one first")
+        self._check_idle()
         self._streaming, whole = True, False
         try:
             run = _Run(self, records, asked, seeds)
@@ -221,11 +240,17 @@ class Sampler:
         finally:
             self._streaming = False
             if not whole:  # the pages may have been given away to a program that never ran
-                self._pages = None
+                self.pages = None
+
+    def _check_idle(self) -> None:
+        if self._streaming:
+            raise RuntimeError("this sampler is in the middle of a stream: finish or close that one first")
 
     def _check(self, prompts: Sequence[Prompt]) -> None:
         a, new = self.architecture, self.sampling.max_new_tokens
         for prompt in prompts:
+            if not prompt.ids:
+                raise BadInput(f"the prompt {prompt.text[:80]!r} has no tokens")
             if len(prompt.ids) + new > a.max_positions:
                 raise BadInput(
                     f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens={new} exceed the model's "
@@ -255,8 +280,8 @@ class _Run:
     def __init__(
         self, sampler: Sampler, records: list[Prompt], asked: list[dict[int, int]], seeds: np.ndarray
     ):
-        assert sampler._programs is not None
-        self.sampler, self.records, self.programs = sampler, records, sampler._programs
+        assert sampler.programs is not None
+        self.sampler, self.records, self.programs = sampler, records, sampler.programs
         self.waiting = deque(enumerate(asked))
         self.wanted = [len(row) for row in asked]
         self.done: dict[int, dict[int, Response]] = {}
@@ -292,8 +317,8 @@ class _Run:
                 orders[r * self.each + before[response], decoding.ORDER] = decoding.STOP
                 self.sampler.stats.tokens -= len(response.tokens)
                 self.sampler.stats.evicted_tokens += len(response.tokens)
-            for response in again:
-                self.waiting.appendleft((response.prefix.prompt, {response.k: response.limit}))
+            for prompt, group in itertools.groupby(again, key=lambda response: response.prefix.prompt):
+                self.waiting.appendleft((prompt, {response.k: response.limit for response in group}))
         while self._prefill():
             pass
         for r, replica in enumerate(self.replicas):
@@ -301,8 +326,8 @@ class _Run:
                 self._order(orders[r * self.each + response.slot], replica, response)
         s = self.sampler
         if orders.any():
-            self.slots, s._pages = self.programs["admit"](
-                self.slots, s._pages, self.seeds, self._put(orders, PartitionSpec(sharding.TABLE["B"]))
+            self.slots, s.pages = self.programs["admit"](
+                self.slots, s.pages, self.seeds, self._put(orders, PartitionSpec(sharding.TABLE["B"]))
             )
         live = {
             r * self.each + i: x for r, replica in enumerate(self.replicas) for i, x in replica.live.items()
@@ -310,8 +335,8 @@ class _Run:
         if not live:
             return None
         more = self.waiting or any(replica.ready for replica in self.replicas)
-        self.slots, s._pages, found = self.programs["decode"](
-            s.weights, self.slots, s._pages, self._table(), self.quota if more else self.unlimited
+        self.slots, s.pages, found = self.programs["decode"](
+            s.weights, self.slots, s.pages, self._table(), self.quota if more else self.unlimited
         )
         return found, live
 
@@ -352,7 +377,7 @@ class _Run:
         s, place = self.sampler, PartitionSpec(sharding.TABLE["B"])
         if any(batch):
             inputs = [self._put(x.reshape(-1, *x.shape[2:]), place) for x in (tokens, lengths, table)]
-            s._pages = self.programs[size](s.weights, s._pages, *inputs)
+            s.pages = self.programs[size](s.weights, s.pages, *inputs)
         return any(batch)
 
     def _batch(self, size: int, rows: int) -> list[list[Prefix]]:
@@ -411,7 +436,11 @@ class _Run:
             self.finished.append(i)
 
     def _put(self, x: Any, spec: PartitionSpec) -> Any:
-        return jax.device_put(x, NamedSharding(self.sampler.mesh, spec))
+        # Piece by piece: of one array for all, device_put would have the processes of a mesh compare their own.
+        place, x = NamedSharding(self.sampler.mesh, spec), np.asarray(x)
+        pieces = place.addressable_devices_indices_map(x.shape).items()
+        arrays = [jax.device_put(x[index], device) for device, index in pieces]
+        return jax.make_array_from_single_device_arrays(x.shape, place, arrays)
 
 
 def _serving(model: Transformer, int8: bool) -> Transformer:

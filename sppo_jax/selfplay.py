@@ -89,7 +89,7 @@ def _played(session: Session, t: int, made_from: dict[str, str]) -> list[Pair]:
             metrics=metrics,
         )
         if session.judge.on_mesh:
-            session.put_policy(t - 1, session.policy(t - 1))  # frees the sampler's memory
+            session.rest_sampler()
         # P(y_i > y_j | x) for every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
         preferences = judging.finish(responses)
 
@@ -105,7 +105,14 @@ def _played(session: Session, t: int, made_from: dict[str, str]) -> list[Pair]:
         return selected
 
     digests = {"responses": records.digest(responses), "preferences": records.digest(preferences)}
-    return _pairs(session, t, select, made_from | digests)
+    found = _pairs(session, t, select, made_from | digests)
+    gap = pairs.sampler_gap(found, responses)
+    metrics.scalars(t, "sampler_gap", 0, **gap)
+    metrics.say(
+        f"iteration {t} pairs: the sampler's log-probs are {gap['rms']:.1e} nats a token from training's "
+        f"(root mean square; at most {gap['max']:.1e})"
+    )
+    return found
 
 
 def _pairs(

@@ -148,11 +148,16 @@ class Session:
         self._sampled = t
         return self._sampler
 
-    def _free(self) -> None:
-        """Nothing of a policy stays on the devices: neither its parameters nor the sampler's copy."""
-        self._policy, self._sampled = None, None
+    def rest_sampler(self) -> None:
+        """Free what the sampler holds of the devices, for a judge on the mesh and for training's forward."""
+        self._sampled = None
         if self._sampler is not None:
             self._sampler.release()
+
+    def _free(self) -> None:
+        """Nothing of a policy stays on the devices: neither its parameters nor the sampler's copy."""
+        self._policy = None
+        self.rest_sampler()
 
     def programs(self, steps_per_epoch: int) -> fit.Programs:
         return fit.make_programs(
@@ -172,6 +177,7 @@ class Session:
 
     def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
         """log pi(y|x) [n, R] under the policy after iteration t, in `iteration`'s batches and by training's forward."""
+        self.rest_sampler()
         batches = self.batches(pairs, iteration)
         programs = self.programs(dataset.steps_per_epoch(pairs, self.config.fit.global_batch))
 

@@ -56,7 +56,7 @@ def sampling_mesh(mesh: Mesh, weights: int, limit: int | None) -> Mesh:
     the `limit` bytes of each (None: there is no limit) for keys and values. It lies on one process's devices
     if it fits there, so that none waits for another; else on all.
     """
-    local = mesh.local_mesh.devices.size
+    local = _local(mesh)
     for count in (local, mesh.size) if local < mesh.size else (local,):
         for tensor in range(mesh.shape["tensor"], count + 1):
             if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit):
@@ -67,9 +67,14 @@ def sampling_mesh(mesh: Mesh, weights: int, limit: int | None) -> Mesh:
 def own_part(mesh: Mesh) -> Mesh:
     """This process's replicas of a sampling mesh; all of it where a replica spans processes."""
     mine = [row for row in mesh.devices[:, 0] if all(d.process_index == jax.process_index() for d in row)]
-    if not mine or len(mine) * mesh.shape["tensor"] < mesh.local_mesh.devices.size:
+    if not mine or len(mine) * mesh.shape["tensor"] < _local(mesh):
         return mesh
     return _in_order([d for row in mine for d in row], mesh.shape["tensor"])
+
+
+def _local(mesh: Mesh) -> int:
+    """This process's devices in a mesh; Mesh.local_mesh wants them to lie together there, and on a torus they may not."""
+    return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def _in_order(devices: Iterable[Any], tensor: int) -> Mesh:

@@ -148,6 +148,32 @@ def test_blocks_of_splash_tile_the_padded_length(length):
     assert blocks.block_kv <= 1024
 
 
+@pytest.mark.parametrize(
+    ("kernel", "platform", "names", "heads"),
+    [
+        ("splash", "tpu", ("splash_mha_fwd_", "splash_mha_dkv_"), "tensor<4x128x64xbf16>"),
+        ("cudnn", "cuda", ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("), "tensor<1x40x4x64xbf16>"),
+    ],
+)
+def test_each_device_calls_the_kernel_for_its_own_row_and_heads(kernel, platform, names, heads, monkeypatch):
+    """Lowered for devices that are not here: the kernels accept what they are given, with its gradient."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def gradients(q, k, v, valid):
+        seen = attention.whole(valid, [9], Kernel(kernel, mesh), scale=0.2)
+        return jax.grad(lambda *qkv: jnp.sum(seen(0, *qkv).astype(jnp.float32)), (0, 1, 2))(q, k, v)
+
+    like = [jax.ShapeDtypeStruct((4, 40, n, 64), jnp.bfloat16) for n in (8, 2, 2)]
+    traced = jax.jit(gradients).trace(*like, jax.ShapeDtypeStruct((4, 40), jnp.bool_))
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = [line for line in lowered.splitlines() if "custom_call" in line]
+    assert len(calls) == 2
+    for call, name in zip(calls, names, strict=True):
+        assert name in call
+        assert heads in call  # of 4 rows and 8 heads
+
+
 class Device:
     """A device as far as a choice looks at it."""
 

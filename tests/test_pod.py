@@ -65,7 +65,6 @@ def test_a_replica_is_as_small_as_leaves_room_for_keys_and_values(monkeypatch, g
     )
     mesh = Devices(
         shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor}, size=16, devices=devices,
-        local_mesh=SimpleNamespace(devices=devices.reshape(-1)[:4]),
     )  # fmt: skip
     monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
     found = sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000)

@@ -14,6 +14,7 @@ from sppo_jax import sampler as sampler_module
 from sppo_jax.config import Config, Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models.logprob import response_logprob
+from sppo_jax.records import Prompt
 from sppo_jax.sampler import Sampler
 
 TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24, slots=24)
@@ -111,29 +112,47 @@ def test_T18_little_memory_costs_time_and_changes_nothing(policy, tokenizer, ask
     assert tight.stats.tokens == roomy.stats.tokens == 4 * 3 * 200
 
 
-@pytest.mark.parametrize(
-    ("layout", "temperature"),
-    [
-        ("nine_slots", 1.0),
-        ("eight_replicas", 1.0),
-        ("four_replicas_of_two", 0.0),
-        ("four_replicas_of_two", 1.0),
-    ],
-)
-def test_T18_a_response_is_the_same_on_every_layout(sampled, asked, tokenizer, policy, layout, temperature):
+@pytest.fixture(scope="module")
+def three_slots(policy, tokenizer, asked):
+    return small(policy, tokenizer, slots=3).generate(asked, seed=3, iteration=1)
+
+
+def test_T18_eight_replicas_of_three_slots_say_what_one_of_them_says_in_every_bit(
+    three_slots, tokenizer, asked, eight_flat
+):
+    model = models.load(tiny.path("policy"), mesh=eight_flat)
+    eight = small(model, tokenizer, eight_flat, slots=24)
+    assert eight.replicas == 8
+    assert eight.generate(asked, seed=3, iteration=1) == three_slots
+
+
+@pytest.fixture(scope="module")
+def eight_flat():
+    return sharding.make_mesh(1, 8, 1)
+
+
+def same_tokens(found, expected):
+    """Other shapes and sums over devices give other last bits, and the same tokens."""
+    assert [row.response_ids for row in found] == [row.response_ids for row in expected]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_T18_the_number_of_slots_changes_no_token(sampled, three_slots):
+    same_tokens(three_slots, sampled)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_T18_four_replicas_of_two_devices_draw_the_same_tokens(
+    sampled, asked, tokenizer, policy, eight_devices, temperature
+):
     expected = sampled
     if temperature == 0:
         expected = small(policy, tokenizer, temperature=0.0).generate(asked, seed=3, iteration=1)
-    if layout == "nine_slots":
-        other = small(policy, tokenizer, temperature=temperature, slots=9)
-    else:
-        mesh = sharding.make_mesh(1, 8, 1) if layout == "eight_replicas" else sharding.make_mesh(1, 4, 2)
-        other = small(models.load(tiny.path("policy"), mesh=mesh), tokenizer, mesh, temperature=temperature)
-        assert other.replicas == (8 if layout == "eight_replicas" else 4)
-    found = other.generate(asked, seed=3, iteration=1)
-    assert [row.response_ids for row in found] == [row.response_ids for row in expected]
-    for a, b in zip(found, expected, strict=True):  # other shapes and sums over devices: other last bits
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    model = models.load(tiny.path("policy"), mesh=eight_devices)
+    other = small(model, tokenizer, eight_devices, temperature=temperature)
+    assert other.replicas == 4
+    same_tokens(other.generate(asked, seed=3, iteration=1), expected)
 
 
 PER_K = ("response_ids", "responses", "finish_reason", "logprobs")
@@ -148,11 +167,8 @@ def test_T18_seed_and_iteration_change_the_samples(sampler, sampled, asked, chan
 
 def test_T18_prompts_do_not_share_their_draws(policy, tokenizer):
     """With the same logits everywhere, equal keys would give equal responses."""
-    from flax import nnx
-
     flat = models.load(tiny.path("policy"))
     flat.head[...] = jnp.zeros_like(flat.head[...])
-    assert isinstance(flat, nnx.Module)
     rows = Sampler(flat, tokenizer, TEMPERATE).generate([f"prompt {i}" for i in range(4)], seed=0)
     everything = [tuple(ids) for row in rows for ids in row.response_ids]
     assert len(set(everything)) == len(everything)
@@ -185,24 +201,28 @@ def test_a_prompt_without_room_is_refused(policy, tokenizer, asked):
         roomy.generate(asked[:1], seed=0)
 
 
-def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
-    sampler, sampled, asked, monkeypatch
-):
-    compiled, reads = [], []
+@pytest.fixture
+def compiled():
+    """Names of what is compiled during a test."""
+    names = []
 
     def listen(name, seconds, **_):
-        if "compile" in name:
-            compiled.append(name)
+        if name == "/jax/core/compile/backend_compile_duration":
+            names.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    get, chunks = jax.device_get, sampler._programs["decode"]
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
+    sampler, sampled, asked, monkeypatch, compiled
+):
+    reads, counted = [], []
+    get, chunks = jax.device_get, sampler.programs["decode"]
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x.shape) or get(x))
-    counted = []
-    monkeypatch.setitem(sampler._programs._compiled, "decode", lambda *a: counted.append(0) or chunks(*a))
-    try:
-        sampler.generate(asked[5:], seed=8, iteration=2)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    monkeypatch.setitem(sampler.programs._compiled, "decode", lambda *a: counted.append(0) or chunks(*a))
+    sampler.generate(asked[5:], seed=8, iteration=2)
     assert compiled == []
     assert len(reads) == len(counted) > 3
 
@@ -243,12 +263,49 @@ def test_slots_are_refilled_while_others_go_on(policy, tokenizer, asked):
     assert sampler.stats.slot_efficiency > 0.5  # 0.19 in batches
 
 
-def test_other_weights_need_no_other_programs(policy, tokenizer, asked, sampled, sampler):
-    programs = sampler._programs
+def test_other_weights_are_sampled_from_at_once(policy, tokenizer, asked, sampled, sampler, compiled):
+    """As in a game: released for training, then the next policy. Nothing is compiled again."""
+    other = models.load(tiny.path("policy"))
+    other.head[...] = other.head[...] * 0.5
+    jax.block_until_ready(other.head[...])
+    compiled.clear()
+    sampler.release()
+    sampler.set_weights(other)
+    assert sampler.generate(asked[:3], seed=3, iteration=1) != sampled[:3]
     sampler.release()
     sampler.set_weights(policy)
     assert sampler.generate(asked[:3], seed=3, iteration=1) == sampled[:3]
-    assert sampler._programs is programs
+    assert compiled == []
+
+
+def test_a_sampler_serves_one_stream_at_a_time(sampler, sampled, asked, policy):
+    stream = sampler.stream(asked[:4], seed=3, iteration=1)
+    first = next(stream)
+    for other in (
+        lambda: sampler.stream(asked[4:5], seed=0),
+        lambda: sampler.set_weights(policy),
+        sampler.release,
+    ):
+        with pytest.raises(RuntimeError, match="middle of a stream"):
+            other()
+    found = dict([first, *stream])
+    assert [found[i] for i in range(4)] == sampled[:4]
+    next(sampler.stream(asked[:4], seed=3, iteration=1))  # left in the middle
+    assert sampler.generate(asked[:4], seed=3, iteration=1) == sampled[:4]
+
+
+@pytest.mark.parametrize("limits", [[[0, 1, 1]], [[]], [[1, 1, 1], [1, 1, 1]]])
+def test_limits_that_ask_for_nothing_are_refused(sampler, asked, limits):
+    with pytest.raises(BadInput, match="limits need"):
+        sampler.stream(asked[:1], seed=0, limits=limits)
+
+
+def test_an_empty_prompt_and_an_impossible_seed_are_refused(sampler):
+    with pytest.raises(BadInput, match="has no tokens"):
+        sampler.generate([Prompt("nothing", [])], seed=0)
+    with pytest.raises(BadInput, match="seed -1"):
+        sampler.generate(["a"], seed=-1)
+    assert sampler.generate([], seed=0) == []
 
 
 def test_a_cache_that_cannot_hold_one_response_is_refused(policy, tokenizer, asked):

@@ -105,8 +105,13 @@ def empty(
 ) -> Pages:
     """One layer's pages of zeros, born where they stay."""
     like = shapes(pages_per_replica, architecture, dtype, mesh, quantize=quantize)
-    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+    return jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.sharding)(), like)
+
+
+@functools.lru_cache
+def _zeros(shape: tuple[int, ...], dtype: Any, place: NamedSharding) -> Callable[[], Array]:
+    """Compiled once for all layers and iterations."""
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)
 
 
 def fill(
@@ -277,7 +282,8 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
     groups = -(-work.slot_I.shape[0] // GROUP)
     like = ((), (), (channels,))
     parts = tuple(jax.lax.empty((groups * GROUP, *q_BNHC.shape[1:3], *c), jnp.float32) for c in like)
-    parts = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
+    with jax.named_scope("live_pages"):
+        parts = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
     return _join(parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
 
 
@@ -298,7 +304,8 @@ def _join(parts: tuple[Array, ...], work: Work) -> Array:
 
     shape = (blocks_B.shape[0], *parts[2].shape[1:])  # B, N, H, C
     start = (jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3]), jnp.zeros(shape))
-    _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
+    with jax.named_scope("join_pages"):
+        _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
     return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
 
 
