@@ -204,10 +204,9 @@ def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
     """einsum of `x` with a matrix in the dtype of `x`, or with one in 8 bits (models/quantized.py), as `dtype` or that of `x`."""
     if isinstance(w, jax.Array):
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
-    # XLA would convert every matrix before a loop and carry the copies through it: let the conversion wait for x.
-    x, int8 = jax.lax.optimization_barrier((x, w.qvalue))
-    wide = jnp.einsum(equation, x, int8.astype(x.dtype), preferred_element_type=jnp.float32)
+    # Scaled after the product: then TPUs and GPUs read int8 in the decode loop and no float copy of a matrix is ever made.
     # What is summed over comes first in a matrix, and has 1 in the scale.
+    wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     return (wide * w.scale).astype(dtype or x.dtype)
 
 
