@@ -85,6 +85,16 @@ def test_ragged_lengths_equal_dense_attention(one_device, options):
         np.testing.assert_allclose(out, dense(batch, **options), atol=1e-5)
 
 
+def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(
+        paged, "GROUP", 48
+    )  # several groups; and a window of its own, so that it is compiled anew
+    batch = random_batch(0)
+    out, _ = attend(one_device, batch, window=200)
+    np.testing.assert_allclose(out, dense(batch, window=200), atol=1e-5)
+
+
 def test_a_window_visits_only_its_pages(one_device):
     position = np.random.default_rng(0).integers(0, LONGEST, SLOTS).astype(np.int32)
     found = work(position, np.ones(SLOTS, bool), random_batch(0).table, window=65, mesh=one_device)
@@ -162,6 +172,8 @@ def test_a_slot_depends_in_no_bit_on_its_neighbours_or_its_pages(one_device, win
         rng = np.random.default_rng(100 + seed)
         batch = random_batch(seed)
         alone, _ = attend(one_device, batch, window=window)
+        wide = dataclasses.replace(batch, table=np.pad(batch.table, ((0, 0), (0, 60))))
+        np.testing.assert_array_equal(attend(one_device, wide, window=window)[0], alone)
         order = rng.permutation(SLOTS)
         moved = batch[order]
         moved.table = rng.permutation(POOL)[: SLOTS * WIDTH].reshape(SLOTS, WIDTH).astype(np.int32)

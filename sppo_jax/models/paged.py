@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -22,7 +23,7 @@ from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.attention import MASKED
 
 PAGE = 64  # tokens
-GROUP = 32  # pages that the XLA form takes at a time
+GROUP, GROUP_OF_CPU = 256, 32  # pages that the XLA form takes at a time; a CPU's cache holds few
 # Of the TPU kernel. Each slot is computed for all queries of a block: with 32 that takes longer (1302 bundles) than
 # reading 512 tokens of two heads (960 cycles of v5e), with 8 not (644). Blocks are read whole, dead pages included.
 PAGES_PER_BLOCK, QUERIES_PER_BLOCK = 8, 8
@@ -222,10 +223,11 @@ def attend(
     """Write the new keys and values, then let each slot's query see its columns: the output, and the pages.
 
     Scores times `scale` (None: 1/sqrt(C)), soft-capped like attention.attend, softmax in float32. What a slot gets
-    depends in no bit on the other slots or on which pages it has. Slots that are not active get something finite.
+    depends on no other slot and not on which pages it has, in no bit on a CPU. Slots that are not active get something finite.
     """
     scale = q_BHC.shape[2] ** -0.5 if scale is None else scale
-    see = _ragged if kernel == "ragged" else _xla
+    cpu = sharding.platform(mesh) == "cpu"
+    see = _ragged if kernel == "ragged" else functools.partial(_xla, cpu=cpu)
 
     def local(q_BHC: Array, k_BNC: Array, v_BNC: Array, pages: Pages, work: Work) -> tuple[Array, Pages]:
         pages = _store(pages, (work.page_B, work.row_B), _interleave(k_BNC, v_BNC))
@@ -238,18 +240,19 @@ def attend(
     return _shard_map(local, mesh, ins, (queries, spec))(q_BHC, k_BNC, v_BNC, pages, work)
 
 
-def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
-    """Live pages alone, GROUP at a time; each leaves max, sum and weighted values, which `_join` puts together."""
+def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None, *, cpu: bool) -> Array:
+    """Live pages alone, a group at a time; each leaves max, sum and weighted values, which are joined at the end."""
+    size, join = (GROUP_OF_CPU, _join_in_order) if cpu else (GROUP, _join)
     slots, heads, channels = q_BHC.shape[0], pages.values.shape[2] // 2, pages.values.shape[3]
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
 
     def group(t: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
-        item_G = t * GROUP + jnp.arange(
-            GROUP
-        )  # those past the last are done for nothing, and nobody reads them
+        item_G = t * size + jnp.arange(size)  # nobody reads what comes of those past the last
         slot_G, block_G = work.slot_I.at[item_G].get(mode="clip"), work.block_I.at[item_G].get(mode="clip")
         page_G = work.table_BW.at[slot_G, block_G].get(mode="clip")
-        kv_GSNKC = pages.values.at[page_G].get(mode="clip").reshape(GROUP, PAGE, heads, 2, channels)
+        kv_GSNKC = pages.values.at[page_G].get(mode="clip").reshape(size, PAGE, heads, 2, channels)
+        # Else XLA on a TPU gives the pages the order that the products like, and copies all of them in every step.
+        kv_GSNKC = with_layout_constraint(kv_GSNKC, Layout(major_to_minor=(0, 1, 2, 3, 4)))
         k_GNSC, v_GNSC = (kv_GSNKC[:, :, :, i].swapaxes(1, 2).astype(q_BHC.dtype) for i in range(2))
         column_GS = block_G[:, None] * PAGE + jnp.arange(PAGE)[None]
         seen_GS = (column_GS < work.length_B[slot_G][:, None]) & (column_GS >= work.first_B[slot_G][:, None])
@@ -258,7 +261,7 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
         score_GNHS = jnp.einsum("GNHC,GNSC->GNHS", q_BNHC[slot_G], k_GNSC, preferred_element_type=jnp.float32)
         score_GNHS *= scale
         if pages.scale is not None:
-            scale_GSNK = pages.scale.at[page_G].get(mode="clip").reshape(GROUP, PAGE, heads, 2)
+            scale_GSNK = pages.scale.at[page_G].get(mode="clip").reshape(size, PAGE, heads, 2)
             k_scale_GN1S, v_scale_GN1S = (scale_GSNK[..., i].swapaxes(1, 2)[:, :, None] for i in range(2))
             score_GNHS *= k_scale_GN1S
         if softcap is not None:
@@ -275,20 +278,34 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
             "GNHS,GNSC->GNHC", weight_GNHS.astype(q_BHC.dtype), v_GNSC, preferred_element_type=jnp.float32
         )
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(part, x, t * GROUP, axis=0)
+            jax.lax.dynamic_update_slice_in_dim(part, x, t * size, axis=0)
             for part, x in zip(parts, (top_GNH, sum_GNH, value_GNHC), strict=True)
         )
 
-    groups = -(-work.slot_I.shape[0] // GROUP)
+    groups = -(-work.slot_I.shape[0] // size)
     like = ((), (), (channels,))
-    parts = tuple(jax.lax.empty((groups * GROUP, *q_BNHC.shape[1:3], *c), jnp.float32) for c in like)
+    parts = tuple(jax.lax.empty((groups * size, *q_BNHC.shape[1:3], *c), jnp.float32) for c in like)
     with jax.named_scope("live_pages"):
-        parts = jax.lax.fori_loop(0, -(-work.items_R[0] // GROUP), group, parts)
-    return _join(parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
+        parts = jax.lax.fori_loop(0, -(-work.items_R[0] // size), group, parts)
+    return join(parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
 
 
 def _join(parts: tuple[Array, ...], work: Work) -> Array:
-    """Softmax of each slot from those of its pages, in their order: a page that it lacks changes no bit."""
+    """Softmax of each slot from those of its pages."""
+    blocks_B = -(-work.length_B // PAGE)
+    block_W = jnp.arange(work.table_BW.shape[1])
+    item_BW = (jnp.cumsum(blocks_B) - blocks_B)[:, None] + block_W
+    own_BW11 = (block_W < blocks_B[:, None])[..., None, None]
+    top_BWNH, sum_BWNH, value_BWNHC = (x.at[item_BW].get(mode="clip") for x in parts)
+    top_BWNH = jnp.where(own_BW11, top_BWNH, MASKED)
+    share_BWNH = jnp.exp(top_BWNH - jnp.max(top_BWNH, axis=1, keepdims=True))
+    sum_BNH = jnp.sum(jnp.where(own_BW11, share_BWNH * sum_BWNH, 0), axis=1)
+    value_BNHC = jnp.sum(jnp.where(own_BW11[..., None], share_BWNH[..., None] * value_BWNHC, 0), axis=1)
+    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
+
+
+def _join_in_order(parts: tuple[Array, ...], work: Work) -> Array:
+    """The same page after page: what jnp.sum gives hangs on the table's width, in its last bits."""
     blocks_B = -(-work.length_B // PAGE)
     begin_B = jnp.cumsum(blocks_B) - blocks_B
 
@@ -304,9 +321,8 @@ def _join(parts: tuple[Array, ...], work: Work) -> Array:
 
     shape = (blocks_B.shape[0], *parts[2].shape[1:])  # B, N, H, C
     start = (jnp.full(shape[:3], MASKED), jnp.zeros(shape[:3]), jnp.zeros(shape))
-    with jax.named_scope("join_pages"):
-        _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
-    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
+    _, sum_BNH, value_BNHC = jax.lax.fori_loop(0, jnp.max(blocks_B), page, start)
+    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]
 
 
 def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:

@@ -1,0 +1,285 @@
+"""The sampler's programs for Mistral-7B compiled ahead of time for TPU v5e on a CPU: what fits, and tokens per second.
+
+pip install --target TPU --no-deps libtpu==0.0.42.1
+PYTHONPATH=TPU python benchmarks/sampler_tpu.py [--json] [--topology v5e:4x4] [--slots 128 400] [--kernels ragged xla]
+
+Replicas of four chips (tensor 4: one host of v5e), bfloat16, prompts and responses of 2,048 + 512 tokens at most. No TPU
+is needed, and nothing is run. Memory is the compiler's figure. Time is an estimate, good to a factor of perhaps 1.5:
+the compiler's cycles of each fusion, times how often its loop turns, at 1.5 GHz; plus what its cycles leave out, the
+collectives' bytes over the links and the attention kernel's bytes at REACHED of the memory's speed.
+"""
+
+import os
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+import argparse
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from sppo_jax import sampler, sharding
+from sppo_jax.decoding import STEPS, Programs, Shape
+from sppo_jax.models import Architecture, Transformer, attention, hf, paged
+from sppo_jax.models.architecture import Rope
+from sppo_jax.models.paged import PAGE
+
+MISTRAL = Architecture(
+    vocab=32_000, model=4096, mlp=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, norm_eps=1e-5,
+    rope=Rope(1e6), max_positions=32_768, window=None, tied=False,
+)  # fmt: skip
+TENSOR = 4
+LONGEST = 2048 + 512  # columns of one response
+LIVE = 600  # mean columns of a slot, halfway through prompts and responses
+BUCKET = 512  # of the prefill that is reported
+CLOCK = 1.5e9  # of v5e: at this the compiler's cycles for a large product come to 90 % of its peak
+PEAK, MEMORY = 197e12, 819e9  # operations and bytes per second
+REACHED = 0.7  # the share of MEMORY that the attention kernel is taken to reach
+LINKS, LATENCY = 90e9, 5e-6  # bytes per second out of a chip over two links; seconds to begin a collective
+LIMIT = 15.75  # GiB of a chip that the compiler gives to a program
+ROUNDS = 2  # that the race of next_token is run again at top_p .9, for the slowest of all slots
+GIB = 2**30
+# Bytes that leave a chip of TENSOR, for each byte of the result.
+SENT = {
+    "all-reduce": 2 * (TENSOR - 1) / TENSOR,
+    "all-gather": (TENSOR - 1) / TENSOR,
+    "all-to-all": (TENSOR - 1) / TENSOR,
+    "reduce-scatter": TENSOR - 1,
+    "collective-permute": 1,
+}
+
+
+def replicas(topology: str) -> Mesh:
+    """A slice that is not here, as replicas of one host's chips."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    ordered = np.asarray(sorted(devices, key=lambda d: (d.process_index, d.id)), object)
+    return Mesh(ordered.reshape(-1, 1, TENSOR), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def programs(
+    mesh: Mesh, slots: int, tokens: int, kernel: paged.Kernel, a: Architecture = MISTRAL
+) -> Programs:
+    """The sampler's programs for `slots` and a pool of `tokens` on each replica."""
+    model = Transformer(
+        a, dict(hf.abstract(a, mesh)), jnp.bfloat16, attention.choose("auto", mesh, a, jnp.bfloat16)
+    )
+    graph, weights = nnx.split(nnx.eval_shape(lambda model: sampler._serving(model, False), model))
+    placed = sampler._shardings(model, weights, mesh)
+    weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, placed)
+    count = sharding.batch_shards(mesh)
+    shape = Shape(
+        slots=slots * count,
+        pages=tokens // PAGE * count,
+        width=-(-LONGEST // PAGE),
+        eos=(2,),
+        temperature=0.7,
+        top_p=0.9,
+        top_k=0,
+    )
+    return Programs(graph, weights, mesh, shape, kernel)
+
+
+@dataclass
+class Cost:
+    """Of one chip: the compiler's cycles, what collectives send, and the copies of a megabyte or more in loops."""
+
+    cycles: float = 0
+    sent: float = 0  # bytes
+    collectives: float = 0
+    copies: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "Cost", times: float = 1) -> None:
+        self.cycles += times * other.cycles
+        self.sent += times * other.sent
+        self.collectives += times * other.collectives
+        self.copies |= other.copies
+
+
+class Module:
+    """A compiled program's text: its cost, with loops by their turns."""
+
+    def __init__(self, text: str, turns: dict[str, float]):
+        """`turns`: of the loops whose length is not known before, by what their names match, the first that does."""
+        self.turns = turns
+        self.computations: dict[str, list[str]] = {}
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+                name = "ENTRY" if head[1] else head[2]
+                self.computations[name] = []
+            elif line.startswith("  "):
+                self.computations[name].append(line.strip().removeprefix("ROOT "))
+
+    def cost(self, name: str = "ENTRY") -> Cost:
+        total = Cost()
+        for line in self.computations[name]:
+            found = re.match(r"%[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
+            if found is None:
+                continue
+            result, operation = found.groups()  # a copy-start moves between memories and is not looked at
+            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+                total.cycles += int(cycles[1])
+            if (collective := operation.removesuffix("-start")) in SENT:
+                total.add(Cost(sent=SENT[collective] * _bytes(result), collectives=1))
+            if operation == "copy" and name != "ENTRY" and _bytes(result) >= 2**20:
+                total.copies[result.split("{")[0]] = _bytes(result) / 2**20
+            if operation == "while":
+                total.add(self.cost(_part(r"body=%([\w.-]+)", line)), self._turns(line))
+            if operation == "call":
+                total.add(self.cost(_part(r"to_apply=%([\w.-]+)", line)))
+        return total
+
+    def _turns(self, line: str) -> float:
+        name = _part(r'op_name="([^"]*)"', line)
+        known = [turns for pattern, turns in self.turns.items() if re.search(pattern, name)]
+        condition = " ".join(self.computations[_part(r"condition=%([\w.-]+)", line)])
+        return known[0] if known else int(_part(r"constant\((\d+)\)", condition))
+
+
+def compiled(p: Programs, name: Any) -> tuple[Any, dict[str, float]]:
+    """A program of the sampler, and what the compiler says of its memory."""
+    started = time.perf_counter()
+    program = p._lower(name).compile()
+    memory = program.memory_analysis()
+    return program, {
+        "peak_gib": memory.peak_memory_in_bytes / GIB,
+        "temporary_gib": memory.temp_size_in_bytes / GIB,
+        "compile_seconds": time.perf_counter() - started,
+    }
+
+
+def decoding(p: Programs) -> dict[str, Any]:
+    """A step of the decode program at LIVE columns a slot, in milliseconds by cause, and the tokens that come of it."""
+    program, found = compiled(p, "decode")
+    a, slots = p.model.architecture, p.shape.slots // p.replicas
+    turns = {
+        r"^jit\(decode\)/while$": STEPS,
+        "live_pages": math.ceil(slots * (LIVE / PAGE + 0.5) / paged.GROUP),
+        "while/body": ROUNDS,
+    }
+    cost = Module(program.as_text(), turns).cost()
+    weights = sum(_local(x) for x in jax.tree.leaves(p.weights)) / MEMORY
+    found["cycles_ms"] = 1e3 * cost.cycles / STEPS / CLOCK
+    found["weights_ms"] = 1e3 * weights
+    found["links_ms"] = 1e3 * (cost.sent / LINKS + cost.collectives * LATENCY) / STEPS
+    found["attention_ms"] = 0.0  # of the XLA form the cycles tell
+    if p.kernel == "ragged":  # reads whole blocks
+        columns = slots * (LIVE + paged.PAGES_PER_BLOCK * PAGE / 2)
+        found["attention_ms"] = 1e3 * columns * a.layers * _column(p) / MEMORY / REACHED
+    # Weights are fetched while products run, so the slower of the two counts.
+    step = max(found["cycles_ms"], found["weights_ms"]) + found["links_ms"] + found["attention_ms"]
+    return found | {
+        "step_ms": step,
+        "tokens_per_second_per_chip": slots / step * 1e3 / TENSOR,
+        "copies_in_loops_mib": cost.copies,
+    }
+
+
+def filling(p: Programs) -> dict[str, Any]:
+    """The prefill of BUCKET, and prompt tokens per second of a replica's chips."""
+    program, found = compiled(p, BUCKET)
+    cost = Module(program.as_text(), {}).cost()
+    seconds = cost.cycles / CLOCK + cost.sent / LINKS + cost.collectives * LATENCY
+    tokens = p.rows(BUCKET) * BUCKET
+    layers = jax.tree.leaves(p.weights["layers"])
+    flops = 2 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in layers) * tokens
+    return found | {
+        "tokens": tokens,
+        "ms": 1e3 * seconds,
+        "tokens_per_second_per_chip": tokens / seconds / TENSOR,
+        "share_of_peak": flops / PEAK / seconds,
+    }
+
+
+def _column(p: Programs) -> int:
+    """Bytes of one column's keys and values in one layer on one chip."""
+    return _local(p.pages[0].values) // (
+        p.pages[0].values.sharding.shard_shape(p.pages[0].values.shape)[0] * PAGE
+    )
+
+
+def _local(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _bytes(result: str) -> int:
+    """Of an HLO type; of a tuple's largest member."""
+    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+    return max(sizes[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays)
+
+
+def _part(pattern: str, line: str) -> str:
+    found = re.search(pattern, line)
+    assert found is not None, (pattern, line)
+    return found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--slots", type=int, nargs="+", default=[128, 400], help="of one replica")
+    parser.add_argument("--kernels", nargs="+", default=["ragged", "xla"], choices=["ragged", "xla"])
+    parser.add_argument("--tokens", type=int, default=128 * LONGEST, help="of one replica's pool")
+    parser.add_argument("--layers", type=int, default=MISTRAL.layers)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    mesh = replicas(options.topology)
+    a = replace(MISTRAL, layers=options.layers)
+    report: dict[str, Any] = {
+        "topology": options.topology,
+        "chips_per_replica": TENSOR,
+        "live_columns": LIVE,
+        "pool_tokens": options.tokens,
+        "versions": {"jax": jax.__version__, "libtpu": version("libtpu")},
+        "decode": [],
+    }
+    for kernel in options.kernels:
+        for slots in options.slots:
+            p = programs(mesh, slots, options.tokens, kernel, a)
+            row = {"kernel": kernel, "slots": slots} | decoding(p)
+            report["decode"].append(row)
+            print(
+                f"{kernel:6} {slots:4} slots: {row['tokens_per_second_per_chip']:5.0f} tokens/s per chip; step "
+                f"{row['step_ms']:.1f} ms (cycles {row['cycles_ms']:.1f}, weights {row['weights_ms']:.1f}, attention "
+                f"{row['attention_ms']:.1f}, links {row['links_ms']:.1f}); peak {row['peak_gib']:.2f} GiB, "
+                f"compiled in {row['compile_seconds']:.0f} s; copies {row['copies_in_loops_mib']}",
+                flush=True,
+            )
+    report["prefill"] = filling(p)
+    row = report["prefill"]
+    print(
+        f"prefill of {row['tokens']} tokens: {row['tokens_per_second_per_chip']:.0f} tokens/s per chip, "
+        f"{row['share_of_peak']:.0%} of the peak; peak {row['peak_gib']:.2f} GiB",
+        flush=True,
+    )
+    peak = max(x["peak_gib"] for x in [*report["decode"], row])
+    room = (LIMIT - peak) * GIB / (a.layers * _column(p))
+    report["pool_that_fits"] = options.tokens + int(room) // PAGE * PAGE
+    print(
+        f"{report['pool_that_fits']} tokens of pool fit a replica: {report['pool_that_fits'] // LONGEST} slots of "
+        f"{LONGEST}, {report['pool_that_fits'] // (LIVE + PAGE // 2)} of {LIVE} on average"
+    )
+    if options.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
