@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sampler import SEED, NoText, best_seconds, compilations, say, steady_steps
+from sampler_replay import SEED, NoText, best_seconds, compilations, say, steady_steps
 
 from sppo_jax import sharding
 from sppo_jax.config import Sampling

@@ -166,6 +166,7 @@ def test_metrics_are_json_lines_with_their_place(played):
     lines = [json.loads(line) for line in (played / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {
         "respond",
+        "sampler_gap",
         "judge_shard",
         "judge",
         "pairs",
