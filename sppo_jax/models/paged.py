@@ -59,13 +59,10 @@ class Work:
     window: int | None = field(metadata={"static": True})
 
 
-def choose(
-    mesh: Mesh, forced: str, architecture: Architecture | None = None, dtype: Any = jnp.bfloat16
-) -> Kernel:
-    """ "ragged" on TPUs, if it serves the architecture and `forced` is not "xla"; else "xla"."""
-    if sharding.platform(mesh) != "tpu" or forced == "xla":
-        return "xla"
-    return "ragged" if architecture is None or _serves(mesh, architecture, jnp.dtype(dtype)) else "xla"
+def choose(mesh: Mesh, forced: str, architecture: Architecture, dtype: Any) -> Kernel:
+    """The kernel for `mesh`: on TPUs "ragged", where it serves the architecture and `forced` is not "xla"."""
+    on_tpu = sharding.platform(mesh) == "tpu" and forced != "xla"
+    return "ragged" if on_tpu and _serves(mesh, architecture, jnp.dtype(dtype)) else "xla"
 
 
 def _serves(mesh: Mesh, a: Architecture, dtype: Any) -> bool:
