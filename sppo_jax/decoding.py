@@ -80,10 +80,11 @@ class Programs:
         return max(1, min(PREFILL_TOKENS // bucket, self.shape.slots // self.replicas))
 
     def compile(self, buckets: set[int]) -> int:
-        """Compile what is not yet, side by side. Returns how many programs that were."""
+        """Compile what is not yet, side by side where there is a host's memory for it. Returns how many programs that were."""
         missing = [name for name in ("admit", "decode", *sorted(buckets)) if name not in self._compiled]
         lowered = [self._lower(name) for name in missing]
-        with ThreadPoolExecutor() as threads:
+        # On a CPU the compiler's memory is the sampler's: five at once took a quarter more than all that they then run on.
+        with ThreadPoolExecutor(1 if sharding.platform(self.mesh) == "cpu" else None) as threads:
             self._compiled |= dict(zip(missing, threads.map(lambda x: x.compile(), lowered), strict=True))
         return len(missing)
 
