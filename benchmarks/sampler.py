@@ -1,6 +1,6 @@
 """Responses per second of the sampler, Hugging Face `generate` and a static batch, on recorded lengths of responses.
 
-python benchmarks/sampler.py [--prompts 32] [--slots 40] [--repetitions 3] [--threads 2] [--quick] [--json]
+python benchmarks/sampler.py [--prompts 32] [--slots 25] [--repetitions 3] [--threads 2] [--quick] [--json]
 
 One run: the same random Mistral of 25M parameters in float32, the same prompts and lengths (benchmarks/traces), the same
 threads, each contender in a process of its own, taking turns. K = 5 responses a prompt. A response ends where the trace
@@ -316,9 +316,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=32, help=f"of the trace, {K} responses each")
-    parser.add_argument("--slots", type=int, default=40)
+    parser.add_argument("--slots", type=int, default=25)
     parser.add_argument(
-        "--cache-tokens", type=int, default=0, help="sampling.cache_tokens; 0: what slots can need"
+        "--cache-tokens", type=int, default=16384, help="sampling.cache_tokens; 0: what slots can need"
     )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="CPU cores")

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
-from sppo_jax import sharding
+from sppo_jax import compilation, sharding
 from sppo_jax.models import paged
 from sppo_jax.models.paged import PAGE, Pages
 from sppo_jax.models.transformer import Transformer
@@ -83,9 +83,14 @@ class Programs:
         """Compile what is not yet, side by side where there is a host's memory for it. Returns how many programs that were."""
         missing = [name for name in ("admit", "decode", *sorted(buckets)) if name not in self._compiled]
         lowered = [self._lower(name) for name in missing]
-        # On a CPU the compiler's memory is the sampler's: five at once took a quarter more than all that they then run on.
-        with ThreadPoolExecutor(1 if sharding.platform(self.mesh) == "cpu" else None) as threads:
-            self._compiled |= dict(zip(missing, threads.map(lambda x: x.compile(), lowered), strict=True))
+        if sharding.platform(self.mesh) == "cpu":  # the compiler's memory is the sampler's
+            for name, one in zip(missing, lowered, strict=True):
+                self._compiled[name] = one.compile()
+                compilation.return_memory()
+        else:
+            with ThreadPoolExecutor() as threads:
+                compiled = threads.map(lambda one: one.compile(), lowered)
+                self._compiled |= dict(zip(missing, compiled, strict=True))
         return len(missing)
 
     def __getitem__(self, name: Any) -> Any:
