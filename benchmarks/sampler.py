@@ -38,7 +38,7 @@ SMALL = MODEL | {
 }  # fmt: skip
 MOST_NEW = 2048  # max_new_tokens of the engine, which does not know the lengths
 HF_ROWS = (5, 10, 20, 40, 80, 160)
-CONTEXTS = (64, 384)  # tokens before the steps that are timed to choose among them
+CONTEXTS = (64, 1024)  # tokens before the steps that are timed to choose among them
 EQUAL = 128  # tokens of each prompt and each response where all are equal
 
 
