@@ -5,6 +5,7 @@ programs have one shape whatever is in the slots, a slot's arithmetic does not s
 token folds (seed, iteration, prompt_id, k, position).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -158,13 +159,20 @@ class Sampler:
             self._longest = min(bucket(longest), self.architecture.max_positions)
             self.programs, self.pages = None, None
             self.programs = Programs(self.graph, self.weights, self.mesh, self._shape())
-        try:
+        with self._room():
             if self.pages is None:
                 self.pages = self._empty_pages()
             return self.programs.compile(buckets)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Running out of the devices' memory is one line. Raises BadInput."""
+        try:
+            yield
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            assert self.programs is not None
             raise BadInput(
                 f"the devices have no memory for {self.stats.slots} slots and {self.programs.shape.pages * PAGE} tokens of "
                 "keys and values: lower sampling.slots or sampling.cache_tokens"
@@ -230,8 +238,13 @@ class Sampler:
         self._check_idle()
         self._streaming, whole = True, False
         try:
-            run = _Run(self, records, asked, seeds)
-            while run.advance():
+            with self._room():
+                run = _Run(self, records, asked, seeds)
+            while True:
+                with self._room():
+                    more = run.advance()
+                if not more:
+                    break
                 for i in run.finished:
                     yield i, self._record(records[i], run.done.pop(i))
                 if on_progress is not None:  # last: who stops us there has what was finished

@@ -311,3 +311,24 @@ def test_an_empty_prompt_and_an_impossible_seed_are_refused(sampler):
 def test_a_cache_that_cannot_hold_one_response_is_refused(policy, tokenizer, asked):
     with pytest.raises(BadInput, match=r"cache_tokens=64: .* at least"):
         small(policy, tokenizer, cache_tokens=64).generate(asked[:1], seed=0)
+
+
+@pytest.mark.parametrize("when", ["compile", "advance"])
+def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
+    policy, tokenizer, asked, sampled, monkeypatch, when
+):
+    from sppo_jax import decoding
+
+    ours = Sampler(policy, tokenizer, TEMPERATE)
+    if when == "advance":
+        ours.warm_up([len(prompt.ids) for prompt in asked])
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    place = (sampler_module._Run, "advance") if when == "advance" else (decoding.Programs, "compile")
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, full)
+        with pytest.raises(BadInput, match=r"no memory for .* lower sampling\.slots"):
+            ours.generate(asked, seed=3, iteration=1)
+    assert ours.generate(asked[:1], seed=3, iteration=1) == sampled[:1]
