@@ -5,7 +5,6 @@ of what is computed is padding. An update's prompts come in microbatches of equa
 of its prompts.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ Rows = list[list[tuple[int, int]]]  # of a microbatch: the sequences (prompt, re
 class Layout:
     """What all batches of an iteration have in common."""
 
-    microbatches: int
+    microbatches: int  # of an update, at most
     prompts: int  # of a microbatch
     rows: int
     width: int  # tokens of a row
@@ -148,43 +147,66 @@ def arranged(
     most_tokens: int | None,
     pack: bool,
 ) -> tuple[list[list[tuple[list[int], Rows]]], Layout]:
-    """Each batch of prompts as microbatches (prompts, rows), as few as fit into `most_tokens`, and the shape of all.
+    """Each batch of prompts as microbatches (prompts, rows) of at most `most_tokens` tokens, and the shape of all.
 
     `order`: the prompts of each batch; `lengths`: tokens of each prompt's sequences.
     """
     longest = max(map(max, lengths))
     multiple = MULTIPLE if longest <= LONG else LONG_MULTIPLE
     width = -(-longest // multiple) * multiple
-    tokens = max(sum(sum(lengths[i]) for i in batch) for batch in order)
-    fewest = 1 if most_tokens is None else max(1, tokens // most_tokens)
-    largest = max(map(len, order))
-    for count in itertools.count(min(fewest, largest)):
-        plans = [
-            [(part, _rows(part, lengths, width, pack)) for part in _deal(batch, lengths, count)]
-            for batch in order
-        ]
-        parts = [part for plan in plans for part in plan]
-        rows = -(-max(len(rows) for _, rows in parts) // shards) * shards
-        if most_tokens is None or rows * width <= most_tokens or rows == shards or count >= largest:
-            break
-    real = sum(sum(lengths[i]) for batch in order for i in batch)
+    if most_tokens is None:
+        parts_of = [[sorted(batch)] for batch in order]
+    else:
+        most_rows = max(shards, most_tokens // width // shards * shards)
+        parts_of = [_parts(batch, lengths, width, most_rows, pack) for batch in order]
+    plans = [[(part, _rows(part, lengths, width, pack)) for part in parts] for parts in parts_of]
+    every = [one for plan in plans for one in plan]
+    rows = -(-max(len(rows) for _, rows in every) // shards) * shards
     return plans, Layout(
-        microbatches=count,
-        prompts=max(len(prompts) for prompts, _ in parts),
+        microbatches=max(map(len, plans)),
+        prompts=max(len(prompts) for prompts, _ in every),
         rows=rows,
         width=width,
-        segments=max(len(row) for _, rows in parts for row in rows),
-        real_token_share=real / (len(order) * count * rows * width),
+        segments=max(len(row) for _, rows in every for row in rows),
+        real_token_share=sum(sum(lengths[i]) for batch in order for i in batch) / (len(every) * rows * width),
     )
 
 
-def _deal(batch: Sequence[int], lengths: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """A batch's prompts in `count` parts of about equally many tokens: the longest first, in turns to and fro."""
-    parts: list[list[int]] = [[] for _ in range(count)]
-    for n, index in enumerate(sorted(batch, key=lambda i: (-sum(lengths[i]), i))):
-        turn, place = divmod(n, count)
-        parts[place if turn % 2 == 0 else count - 1 - place].append(index)
+def _parts(
+    batch: Sequence[int], lengths: Sequence[Sequence[int]], width: int, most_rows: int, pack: bool
+) -> list[list[int]]:
+    """A batch's prompts by microbatch: the longest first, each into the first one whose rows have room for all of its own."""
+    parts: list[list[int]] = []
+    rooms: list[list[int]] = []
+    for index in sorted(batch, key=lambda i: (-sum(lengths[i]), i)):
+        sizes = sorted(lengths[index], reverse=True)
+        found = next(
+            (n for n, room in enumerate(rooms) if _place(sizes, room, width, most_rows, pack) is not None),
+            len(parts),
+        )
+        if found == len(parts):
+            parts.append([])
+            rooms.append([])
+        # A prompt whose own responses need more rows than that has them, in a microbatch of its own.
+        room = _place(sizes, rooms[found], width, max(most_rows, len(sizes)), pack)
+        assert room is not None
+        rooms[found] = room
+        parts[found].append(index)
     return [sorted(part) for part in parts]
+
+
+def _place(
+    sizes: Sequence[int], room: Sequence[int], width: int, most_rows: int, pack: bool
+) -> list[int] | None:
+    """What is left of each row once sequences of these sizes are in the first that have room; None: they do not fit."""
+    left = list(room)
+    for size in sizes:
+        row = next((i for i, free in enumerate(left) if pack and free >= size), None)
+        if row is None:
+            left.append(width)
+            row = len(left) - 1
+        left[row] -= size
+    return left if len(left) <= most_rows else None
 
 
 def _rows(prompts: Sequence[int], lengths: Sequence[Sequence[int]], width: int, pack: bool) -> Rows:

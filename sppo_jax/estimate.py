@@ -92,20 +92,19 @@ def fit_stages(
 ) -> dict[str, Stage]:
     """Reference log-probs and the update. Raises DoesNotFit."""
     n, chips, limit = memory.parameters(a), mesh.size, chip.gib * GIB
-    real = (
-        at.real_token_share * at.microbatches * at.rows * at.width / chips
-    )  # tokens of an update, of one chip
+    # Tokens of an update, of one chip, that belong to a sequence, and how many microbatches they come to on average.
+    real = sum(map(sum, work.lengths_GR)) / len(work.lengths_GR) * c.fit.global_batch / chips
     computed = at.rows * at.width / chips  # of a microbatch
-    held, m = memory.state_bytes(a, mesh, at.microbatches > 1), at.microbatches
+    held, m = memory.state_bytes(a, mesh, at.microbatches > 1), real / at.real_token_share / computed
     pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
     whole = 2 * n / mesh.shape["tensor"]  # the weights as a chip sees them pass, in bfloat16
     passes = work.trained_pairs / c.fit.global_batch
     reference = Stage(
-        f"an update's {m} forward passes", passes, 0, limit, 2 * n * real,
+        f"an update's {m:.1f} forward passes", passes, 0, limit, 2 * n * real,
         m * (4 * n / pieces + 2 * whole), 0 if compile_ else m * whole * (1 - 1 / pieces),
     )  # fmt: skip
     update = Stage(
-        f"an update of {m} microbatches", work.updates, 0, limit, 6 * n * real,
+        f"an update of {m:.1f} microbatches", work.updates, 0, limit, 6 * n * real,
         m * (2 * 4 * n / pieces + 4 * whole) + 7 * 4 * n / pieces, 0 if compile_ else m * 4 * whole * (1 - 1 / pieces),
     )  # fmt: skip
     if not compile_:

@@ -135,7 +135,8 @@ def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, siz
         assert at.rows % 2 == 0
         for epoch in range(3):
             seen = [batches[epoch * steps + i] for i in range(steps)]
-            assert all(b["tokens"].shape == (at.microbatches, at.rows, 32) for b in seen)
+            assert all(b["tokens"].shape[1:] == (at.rows, 32) for b in seen)
+            assert max(len(b["tokens"]) for b in seen) <= at.microbatches
             assert all(b["real"].sum() <= size for b in seen)
             assert all(b["share"].sum() == pytest.approx(1) for b in seen)
             rows = np.concatenate([b["pair"][b["real"]] for b in seen])
@@ -189,10 +190,11 @@ def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, mos
         for k, ids in enumerate(row.response_ids)
     }
     tokens = sum(len(ids) for ids, _ in found.values())
-    assert at.real_token_share == pytest.approx(tokens / (3 * at.microbatches * at.rows * at.width))
+    computed = sum(batches[step]["tokens"].size for step in range(3))
+    assert at.real_token_share == pytest.approx(tokens / computed)
     if most is None:
         assert at.microbatches == 1
-        assert at.real_token_share > (0.75 if pack else 0.3)
+        assert (at.real_token_share > 0.65) == pack
         assert (at.segments > 1) == pack
     else:
         assert at.microbatches > 1
