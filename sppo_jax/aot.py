@@ -136,21 +136,25 @@ def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
 
 
 def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, limit: int) -> Programs:
-    """What one process's sampler compiles: its replicas, slots and pages as it would choose them with `limit` bytes a chip.
+    """What the sampler compiles: replicas, slots and pages as it would choose them with `limit` bytes a chip.
 
     Raises BadInput where a response does not fit.
     """
     model = abstract_model(config, a, mesh, dtype)
     int8 = config.sampling.quantize == "int8"
     whole = sharding.sampling_mesh(mesh, sampler.serving_bytes(model, int8), limit)
-    own = sharding.own_part(whole)
-    graph, weights = sampler.abstract(model, own, int8)
+    # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
+    processes = whole.size // sharding.own_part(whole).size
+    asked = replace(
+        config.sampling,
+        slots=config.sampling.slots * processes,
+        cache_tokens=config.sampling.cache_tokens * processes,
+    )
+    graph, weights = sampler.abstract(model, whole, int8)
     free = sampler.FILLED * limit - local_bytes(weights)
     longest = min(bucket(config.prompts.max_length), a.max_positions)
-    shape = sampler.shape(
-        config.sampling, nnx.merge(graph, weights), own, longest=longest, eos=(2,), free=free
-    )
-    return Programs(graph, weights, own, shape)
+    shape = sampler.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
+    return Programs(graph, weights, whole, shape)
 
 
 def page_bytes(p: Programs) -> int:
