@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart test lint venv tiny config-docs
+.PHONY: quickstart test lint venv tiny config-docs plan
 
 quickstart: venv
 	$(RUN) -m sppo_jax.main --config configs/quickstart.yaml
@@ -17,6 +17,16 @@ lint: venv
 
 tiny: venv
 	$(RUN) -m sppo_jax.tiny.build
+
+# The TPU's compiler lies beside the environment: inside, it would make every start of jax look for a TPU.
+plan: venv .tpu/installed
+	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/mistral_7b.yaml --topology v5e:4x4 --topology v5e:8x8 --topology v6e:2x4
+	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/llama3_8b.yaml --topology v5e:4x4 --topology v6e:2x4
+	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/gemma2_9b.yaml --topology v5e:4x4 --topology v6e:2x4
+
+.tpu/installed: venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .tpu libtpu==0.0.42.1
+	touch $@
 
 config-docs: venv
 	$(RUN) -m sppo_jax.config > configs/README.md

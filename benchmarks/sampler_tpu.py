@@ -21,21 +21,20 @@ os.environ |= {
 import argparse
 import json
 import math
-import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from sppo_jax import sampler, sharding
 from sppo_jax.decoding import STEPS, Programs, Shape
+from sppo_jax.hlo import Module
 from sppo_jax.models import Architecture, Transformer, attention, hf, paged
 from sppo_jax.models.architecture import Rope
 from sppo_jax.models.paged import PAGE
@@ -55,14 +54,6 @@ LINKS, LATENCY = 90e9, 5e-6  # bytes per second out of a chip over two links; se
 LIMIT = 15.75  # GiB of a chip that the compiler gives to a program
 ROUNDS = 2  # that the race of next_token is run again at top_p .9, for the slowest of all slots
 GIB = 2**30
-# Bytes that leave a chip of TENSOR, for each byte of the result.
-SENT = {
-    "all-reduce": 2 * (TENSOR - 1) / TENSOR,
-    "all-gather": (TENSOR - 1) / TENSOR,
-    "all-to-all": (TENSOR - 1) / TENSOR,
-    "reduce-scatter": TENSOR - 1,
-    "collective-permute": 1,
-}
 
 
 def replicas(topology: str) -> Mesh:
@@ -79,9 +70,7 @@ def programs(
     model = Transformer(
         a, dict(hf.abstract(a, mesh)), jnp.bfloat16, attention.choose("auto", mesh, a, jnp.bfloat16)
     )
-    graph, weights = nnx.split(nnx.eval_shape(lambda model: sampler._serving(model, False), model))
-    placed = sampler._shardings(model, weights, mesh)
-    weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, placed)
+    graph, weights = sampler.abstract(model, mesh)
     count = sharding.batch_shards(mesh)
     shape = Shape(
         slots=slots * count,
@@ -95,66 +84,10 @@ def programs(
     return Programs(graph, weights, mesh, shape, kernel)
 
 
-@dataclass
-class Cost:
-    """Of one chip: the compiler's cycles, what collectives send, and the copies of a megabyte or more in loops."""
-
-    cycles: float = 0
-    sent: float = 0  # bytes
-    collectives: float = 0
-    copies: dict[str, float] = field(default_factory=dict)
-
-    def add(self, other: "Cost", times: float = 1) -> None:
-        self.cycles += times * other.cycles
-        self.sent += times * other.sent
-        self.collectives += times * other.collectives
-        self.copies |= other.copies
-
-
-class Module:
-    """A compiled program's text: its cost, with loops by their turns."""
-
-    def __init__(self, text: str, turns: dict[str, float]):
-        """`turns`: of the loops whose length is not known before, by what their names match, the first that does."""
-        self.turns = turns
-        self.computations: dict[str, list[str]] = {}
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                name = "ENTRY" if head[1] else head[2]
-                self.computations[name] = []
-            elif line.startswith("  "):
-                self.computations[name].append(line.strip().removeprefix("ROOT "))
-
-    def cost(self, name: str = "ENTRY") -> Cost:
-        total = Cost()
-        for line in self.computations[name]:
-            found = re.match(r"%[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
-            if found is None:
-                continue
-            result, operation = found.groups()  # a copy-start moves between memories and is not looked at
-            if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
-                total.cycles += int(cycles[1])
-            if (collective := operation.removesuffix("-start")) in SENT:
-                total.add(Cost(sent=SENT[collective] * _bytes(result), collectives=1))
-            if operation == "copy" and name != "ENTRY" and _bytes(result) >= 2**20:
-                total.copies[result.split("{")[0]] = _bytes(result) / 2**20
-            if operation == "while":
-                total.add(self.cost(_part(r"body=%([\w.-]+)", line)), self._turns(line))
-            if operation == "call":
-                total.add(self.cost(_part(r"to_apply=%([\w.-]+)", line)))
-        return total
-
-    def _turns(self, line: str) -> float:
-        name = _part(r'op_name="([^"]*)"', line)
-        known = [turns for pattern, turns in self.turns.items() if re.search(pattern, name)]
-        condition = " ".join(self.computations[_part(r"condition=%([\w.-]+)", line)])
-        return known[0] if known else int(_part(r"constant\((\d+)\)", condition))
-
-
 def compiled(p: Programs, name: Any) -> tuple[Any, dict[str, float]]:
     """A program of the sampler, and what the compiler says of its memory."""
     started = time.perf_counter()
-    program = p._lower(name).compile()
+    program = p.lower(name).compile()
     memory = program.memory_analysis()
     return program, {
         "peak_gib": memory.peak_memory_in_bytes / GIB,
@@ -215,19 +148,6 @@ def _column(p: Programs) -> int:
 
 def _local(x: Any) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def _bytes(result: str) -> int:
-    """Of an HLO type; of a tuple's largest member."""
-    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    return max(sizes[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays)
-
-
-def _part(pattern: str, line: str) -> str:
-    found = re.search(pattern, line)
-    assert found is not None, (pattern, line)
-    return found[1]
 
 
 def main() -> None:

@@ -137,6 +137,10 @@ class Fit:
     schedule_epochs: int = knob(1, "epochs the schedule is laid out for; more than epochs: stopped early")
     global_batch: int = knob(64, "prompts per update, over all devices")
     max_grad_norm: float = knob(0.0, "clip the gradient's global norm; 0: never")
+    remat: Literal["layer", "attention"] = knob(
+        "layer",
+        "the backward pass computes each layer again: all of it, or all but attention, which takes memory",
+    )
     checkpoint_every: int = knob(50, "updates between checkpoints")
 
 
@@ -150,6 +154,9 @@ class Eval:
 @dataclass(frozen=True)
 class Log:
     every: int = knob(1, "updates between lines in metrics.jsonl")
+    profile: int = knob(
+        0, "updates of the first iteration to record for xprof, in OUT/profile (docs/performance.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "log.",
     "fit.checkpoint_every",
+    "fit.remat",
     "model.attention",
     "sampling.slots",
     "sampling.cache_tokens",
@@ -261,6 +269,8 @@ def validate(config: Config) -> None:
     for key in positive:
         if not 0 < values[key] < 2**31:
             raise BadInput(f"{key}={values[key]} must be a number above 0 (and below 2**31)")
+    if not 0 <= config.log.profile < 2**31:
+        raise BadInput(f"log.profile={config.log.profile} must be 0 (never) or a number of updates")
     sampling, fit = config.sampling, config.fit
     for key in ("top_k", "cache_tokens"):
         if not 0 <= getattr(sampling, key) < 2**31:

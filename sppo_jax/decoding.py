@@ -82,7 +82,7 @@ class Programs:
     def compile(self, buckets: set[int]) -> int:
         """Compile what is not yet, side by side where there is a host's memory for it. Returns how many programs that were."""
         missing = [name for name in ("admit", "decode", *sorted(buckets)) if name not in self._compiled]
-        lowered = [self._lower(name) for name in missing]
+        lowered = [self.lower(name) for name in missing]
         if sharding.platform(self.mesh) == "cpu":  # the compiler's memory is the sampler's
             for name, one in zip(missing, lowered, strict=True):
                 self._compiled[name] = one.compile()
@@ -97,7 +97,8 @@ class Programs:
         """The compiled "admit", "decode", or prefill of a bucket."""
         return self._compiled[name]
 
-    def _lower(self, name: Any) -> Any:
+    def lower(self, name: Any) -> Any:
+        """A program before it is compiled; names as in `[]`."""
         b = self.shape.slots
         vector, matrix = sharding.named("B", self.mesh), sharding.named("BT", self.mesh)
         whole = sharding.replicated(self.mesh)

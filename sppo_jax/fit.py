@@ -1,7 +1,7 @@
 """Stage 5: reference log-probs once, then the optax loop that minimises the regression; resumable at any update."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,15 @@ from sppo_jax.metrics import Metrics
 from sppo_jax.models import hf, lora
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.attention import choose
-from sppo_jax.models.logprob import response_logprob
-from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.models.logprob import packed_logprob
+from sppo_jax.models.transformer import Adapter, Remat, Transformer
 from sppo_jax.optim import make_optimizer, schedule
+from sppo_jax.profiling import Profiler
 
 Batch = dict[str, Any]  # arrays of sppo_jax.dataset
-Batches = Any  # a random-access dataset: len, and [step] -> Batch
-Loss = Callable[[Float[Array, "G R"], Batch], Float[Array, ""]]
+Microbatch = dict[str, Any]  # the same without their first dimension
+Batches = Any  # sppo_jax.dataset.Batches
+Loss = Callable[[Float[Array, "G R"], Microbatch], Float[Array, ""]]
 
 
 @functools.partial(
@@ -50,38 +52,41 @@ def split(model: Transformer) -> tuple[Any, Any, Any]:
 
 
 def forward(
-    params: Any, frozen: Any, batch: Batch, *, graph: Any
+    params: Any, frozen: Any, batch: Microbatch, *, graph: Any, remat: Remat
 ) -> tuple[Float[Array, "G R"], Callable[[Array], Any]]:
-    """log pi(y|x) of every response of a batch, G prompts of R, and its pullback to the trained parameters.
+    """log pi(y|x) of every response of a microbatch, G prompts of R, and its pullback to the trained parameters.
 
     Reference, training and probes all run this one compiled program: compiled with a loss and its gradient, the same
     forward differs in its last bits (.01 nats in bfloat16), and the log-ratio would not start at exactly 0.
     """
-    groups, r, width = batch["tokens"].shape
 
     def logprob(params: Any) -> Array:
-        logprob_B = response_logprob(
-            nnx.merge(graph, params, frozen),
-            batch["tokens"].reshape(groups * r, width),
-            jnp.repeat(batch["prompt_length"], r),
-            batch["length"].reshape(-1),
-        )
-        return logprob_B.reshape(groups, r)
+        model = nnx.merge(graph, params, frozen)
+        rows = (batch[name] for name in ("tokens", "segment", "scored", "segments"))
+        return packed_logprob(model, *rows, remat).reshape(-1)[batch["place"]]
 
     return jax.vjp(logprob, params)
 
 
-def objective(logprob_GR: Float[Array, "G R"], batch: Batch, *, loss: Loss) -> tuple[Array, dict[str, Array]]:
-    """d loss / d log pi [G, R], and the step's scalars."""
-    value, gradient_GR = jax.value_and_grad(loss)(logprob_GR, batch)
-    ratio_GR, real_G = losses.log_ratio(logprob_GR, batch["ref_logprob"]), batch["real"]
+def objective(
+    logprob_GR: Float[Array, "G R"], batch: Microbatch, *, loss: Loss
+) -> tuple[Array, dict[str, Array]]:
+    """d loss / d log pi [G, R], and the microbatch's part of the step's scalars, which add up (the largest: max)."""
+    real_G, share = batch["real"], batch["share"]
+    # A microbatch without a prompt counts for nothing; its mean must be finite all the same.
+    value, gradient_GR = jax.value_and_grad(loss)(logprob_GR, batch | {"real": real_G | (share == 0)})
+    ratio_GR = losses.log_ratio(logprob_GR, batch["ref_logprob"])
     margin_G = ratio_GR[:, 0] - ratio_GR[:, -1]
-    return gradient_GR, {
-        "loss": value,
-        "log_ratio_chosen": jnp.mean(ratio_GR[:, 0], where=real_G),
-        "log_ratio_rejected": jnp.mean(ratio_GR[:, -1], where=real_G),
-        "margin": jnp.mean(margin_G, where=real_G),
-        "accuracy": jnp.mean(margin_G > 0, where=real_G),
+
+    def part(x_G: Array) -> Array:
+        return share * jnp.sum(jnp.where(real_G, x_G, 0)) / jnp.maximum(jnp.sum(real_G), 1)
+
+    return share * gradient_GR, {
+        "loss": share * value,
+        "log_ratio_chosen": part(ratio_GR[:, 0]),
+        "log_ratio_rejected": part(ratio_GR[:, -1]),
+        "margin": part(margin_G),
+        "accuracy": part((margin_G > 0).astype(jnp.float32)),
         "max_log_ratio": jnp.max(jnp.abs(ratio_GR), where=real_G[:, None], initial=0.0),
     }
 
@@ -123,19 +128,46 @@ class Programs:
     graph: Any
     shardings: TrainState  # of a TrainState
     init_optimizer: Callable[[Any], Any]
-    forward: Callable[[Any, Any, Batch], tuple[Array, Callable[[Array], Any]]]
-    objective: Callable[[Array, Batch], tuple[Array, dict[str, Array]]]
+    forward: Callable[[Any, Any, Microbatch], tuple[Array, Callable[[Array], Any]]]
+    objective: Callable[[Array, Microbatch], tuple[Array, dict[str, Array]]]
     backward: Callable[[Callable[[Array], Any], Array], Any]
+    accumulate: Callable[[Any, Callable[[Array], Any], Array], Any]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
-    def train_step(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        self, state: TrainState, frozen: Any, microbatches: Iterable[Microbatch]
+    ) -> tuple[TrainState, dict[str, Array]]:
         """One update, (state, batch) -> (state, metrics); `state`'s arrays are given up."""
-        logprob_GR, pullback = self.forward(state.params, frozen, batch)
-        gradient_GR, metrics = self.objective(logprob_GR, batch)
-        grads = self.backward(pullback, gradient_GR)
-        del pullback  # holds the parameters that the update overwrites in place
+        grads, scalars = self.gradients(state.params, frozen, microbatches)
         state, norm = self.update(state, grads)
-        return state, metrics | norm
+        return state, scalars | norm
+
+    def gradients(
+        self, params: Any, frozen: Any, microbatches: Iterable[Microbatch]
+    ) -> tuple[Any, dict[str, Array]]:
+        """d loss / d params of a batch, added up over its microbatches, and the step's scalars."""
+        grads, found = None, []
+        for batch in microbatches:
+            logprob_GR, pullback = self.forward(params, frozen, batch)
+            gradient_GR, scalars = self.objective(logprob_GR, batch)
+            if grads is None:
+                grads = self.backward(pullback, gradient_GR)
+            else:
+                grads = self.accumulate(grads, pullback, gradient_GR)
+            del pullback  # holds the parameters that the update overwrites in place
+            found.append(scalars)
+        return grads, _joined(found)
+
+
+def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """The step's scalars from those of its microbatches."""
+    first, *others = parts
+    for part in others:
+        first = {
+            name: jnp.maximum(x, part[name]) if name == "max_log_ratio" else x + part[name]
+            for name, x in first.items()
+        }
+    return first
 
 
 @functools.lru_cache(maxsize=4)
@@ -153,7 +185,7 @@ def make_programs(
     kernel = choose(attention, mesh, architecture, compute_dtype)
     graph, params, _ = split(Transformer(architecture, dict(weights), compute_dtype, kernel))
     placed = jax.tree.map(lambda x: x.sharding, params)
-    replicated = sharding.named("", mesh)
+    replicated, options = sharding.named("", mesh), sharding.compiler_options(mesh)
     opt_placed = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, where: where,
@@ -166,9 +198,19 @@ def make_programs(
         graph,
         shardings,
         init_optimizer=jax.jit(optimizer.init, out_shardings=opt_placed),
-        forward=jax.jit(functools.partial(forward, graph=graph)),
+        forward=jax.jit(functools.partial(forward, graph=graph, remat=fit.remat), compiler_options=options),
         objective=jax.jit(functools.partial(objective, loss=make_loss(fit)), out_shardings=replicated),
-        backward=jax.jit(lambda pullback, gradient_GR: pullback(gradient_GR)[0], out_shardings=placed),
+        backward=jax.jit(
+            lambda pullback, gradient_GR: pullback(gradient_GR)[0],
+            out_shardings=placed,
+            compiler_options=options,
+        ),
+        accumulate=jax.jit(
+            lambda grads, pullback, gradient_GR: jax.tree.map(jnp.add, grads, pullback(gradient_GR)[0]),
+            donate_argnums=0,
+            out_shardings=placed,
+            compiler_options=options,
+        ),
         update=jax.jit(
             functools.partial(update, optimizer=optimizer),
             donate_argnums=0,
@@ -191,12 +233,13 @@ def logprobs(
     """
     _, params, frozen = split(model)
     out: np.ndarray | None = None
-    for step in range(-(-count // len(batches[0]["row"]))):
+    for step in range(batches.steps_per_epoch):
         batch = batches[step]
-        values = np.asarray(programs.forward(params, frozen, place(batch, mesh))[0])
+        found = [programs.forward(params, frozen, part)[0] for part in place(batch, mesh)]
+        values = np.stack([np.asarray(x) for x in found])
         if out is None:
-            out = np.full((count, values.shape[1]), np.nan)
-        out[batch["row"][batch["real"]]] = values[batch["real"]]
+            out = np.full((count, values.shape[-1]), np.nan)
+        out[batch["pair"][batch["real"]]] = values[batch["real"]]
         if on_progress is not None:
             on_progress(int(batch["real"].sum()))
     assert out is not None
@@ -210,23 +253,22 @@ def logprobs(
 def fit(
     model: Transformer,
     batches: Batches,
-    stream: Callable[[int], Any],
     *,
     settings: Fit,
     programs: Programs,
-    steps_per_epoch: int,
     mesh: Mesh,
     checkpoints: Checkpoints,
     iteration: int,
     log_every: int,
     metrics: Metrics,
+    profiler: Profiler | None = None,
 ) -> Transformer:
     """Train over `batches`, from the last checkpoint on if there is one, and return the new policy.
 
-    `stream(step)` iterates over the batches from `step` on. `model`'s arrays are given up to the optimiser.
+    `model`'s arrays are given up to the optimiser; `profiler` records the updates that it is to.
     Raises BadInput when the loss stops being finite; the last checkpoint then is from before that.
     """
-    total, rate = len(batches), schedule(settings, steps_per_epoch)
+    total, rate = len(batches), schedule(settings, batches.steps_per_epoch)
     _, params, frozen = split(model)
     state = TrainState(
         jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
@@ -236,14 +278,16 @@ def fit(
         state = checkpoints.restore(start, state)
         metrics.say(f"iteration {iteration} fit: resumes at update {start} of {total}")
     else:
-        whole, first = expected_initial_loss(batches, steps_per_epoch, settings)
+        whole, first = expected_initial_loss(batches, settings)
         metrics.say(
             f"iteration {iteration} fit: expected initial loss {whole:.6g} (mean target^2); first batch {first:.6g}"
             if settings.loss.startswith("sppo")
             else f"iteration {iteration} fit: expected initial loss {whole:.6g} (log-ratios 0)"
         )
     with metrics.progress(f"iteration {iteration} fit", total - start, "updates") as advance:
-        for step, batch in zip(range(start, total), stream(start), strict=True):
+        for step, batch in zip(range(start, total), batches.from_step(start), strict=True):
+            if profiler is not None:
+                profiler.step(step - start)
             state, scalars = programs.train_step(state, frozen, place(batch, mesh))
             values = {name: float(value) for name, value in jax.device_get(scalars).items()}
             _check(step, values, iteration)
@@ -261,30 +305,37 @@ def fit(
             if stopping:
                 checkpoints.wait()
                 raise Terminated
+    if profiler is not None:
+        profiler.close()
     checkpoints.wait()
     checkpoints.keep_only(total)
     return nnx.merge(programs.graph, state.params, frozen)
 
 
-def expected_initial_loss(batches: Batches, steps_per_epoch: int, settings: Fit) -> tuple[float, float]:
+def expected_initial_loss(batches: Batches, settings: Fit) -> tuple[float, float]:
     """The loss where every log-ratio is 0 (SPPO: mean target^2), over the first epoch and in its first batch."""
     loss = make_loss(settings)
     values, weights = [], []
-    for step in range(steps_per_epoch):
+    for step in range(batches.steps_per_epoch):
         batch = batches[step]
-        values.append(float(loss(jnp.asarray(batch["ref_logprob"]), batch)))
+        parts = [part for part in _microbatches(batch) if part["share"] > 0]
+        values.append(
+            sum(float(part["share"] * loss(jnp.asarray(part["ref_logprob"]), part)) for part in parts)
+        )
         weights.append(int(batch["real"].sum()))
     return float(np.average(values, weights=weights)), values[0]
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch onto the mesh, prompts over its batch axes."""
-    letters = {1: "B", 2: "BK", 3: "BKT"}
-    return {
-        name: jax.device_put(x, sharding.named(letters[np.ndim(x)], mesh))
-        for name, x in batch.items()
-        if name != "row"
-    }
+def place(batch: Batch, mesh: Mesh) -> Iterator[Microbatch]:
+    """A batch's microbatches onto the mesh one by one, rows over its batch axes."""
+    rows = {"tokens": "BT", "segment": "BT", "scored": "BT"}
+    for part in _microbatches(batch):
+        part.pop("pair")
+        yield {name: jax.device_put(x, sharding.named(rows.get(name, ""), mesh)) for name, x in part.items()}
+
+
+def _microbatches(batch: Batch) -> list[Microbatch]:
+    return [{name: x[i] for name, x in batch.items()} for i in range(len(batch["share"]))]
 
 
 def _check(step: int, values: dict[str, float], iteration: int) -> None:

@@ -32,6 +32,7 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report.html"
         self.tensorboard = self.root / "tensorboard"
+        self.profile = self.root / "profile"
 
     def iteration(self, t: int) -> Path:
         return self.root / f"iter_{t}"

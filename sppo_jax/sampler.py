@@ -76,7 +76,7 @@ class Sampler:
         self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
         self._int8 = sampling.quantize == "int8"
         self._limit = _memory(mesh).get("bytes_limit")
-        self._whole = sharding.sampling_mesh(mesh, _bytes(model, self._int8), self._limit)
+        self._whole = sharding.sampling_mesh(mesh, serving_bytes(model, self._int8), self._limit)
         self.mesh = sharding.own_part(self._whole)
         self.replicas = sharding.batch_shards(self.mesh)
         self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)
@@ -189,43 +189,13 @@ class Sampler:
         ]
 
     def _shape(self) -> Shape:
-        s = self.sampling
-        longest = self._longest + s.max_new_tokens
-        own = self.stats.slots // self.replicas
-        a, model = self.architecture, nnx.merge(self.graph, self.weights)
-        # The TPU's kernel reads no keys in 8 bits with a scale each; there the matrices alone are.
-        quantize = self._int8 and decoding.kernel_of(model, self.mesh) == "xla"
-        pages = slots.pages_needed(own, longest, PAGE)
-        least = slots.pages_needed(1, longest, PAGE)
-        if s.cache_tokens:
-            pages = min(pages, s.cache_tokens // PAGE // self.replicas)
-            wanted = "sampling.cache_tokens must be at least"
-            if pages < least:
-                raise BadInput(
-                    f"sampling.cache_tokens={s.cache_tokens}: {wanted} {least * PAGE * self.replicas}"
-                )
-        elif self._limit is not None:
+        free = None
+        if self._limit is not None:
             free = FILLED * self._limit - _memory(self.mesh)["bytes_in_use"]
-            tensor = self.mesh.shape["tensor"]
-            pieces = 1 if a.kv_heads % tensor else tensor
-            each = paged.bytes_per_page(a, model.compute_dtype, quantize) / pieces
-            pages = min(pages, max(0, int(free / each)))
-            if not self.alone:  # one program for all: the fewest that any process has room for
-                pages = int(multihost_utils.process_allgather(np.asarray(pages)).min())
-            if pages < least:
-                raise BadInput(
-                    f"a response of {longest} tokens, prompt included, needs {least * each / 1e9:.1f} GB of keys and "
-                    f"values, and {max(0, free) / 1e9:.1f} GB are left on each device: lower sampling.max_new_tokens"
-                )
-        return Shape(
-            slots=self.stats.slots,
-            pages=pages * self.replicas,
-            width=-(-longest // PAGE),
-            eos=self.eos,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            quantize=quantize,
+        model = nnx.merge(self.graph, self.weights)
+        together = (lambda pages: pages) if self.alone else _fewest
+        return shape(
+            self.sampling, model, self.mesh, longest=self._longest, eos=self.eos, free=free, together=together
         )
 
     def _stream(
@@ -285,6 +255,60 @@ class Sampler:
             finish_reason=["stop" if row.tokens[-1] in self.eos else "length" for row in rows],
             logprobs=[math.fsum(row.logprobs) for row in rows],
         )
+
+
+def shape(
+    sampling: Sampling,
+    model: Transformer,
+    mesh: Mesh,
+    *,
+    longest: int,
+    eos: tuple[int, ...],
+    free: float | None,
+    together: Callable[[int], int] = int,
+) -> Shape:
+    """The sizes of the programs on `mesh` for prompts of up to `longest` tokens.
+
+    `free`: bytes of a device that pages may take (None: there is no limit); `together`: from the pages that this process
+    has room for to those that all have. Raises BadInput where one whole response does not fit.
+    """
+    replicas, longest = sharding.batch_shards(mesh), longest + sampling.max_new_tokens
+    own = max(1, sampling.slots // replicas)
+    # The TPU's kernel reads no keys in 8 bits with a scale each; there the matrices alone are.
+    quantize = sampling.quantize == "int8" and decoding.kernel_of(model, mesh) == "xla"
+    pages, least = (slots.pages_needed(n, longest, PAGE) for n in (own, 1))
+    if sampling.cache_tokens:
+        pages = min(pages, sampling.cache_tokens // PAGE // replicas)
+        if pages < least:
+            raise BadInput(
+                f"sampling.cache_tokens={sampling.cache_tokens}: sampling.cache_tokens must be at least "
+                f"{least * PAGE * replicas}"
+            )
+    elif free is not None:
+        a, tensor = model.architecture, mesh.shape["tensor"]
+        pieces = 1 if a.kv_heads % tensor else tensor
+        each = paged.bytes_per_page(a, model.compute_dtype, quantize) / pieces
+        pages = together(min(pages, max(0, int(free / each))))
+        if pages < least:
+            raise BadInput(
+                f"a response of {longest} tokens, prompt included, needs {least * each / 1e9:.1f} GB of keys and "
+                f"values, and {max(0, free) / 1e9:.1f} GB are left on each device: lower sampling.max_new_tokens"
+            )
+    return Shape(
+        slots=own * replicas,
+        pages=pages * replicas,
+        width=-(-longest // PAGE),
+        eos=eos,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        quantize=quantize,
+    )
+
+
+def _fewest(pages: int) -> int:
+    """Of all processes: they run one program."""
+    return int(multihost_utils.process_allgather(np.asarray(pages)).min())
 
 
 class _Run:
@@ -466,11 +490,20 @@ def _serving(model: Transformer, int8: bool) -> Transformer:
     return nnx.merge(graph, rounded, jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, rest))
 
 
+def abstract(model: Transformer, mesh: Mesh, int8: bool = False) -> tuple[Any, Any]:
+    """The graph of the model that decodes, and its weights on `mesh` as shapes: also of a model that is shapes itself."""
+    serving, shapes = nnx.split(nnx.eval_shape(lambda model: _serving(model, int8), model))
+    placed = _shardings(model, shapes, mesh)
+    return serving, jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
+    )
+
+
 def _placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any, Any]:
     """The serving model's graph and weights, on the mesh `own`, a part of `whole`."""
     graph, weights = nnx.split(model)
-    serving, shapes = nnx.split(nnx.eval_shape(lambda: _serving(model, int8)))
-    placed = _shardings(model, shapes, whole)
+    serving, shapes = abstract(model, whole, int8)
+    placed = jax.tree.map(lambda x: x.sharding, shapes)
     found = jax.device_put(_converted(weights, graph=graph, int8=int8), placed)
     if own == whole:
         return serving, found
@@ -509,9 +542,9 @@ def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, unstacked)
 
 
-def _bytes(model: Transformer, int8: bool) -> int:
+def serving_bytes(model: Transformer, int8: bool = False) -> int:
     """Of the serving model's weights, over all devices."""
-    serving = nnx.state(nnx.eval_shape(lambda: _serving(model, int8)))
+    serving = nnx.state(nnx.eval_shape(lambda model: _serving(model, int8), model))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(serving))
 
 

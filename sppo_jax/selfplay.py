@@ -5,7 +5,6 @@ from collections.abc import Callable
 from sppo_jax import (
     card,
     checkpoint,
-    dataset,
     export,
     fit,
     heldout,
@@ -18,6 +17,7 @@ from sppo_jax import (
 )
 from sppo_jax.errors import BadInput
 from sppo_jax.models import Transformer
+from sppo_jax.profiling import Profiler
 from sppo_jax.records import Pair
 from sppo_jax.session import Session
 
@@ -143,19 +143,17 @@ def _pairs(
 
 
 def _fit(session: Session, t: int, trained_on: list[Pair]) -> Transformer:
-    settings, batches = session.config.fit, session.batches(trained_on, t)
-    steps = dataset.steps_per_epoch(trained_on, settings.global_batch)
+    batches = session.batches(trained_on, t)
     with checkpoint.Checkpoints(session.run.checkpoints(t)) as checkpoints:
         return fit.fit(
             session.take_policy(t - 1),
             batches,
-            lambda step: dataset.from_step(batches, step),
-            settings=settings,
-            programs=session.programs(steps),
-            steps_per_epoch=steps,
+            settings=session.config.fit,
+            programs=session.programs(batches.steps_per_epoch),
             mesh=session.mesh,
             checkpoints=checkpoints,
             iteration=t,
             log_every=session.config.log.every,
             metrics=session.metrics,
+            profiler=Profiler(session.run.profile, session.config.log.profile) if t == 1 else None,
         )

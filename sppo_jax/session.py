@@ -19,6 +19,7 @@ from sppo_jax import (
     hub,
     interchange,
     judge,
+    memory,
     prompts,
     records,
     rundir,
@@ -31,6 +32,7 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.metrics import Metrics
 from sppo_jax.models import Transformer, hf, lora
+from sppo_jax.models.attention import choose
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.rundir import BASE, RunDir
 from sppo_jax.sampler import Sampler
@@ -60,7 +62,6 @@ class Session:
         self.config, self.run, self.metrics, self.judge = config, run, metrics, judge_
         self.oracle = judge.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        self._check_batch()
         self.source = self._source()
         self.base = self.source.directory
         self.architecture = dataclasses.replace(
@@ -169,17 +170,29 @@ class Session:
             self.config.model.attention,
         )
 
-    def batches(self, pairs: Sequence[Pair], t: int) -> Any:
+    def batches(self, pairs: Sequence[Pair], t: int) -> dataset.Batches:
         c = self.config
-        return dataset.batches(
-            pairs, global_batch=c.fit.global_batch, epochs=c.fit.epochs, seed=c.seed, iteration=t
+        return dataset.Batches(
+            pairs,
+            global_batch=c.fit.global_batch,
+            epochs=c.fit.epochs,
+            seed=c.seed,
+            iteration=t,
+            shards=sharding.batch_shards(self.mesh),
+            most_tokens=memory.most_tokens(
+                self.architecture, self.mesh, self.compute_dtype.itemsize, sharding.memory_limit(self.mesh)
+            ),
+            pack=self._kernel() != "cudnn",  # which knows one sequence a row
         )
+
+    def _kernel(self) -> str:
+        return choose(self.config.model.attention, self.mesh, self.architecture, self.compute_dtype).name
 
     def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
         """log pi(y|x) [n, R] under the policy after iteration t, in `iteration`'s batches and by training's forward."""
         self.rest_sampler()
         batches = self.batches(pairs, iteration)
-        programs = self.programs(dataset.steps_per_epoch(pairs, self.config.fit.global_batch))
+        programs = self.programs(batches.steps_per_epoch)
 
         def on_progress(done: int) -> None:
             advance(done)
@@ -312,15 +325,6 @@ class Session:
             raise BadInput(
                 f"sampling.max_new_tokens={new} after a prompt of {longest} tokens exceeds the model's {room} "
                 f"positions; lower it, or prompts.max_length to {room - new}"
-            )
-
-    def _check_batch(self) -> None:
-        size, pieces = self.config.fit.global_batch, sharding.batch_shards(self.mesh)
-        if size % pieces:
-            lower, upper = size // pieces * pieces, -(-size // pieces) * pieces
-            choose = f"{lower} or {upper}" if lower else f"{upper}"
-            raise BadInput(
-                f"fit.global_batch={size} is not divisible by the mesh's {pieces} batch shards; choose {choose}"
             )
 
 

@@ -32,7 +32,7 @@ def padded(lengths, width, side="right"):
 
 
 def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softcap=None, scale=None):
-    """What the real queries see, and the gradients of q, k, v."""
+    """What the real queries see, and the gradients of q, k, v; `valid` may number the segments of a row from 1 on."""
     rng = np.random.default_rng(0)
     shapes = [(*valid.shape, n, 16) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -40,8 +40,10 @@ def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softc
     @jax.jit
     def run(q, k, v):
         def real(q, k, v):
-            seen = attention.whole(valid, [window], kernel, scale=scale, softcap=softcap)(0, q, k, v)
-            return jnp.where(valid[..., None, None], seen, 0)
+            seen = attention.whole(
+                jnp.asarray(valid, jnp.int32), [window], kernel, scale=scale, softcap=softcap
+            )(0, q, k, v)
+            return jnp.where((valid > 0)[..., None, None], seen, 0)
 
         out, pullback = jax.vjp(real, q, k, v)
         return out, *pullback(cotangent)
@@ -65,6 +67,21 @@ def test_splash_equals_dense_masks(one_device, lengths, width, side, options):
     valid = padded(lengths, width, side)
     found = seen_and_gradients(Kernel("splash", one_device, interpret=True), valid, **options)
     assert_close(found, seen_and_gradients(Kernel(), valid, **options))
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_segments_of_a_row_see_themselves_alone(one_device, kernel):
+    """A row of three sequences gives what they give in rows of their own, and the same gradients."""
+    sizes, window = (50, 3, 61), 20
+    packed = jnp.asarray([[i + 1 for i, n in enumerate(sizes) for _ in range(n)] + [0] * 14])
+    of = Kernel(kernel, one_device, interpret=kernel == "splash")
+    together = seen_and_gradients(of, packed, window=window)
+    begin = 0
+    for i, n in enumerate(sizes):
+        alone = seen_and_gradients(Kernel(), jnp.where(packed == i + 1, 1, 0), window=window)
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_allclose(a[:, begin : begin + n], b[:, begin : begin + n], atol=5e-5)
+        begin += n
 
 
 def test_splash_equals_dense_masks_over_many_blocks(one_device, monkeypatch):
@@ -132,7 +149,8 @@ def test_whole_attention_gives_each_layer_its_window_on_another_mesh(one_device,
     splash = with_kernel(there, Kernel("splash", one_device, interpret=True))
     seen = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid, eight_devices)))(splash)
     assert_close(
-        np.asarray(seen)[valid], np.asarray(jax.jit(lambda m: m.hidden(tokens, valid))(model))[valid]
+        np.asarray(seen)[valid],
+        np.asarray(jax.jit(lambda m: m.hidden(tokens, jnp.asarray(valid, jnp.int32)))(model))[valid],
     )
 
 
@@ -161,7 +179,7 @@ def test_each_device_calls_the_kernel_for_its_own_row_and_heads(kernel, platform
     mesh = sharding.make_mesh(2, 2, 2)
 
     def gradients(q, k, v, valid):
-        seen = attention.whole(valid, [9], Kernel(kernel, mesh), scale=0.2)
+        seen = attention.whole(jnp.asarray(valid, jnp.int32), [9], Kernel(kernel, mesh), scale=0.2)
         return jax.grad(lambda *qkv: jnp.sum(seen(0, *qkv).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
     like = [jax.ShapeDtypeStruct((4, 40, n, 64), jnp.bfloat16) for n in (8, 2, 2)]

@@ -389,7 +389,6 @@ def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, sa
         ({"model__path": "nowhere"}, "nowhere: no such directory"),
         ({"mesh__tensor": 3}, "does not fit 1 devices"),
         ({"prompts__source": "jsonl:nowhere.jsonl"}, "no such file"),
-        ({"fit__global_batch": 6, "mesh__fsdp": 4, "mesh__tensor": 2}, "choose 4 or 8"),
         ({"sampling__max_new_tokens": 500}, "exceeds the model's 512 positions"),
         ({"prompts__column": "nope"}, "no column .nope.; there are prompt"),
         (

@@ -85,6 +85,23 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
+def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy):
+    """Three sequences in one row of 32, and the third again in a row of its own that is padded on the left."""
+    rows = np.zeros((2, 32), np.int32)
+    segment, scored = np.zeros((2, 32), np.int32), np.zeros((2, 32), bool)
+    expected = [brute_force(theirs, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    begin = 0
+    for s, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True), 1):
+        end = begin + len(prompt) + len(answer)
+        rows[0, begin:end], segment[0, begin:end] = prompt + answer, s
+        scored[0, begin + len(prompt) : end] = True
+        begin = end
+    last = PROMPTS[2] + ANSWERS[2]
+    rows[1, -len(last) :], segment[1, -len(last) :], scored[1, -len(ANSWERS[2]) :] = last, 1, True
+    found = logprob.packed_logprob(policy, *map(jnp.asarray, (rows, segment, scored)), jnp.arange(1, 4))
+    np.testing.assert_allclose(found, [expected, [expected[2], 0, 0]], atol=2e-4)
+
+
 def test_T39_logprobs_stay_float32_and_below_zero_in_bfloat16_compute(policy):
     half = models.load(tiny.path("policy"), dtype=jnp.bfloat16)
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))

@@ -70,18 +70,24 @@ def test_peft_and_the_merged_export_compute_the_same(name, tmp_path, eight_devic
 
 
 def batch(mesh, groups=2, width=16):
+    """A microbatch in which each response has a row of its own."""
     rng = np.random.default_rng(0)
     rows = {
-        "tokens": rng.integers(3, 102, (groups, 2, width)).astype(np.int32),
-        "prompt_length": np.full(groups, 4, np.int32),
-        "length": np.full((groups, 2), width, np.int32),
+        "tokens": rng.integers(3, 102, (2 * groups, width)).astype(np.int32),
+        "segment": np.ones((2 * groups, width), np.int32),
+        "scored": np.tile(np.arange(width) >= 4, (2 * groups, 1)),
+        "place": np.arange(2 * groups, dtype=np.int32).reshape(groups, 2),
+        "segments": np.ones(1, np.int32),
         "ref_logprob": np.zeros((groups, 2), np.float32),
         "win_rate": np.tile(np.float32([0.8, 0.3]), (groups, 1)),
         "baseline": np.full(groups, 0.5, np.float32),
         "probability": np.full(groups, 0.8, np.float32),
         "real": np.ones(groups, bool),
+        "share": np.float32(1),
+        "pair": np.arange(groups),
     }
-    return fit.place(rows, mesh)
+    (placed,) = fit.place({name: x[None] for name, x in rows.items()}, mesh)
+    return placed
 
 
 def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one_device):
@@ -96,7 +102,7 @@ def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one
         graph, params, frozen = fit.split(model)
 
         def pulled(params, frozen, rows):
-            return fit.forward(params, frozen, rows, graph=graph)[1](cotangent)[0]
+            return fit.forward(params, frozen, rows, graph=graph, remat="layer")[1](cotangent)[0]
 
         return jax.jit(pulled)(params, frozen, batch(one_device))["layers"]
 
@@ -126,7 +132,7 @@ def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype
     rows = batch(one_device)
     rows["ref_logprob"] = programs.forward(params, frozen, rows)[0]
     for step in range(3):
-        state, metrics = programs.train_step(state, frozen, rows)
+        state, metrics = programs.train_step(state, frozen, [rows])
         assert step > 0 or float(metrics["max_log_ratio"]) == 0
     moved = [bool((np.asarray(x) != y).any()) for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before[0]), strict=True)]  # fmt: skip
     assert all(moved)

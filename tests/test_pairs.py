@@ -1,5 +1,7 @@
 """Stage 3 and 4: which responses are trained on, with what targets, in which order."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -53,12 +55,24 @@ def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_
     (pair,), counts = select(judged(ladder(1, 0), reasons=["length", "stop"]))
     assert [len(ids) for ids in pair.response_ids] == [4, 8]
     assert counts["truncated_responses"] == 1
-    batch = dataset.batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
-    assert batch["length"].tolist() == [[3 + 4, 3 + 8]]
-    for row, ids in enumerate(pair.response_ids):
-        n = batch["length"][0, row]
-        assert batch["tokens"][0, row, :n].tolist() == pair.prompt_ids + ids
-        assert (batch["tokens"][0, row, n:] == 0).all()
+    for pack in (True, False):
+        batches = dataset.Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, pack=pack)
+        assert sequences(batches, batches[0]) == {
+            (0, k): (pair.prompt_ids + ids, len(ids)) for k, ids in enumerate(pair.response_ids)
+        }
+
+
+def sequences(batches, batch):
+    """(pair, response) -> (its tokens, how many are scored), from where the batch says that it lies."""
+    found = {}
+    for m, g in zip(*np.nonzero(batch["real"]), strict=True):
+        for k, place in enumerate(batch["place"][m, g]):
+            row, slot = divmod(place, batches.layout.segments)
+            own = batch["segment"][m, row] == batch["segments"][m, slot]
+            scored = batch["scored"][m, row][own]
+            assert scored[-scored.sum() :].all()  # the response comes last
+            found[int(batch["pair"][m, g]), k] = batch["tokens"][m, row][own].tolist(), int(scored.sum())
+    return found
 
 
 def test_T11_prompts_without_signal_are_dropped_and_counted():
@@ -111,20 +125,28 @@ def many(n):
 
 @pytest.mark.parametrize(("n", "size"), [(7, 3), (8, 4), (5, 8), (1, 1)])
 def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, size):
-    batches = dataset.batches(many(n), global_batch=size, epochs=3, seed=0, iteration=1)
-    steps = dataset.steps_per_epoch(many(n), size)
-    assert len(batches) == 3 * steps
-    for epoch in range(3):
-        seen = [batches[epoch * steps + i] for i in range(steps)]
-        assert all(b["tokens"].shape == (size, 2, 32) for b in seen)
-        rows = np.concatenate([b["row"][b["real"]] for b in seen])
-        assert sorted(rows) == list(range(n))
+    for most in (None, 64):
+        batches = dataset.Batches(
+            many(n), global_batch=size, epochs=3, seed=0, iteration=1, shards=2, most_tokens=most
+        )
+        steps, at = batches.steps_per_epoch, batches.layout
+        assert len(batches) == 3 * steps == 3 * -(-n // size)
+        assert at.width == 32
+        assert at.rows % 2 == 0
+        for epoch in range(3):
+            seen = [batches[epoch * steps + i] for i in range(steps)]
+            assert all(b["tokens"].shape[1:] == (at.rows, 32) for b in seen)
+            assert max(len(b["tokens"]) for b in seen) <= at.microbatches
+            assert all(b["real"].sum() <= size for b in seen)
+            assert all(b["share"].sum() == pytest.approx(1) for b in seen)
+            rows = np.concatenate([b["pair"][b["real"]] for b in seen])
+            assert sorted(rows) == list(range(n))
 
 
 def test_order_is_a_function_of_seed_iteration_and_step():
     def order(seed=0, iteration=1):
-        batches = dataset.batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
-        return [batches[step]["row"].tolist() for step in range(8)]
+        batches = dataset.Batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
+        return [batches[step]["pair"].tolist() for step in range(8)]
 
     assert order() == order()
     assert order()[:4] != order()[4:]  # epochs differ
@@ -132,7 +154,48 @@ def test_order_is_a_function_of_seed_iteration_and_step():
 
 
 def test_a_resumed_stream_continues_where_it_stopped():
-    batches = dataset.batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
+    batches = dataset.Batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
     for start in (0, 3, 7):
-        rows = [batch["row"].tolist() for batch in dataset.from_step(batches, start)]
-        assert rows == [batches[step]["row"].tolist() for step in range(start, 8)]
+        rows = [batch["pair"].tolist() for batch in batches.from_step(start)]
+        assert rows == [batches[step]["pair"].tolist() for step in range(start, 8)]
+
+
+def uneven(n, seed=0):
+    """n pairs of responses between 1 and 90 tokens."""
+    rng = np.random.default_rng(seed)
+    rows = many(n)
+    sizes = rng.integers(1, 90, (n, 2))
+    return [
+        dataclasses.replace(row, response_ids=[rng.integers(5, 90, size).tolist() for size in two])
+        for row, two in zip(rows, sizes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("most", [None, 800, 1])
+def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, most):
+    rows = uneven(30)
+    batches = dataset.Batches(
+        rows, global_batch=10, epochs=1, seed=0, iteration=1, shards=2, most_tokens=most, pack=pack
+    )
+    at, found = batches.layout, {}
+    for step in range(3):
+        batch = batches[step]
+        found |= sequences(batches, batch)
+        used = [np.unique(row[row > 0]) for row in batch["segment"].reshape(-1, at.width)]
+        assert all(ids.tolist() == list(range(1, len(ids) + 1)) for ids in used)
+    assert found == {
+        (i, k): (row.prompt_ids + ids, len(ids))
+        for i, row in enumerate(rows)
+        for k, ids in enumerate(row.response_ids)
+    }
+    tokens = sum(len(ids) for ids, _ in found.values())
+    computed = sum(batches[step]["tokens"].size for step in range(3))
+    assert at.real_token_share == pytest.approx(tokens / computed)
+    if most is None:
+        assert at.microbatches == 1
+        assert (at.real_token_share > 0.65) == pack
+        assert (at.segments > 1) == pack
+    else:
+        assert at.microbatches > 1
+        assert at.rows * at.width <= max(most, 2 * at.width)

@@ -91,7 +91,11 @@ def test_the_samplers_matrices_are_int8_and_the_policys_stay_what_they_were(poli
     for ours, theirs in ((serving.embedding, policy.embedding), (serving.norm, policy.norm)):
         np.testing.assert_array_equal(ours[...], theirs[...])
     held = sum(x.nbytes for x in jax.tree.leaves(sampler.weights))
-    assert held == sampler_module._bytes(policy, True) < 0.34 * sampler_module._bytes(policy, False)
+    assert (
+        held
+        == sampler_module.serving_bytes(policy, True)
+        < 0.34 * sampler_module.serving_bytes(policy, False)
+    )
 
 
 def test_a_tied_model_with_adapters_computes_with_its_rounded_matrices(one_device):

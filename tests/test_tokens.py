@@ -395,13 +395,14 @@ def test_T30_lengths_make_the_masks_whatever_pads(loaded, name, even_model, one_
         none, none, 0.5, 0.5, 0.5, prompt.prompt_id, prompt.ids, [[*answer, end], answer, [end]],
         [0.5] * 3, 0.5, [0.0] * 3, [0.0] * 3,
     )  # fmt: skip
-    batch = dataset.batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
     n = len(prompt.ids)
-    assert batch["length"][0].tolist() == [n + len(answer) + 1, n + len(answer), n + 1]
-    tokens_RT = batch["tokens"][0].copy()
-    for row, length in enumerate(batch["length"][0]):
-        tokens_RT[row, length:] = filler
-    length_R = jnp.asarray(batch["length"][0])
+    length_R = np.array([n + len(answer) + 1, n + len(answer), n + 1])
+    tokens_RT = np.full((3, 32), filler)
+    for row, (ids, length) in enumerate(zip(pair.response_ids, length_R, strict=True)):
+        tokens_RT[row, :length] = prompt.ids + ids
+    batch = dataset.Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
+    assert batch["scored"].sum() == sum(map(len, pair.response_ids))
+    length_R = jnp.asarray(length_R)
     found = response_logprob(even_model, jnp.asarray(tokens_RT), jnp.full(3, n), length_R)
     np.testing.assert_allclose(found, -np.log(ROWS) * np.array([len(answer) + 1, len(answer), 1]), rtol=1e-5)
 

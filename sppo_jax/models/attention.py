@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
@@ -21,6 +22,7 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row witho
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # of the kernels that need one
 LANES = 128  # of which splash's blocks are multiples
 BLOCK = 1024  # splash's largest
+SAVED = "attention"  # name of what a backward pass may keep of attention instead of computing it again
 
 Seen = Callable[[Any, Array, Array, Array], Array]  # kind of layer, q, k, v -> what the queries see
 
@@ -74,31 +76,31 @@ def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
 
 
 def whole(
-    valid_BT: Bool[Array, "B T"],
+    segment_BT: Int[Array, "B T"],
     windows: Sequence[int | None],
     kernel: Kernel,
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Seen:
-    """Causal attention among the real tokens of whole sequences; `windows` are those of each kind of layer.
+    """Causal attention among the tokens of each segment of a row; `windows` are those of each kind of layer.
 
-    What it returns takes a kind (an int, or traced), q [B, T, H, C], and k, v [B, T, N, C]. Padding may lie on
-    either side; with cudnn on the right only. What padding sees is finite and has no meaning.
+    What it returns takes a kind (an int, or traced), q [B, T, H, C], and k, v [B, T, N, C]. Segment 0 is padding, on
+    either side; what it sees is finite and has no meaning. With cudnn: one segment a row, padding on the right.
     """
     if kernel.name == "xla":
-        masks = [causal_mask(valid_BT, window) for window in windows]
+        masks = [causal_mask(segment_BT, window) for window in windows]
 
         def dense(kind: Any, q: Array, k: Array, v: Array) -> Array:
             if isinstance(kind, int) or len(masks) == 1:
                 mask_BTS = masks[kind if isinstance(kind, int) else 0]
             else:
                 mask_BTS = jnp.where(kind, masks[1], masks[0])
-            return attend(q, k, v, mask_BTS, scale=scale, softcap=softcap)
+            return checkpoint_name(attend(q, k, v, mask_BTS, scale=scale, softcap=softcap), SAVED)
 
         return dense
 
-    length = valid_BT.shape[1]
+    length = segment_BT.shape[1]
     windows = [None if window is None or window >= length else window for window in windows]
     of: Callable[..., Array] = functools.partial(_cudnn, scale=scale)
     if kernel.name == "splash":
@@ -110,8 +112,8 @@ def whole(
         if len(set(windows)) == 1:  # also where no sequence is as long as the window
             kind = 0
         if isinstance(kind, int):
-            return kinds[kind](q, k, v, valid_BT)
-        return jax.lax.switch(kind, kinds, q, k, v, valid_BT)
+            return kinds[kind](q, k, v, segment_BT)
+        return jax.lax.switch(kind, kinds, q, k, v, segment_BT)
 
     return fused
 
@@ -126,7 +128,7 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
         q_BTHC: Float[Array, "B T H C"],
         k_BTNC: Float[Array, "B T N C"],
         v_BTNC: Float[Array, "B T N C"],
-        valid_BT: Bool[Array, "B T"],
+        segment_BT: Int[Array, "B T"],
     ) -> Float[Array, "B T H C"]:
         heads, kv_heads = q_BTHC.shape[2], k_BTNC.shape[2]
         cut = math.lcm(kv_heads, sharding.shards(mesh, sharding.TABLE["N"]))
@@ -134,10 +136,10 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
         if n == "N" and cut != kv_heads:
             k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
         q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
-        valid = sharding.spec("BT", mesh, valid_BT.shape)
+        rows = sharding.spec("BT", mesh, segment_BT.shape)
         # check_vma would ask the kernel for what it cannot say: over which axes its result varies.
-        local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, valid), out_specs=q, check_vma=False)
-        return local(q_BTHC, k_BTNC, v_BTNC, valid_BT)
+        local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
+        return local(q_BTHC, k_BTNC, v_BTNC, segment_BT)
 
     return call
 
@@ -146,14 +148,14 @@ def _splash(
     q_BTHC: Float[Array, "B T H C"],
     k_BTNC: Float[Array, "B T N C"],
     v_BTNC: Float[Array, "B T N C"],
-    valid_BT: Bool[Array, "B T"],
+    segment_BT: Int[Array, "B T"],
     *,
     window: int | None,
     scale: float | None,
     softcap: float | None,
     interpret: bool,
 ) -> Float[Array, "B T H C"]:
-    """Pallas' splash attention: the scale goes into the queries, real tokens and padding are segments of their own."""
+    """Pallas' splash attention: the scale goes into the queries, padding is a segment of its own."""
     length, heads, channels = q_BTHC.shape[1:]
     size, blocks = block_sizes(length)
     shape = (size, size)
@@ -164,13 +166,14 @@ def _splash(
         splash_mask.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
 
     def rows(x: Array) -> Array:
         return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, size - length), (0, 0), (0, 0))), 2, 1)
 
-    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), ((0, 0), (0, size - length)))
+    segment_BT = jnp.pad(segment_BT, ((0, 0), (0, size - length)))
     q_BTHC *= jnp.asarray(channels**-0.5 if scale is None else scale, q_BTHC.dtype)
     seen_BHTC = jax.vmap(kernel)(
         rows(q_BTHC), rows(k_BTNC), rows(v_BTNC), splash.SegmentIds(segment_BT, segment_BT)
@@ -202,13 +205,15 @@ def _cudnn(
     q_BTHC: Float[Array, "B T H C"],
     k_BTNC: Float[Array, "B T N C"],
     v_BTNC: Float[Array, "B T N C"],
-    valid_BT: Bool[Array, "B T"],
+    segment_BT: Int[Array, "B T"],
     *,
     window: int | None,
     scale: float | None,
 ) -> Float[Array, "B T H C"]:
     """cuDNN's flash attention, told lengths instead of a mask of T x T: padding is on the right."""
-    length_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32), 1)  # of no length nothing is defined
+    length_B = jnp.maximum(
+        jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32), 1
+    )  # of no length nothing is defined
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BTNC,
@@ -249,14 +254,15 @@ def attend(
     return jnp.einsum("BNGTS,BSNC->BTNGC", weight_BNGTS, v_BSNC).reshape(q_BTHC.shape)
 
 
-def causal_mask(valid_BT: Bool[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
-    """May query t see key s: s is real, not later than t, and fewer than `window` places before it."""
-    place = jnp.arange(valid_BT.shape[1])
+def causal_mask(segment_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
+    """May query t see key s: s is real and of t's segment, not later than t, and fewer than `window` places before it."""
+    place = jnp.arange(segment_BT.shape[1])
     distance_TS = place[:, None] - place[None, :]
     seen_TS = distance_TS >= 0
     if window is not None:
         seen_TS &= distance_TS < window
-    return seen_TS[None] & valid_BT[:, None, :]
+    key_BTS = segment_BT[:, None, :]
+    return seen_TS[None] & (key_BTS > 0) & (key_BTS == segment_BT[:, :, None])
 
 
 def cache_mask(position_B: Int[Array, " B"], size: int, window: int | None) -> Bool[Array, "B 1 S"]:

@@ -1,12 +1,17 @@
 """Log-probability of responses under the policy: the one quantity that training, reference and probes share."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from sppo_jax.models.transformer import Transformer
+from sppo_jax import sharding
+from sppo_jax.models.transformer import Remat, Transformer
 
-CHUNK = 256  # positions whose logits exist at once: [B, CHUNK, V] instead of [B, T, V]
+CHUNK = 1024  # tokens of a device whose logits exist at once, at most
+LOGITS = 2**26  # numbers that those logits may be
 
 
 def response_logprob(
@@ -17,29 +22,100 @@ def response_logprob(
 ) -> Float[Array, " B"]:
     """sum over t in [prompt_length, length) of log p(token_t | token_<t), in nats, at temperature 1.
 
-    Sequences are right-padded: prompt, then response, then anything. The masks come from the lengths, so a
-    padding id that equals the end of sequence is no trouble. Logits and logsumexp are float32.
+    One sequence a row, right-padded: prompt, then response, then anything. The masks come from the lengths, so a
+    padding id that equals the end of sequence is no trouble.
     """
     place_T = jnp.arange(tokens_BT.shape[1])
-    hidden_BTD = model.hidden(tokens_BT, place_T < length_B[:, None])
-    # Position t predicts token t+1; the last position predicts nothing and is cut, not wrapped around.
-    hidden_BTD, label_BT, place_T = hidden_BTD[:, :-1], tokens_BT[:, 1:], place_T[1:]
+    segment_BT = (place_T < length_B[:, None]).astype(jnp.int32)
     scored_BT = (place_T >= prompt_length_B[:, None]) & (place_T < length_B[:, None])
+    return packed_logprob(model, tokens_BT, segment_BT, scored_BT, jnp.ones(1, jnp.int32))[:, 0]
 
-    def chunk(hidden: Array, label: Array, scored: Array) -> Array:
-        logits = model.logits(hidden)
-        picked = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(scored, picked - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=1)
 
-    if label_BT.shape[1] <= CHUNK:
-        return chunk(hidden_BTD, label_BT, scored_BT)
+def packed_logprob(
+    model: Transformer,
+    tokens_BT: Int[Array, "B T"],
+    segment_BT: Int[Array, "B T"],
+    scored_BT: Bool[Array, "B T"],
+    segments_S: Int[Array, " S"],
+    remat: Remat = "layer",
+) -> Float[Array, "B S"]:
+    """Sum of log p(token | those before it in its segment) over the scored tokens of each of a row's segments, in nats.
+
+    The first token of a segment has nothing before it and must not be scored. Logits and logsumexp are float32, and of
+    at most
+    CHUNK tokens at once: [B, T, V] never exists.
+    """
+    hidden_BTD = model.hidden(tokens_BT, segment_BT, remat)
+    # Position t predicts token t+1; the last position predicts nothing and is left out, not wrapped around.
+    logprob_BT = _token_logprob(model, hidden_BTD, jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1))))
+    logprob_BT = jnp.where(scored_BT[:, 1:], logprob_BT[:, :-1], 0.0)
+    own_BTS = segment_BT[:, 1:, None] == segments_S
+    return jnp.sum(jnp.where(own_BTS, logprob_BT[..., None], 0.0), axis=1)
+
+
+def _token_logprob(
+    model: Transformer, hidden_BTD: Float[Array, "B T D"], label_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """log p(label) on each device for its own rows, with the whole head gathered once.
+
+    Left to the compiler, every chunk would gather the head and add up its gradient over all devices.
+    """
+    mesh, w_DV = model.kernel.mesh, model.head_matrix()
+    if mesh is None or sharding.batch_shards(mesh) == 1:
+        return _chunked(hidden_BTD, label_BT, w_DV, model=model)
+    cut = sharding.batch_part("DV", mesh, w_DV.shape)
+    rows = sharding.batch_part("BT", mesh)
+
+    def local(hidden_BTD: Array, label_BT: Array, w_DV: Array) -> Array:
+        if cut[0] is not None:
+            w_DV = _gathered(w_DV, cut[0], hidden_BTD.dtype)
+        return _chunked(hidden_BTD, label_BT, w_DV, model=model)
+
+    axes = set(sharding.BATCH_AXES)
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, axis_names=axes, check_vma=False
+    )
+    return mapped(hidden_BTD, label_BT, w_DV)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w_DV: Array, axis: Any, dtype: Any) -> Array:
+    """Gathered over `axis` as `dtype`; float32 for those who use it, so that its gradient is added up in that."""
+    return jax.lax.all_gather(w_DV.astype(dtype), axis, axis=0, tiled=True).astype(jnp.float32)
+
+
+def _gathered_forward(w_DV: Array, axis: Any, dtype: Any) -> tuple[Array, None]:
+    return _gathered(w_DV, axis, dtype), None
+
+
+def _gathered_backward(axis: Any, dtype: Any, saved: None, gradient_DV: Array) -> tuple[Array]:
+    return (jax.lax.psum_scatter(gradient_DV, axis, scatter_dimension=0, tiled=True),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def chunk_size(vocab: int) -> int:
+    """Tokens of a device whose logits exist at once."""
+    return min(CHUNK, max(128, LOGITS // vocab))
+
+
+def _chunked(hidden_BTD: Array, label_BT: Array, w_DV: Array, *, model: Transformer) -> Array:
+    count, size = label_BT.size, chunk_size(w_DV.shape[1])
+
+    @jax.checkpoint
+    def chunk(hidden_CD: Array, label_C: Array) -> Array:
+        logits_CV = model.logits(hidden_CD, w_DV)
+        picked_C = jnp.take_along_axis(logits_CV, label_C[:, None], axis=-1)[:, 0]
+        return picked_C - jax.nn.logsumexp(logits_CV, axis=-1)
+
+    hidden_ID, label_I = hidden_BTD.reshape(count, -1), label_BT.reshape(count)
+    if count <= size:
+        return chunk(hidden_ID, label_I).reshape(label_BT.shape)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, size, *x.shape[1:])
 
-    def add(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + chunk(*xs), None
-
-    xs = (split(hidden_BTD), split(label_BT), split(scored_BT))
-    return jax.lax.scan(jax.checkpoint(add), jnp.zeros(tokens_BT.shape[0]), xs)[0]
+    found = jax.lax.map(lambda xs: chunk(*xs), (split(hidden_ID), split(label_I)))
+    return found.reshape(-1)[:count].reshape(label_BT.shape)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sppo_jax.models.architecture import Architecture, Rope
-from sppo_jax.models.attention import Kernel, Seen, whole
+from sppo_jax.models.attention import SAVED, Kernel, Seen, whole
 
 Weights = dict[str, Array]  # the tensors of one layer, by their name in models/hf.py
 Attention = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> what the queries see
@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+# What the backward pass computes again: all of a layer but its input, or all but its input and what attention gave.
+Remat = Literal["layer", "attention"]
 LORA_SCALE = 2  # alpha / rank of every adapter
 
 
@@ -64,28 +66,41 @@ class Transformer(nnx.Module):
         self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position. `valid_BT` is False on padding, on either side."""
-        return self.logits(self.hidden(tokens_BT, valid_BT))
+        segment_BT = None if valid_BT is None else valid_BT.astype(jnp.int32)
+        return self.logits(self.hidden(tokens_BT, segment_BT))
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_BT: Int[Array, "B T"] | None = None,
+        remat: Remat = "layer",
     ) -> Float[Array, "B T D"]:
-        """The normalised last hidden state. The backward pass keeps each layer's input and computes the rest again."""
-        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
-        if self.kernel.name != "cudnn":
-            return self._hidden(tokens_BT, valid_BT)
-        start_B = jnp.argmax(valid_BT, axis=1)  # cuDNN knows of padding on the right alone
-        return _turn(self._hidden(_turn(tokens_BT, -start_B), _turn(valid_BT, -start_B)), start_B)
+        """The normalised last hidden state, by a scan over the layers; the backward pass computes `remat` again.
 
-    def _hidden(self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        rope = self._rope(jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0))
-        seen = self._whole(valid_BT, self.kernel)
+        Tokens of one segment see each other, in their order; 0 is padding, on either side. A segment's tokens lie
+        together, and its positions begin at 0. With cudnn a row has one segment.
+        """
+        segment_BT = jnp.ones(tokens_BT.shape, jnp.int32) if segment_BT is None else segment_BT
+        if self.kernel.name != "cudnn":
+            return self._hidden(tokens_BT, segment_BT, remat)
+        start_B = jnp.argmax(segment_BT > 0, axis=1)  # cuDNN knows of padding on the right alone
+        return _turn(self._hidden(_turn(tokens_BT, -start_B), _turn(segment_BT, -start_B), remat), start_B)
+
+    def _hidden(
+        self, tokens_BT: Int[Array, "B T"], segment_BT: Int[Array, "B T"], remat: Remat
+    ) -> Float[Array, "B T D"]:
+        rope = self._rope(positions(segment_BT))
+        seen = self._whole(segment_BT, self.kernel)
 
         def layer(x_BTD: Array, xs: tuple[Weights, Array]) -> tuple[Array, None]:
             w, kind = xs
             return self._block(w, x_BTD, rope, functools.partial(seen, kind)), None
 
         kinds_L = jnp.asarray([self._kind(i) for i in range(self.architecture.layers)])
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(layer), self.embed(tokens_BT), (self.stacked(), kinds_L))
+        kept = jax.checkpoint_policies.save_only_these_names(SAVED) if remat == "attention" else None
+        x_BTD, _ = jax.lax.scan(
+            jax.checkpoint(layer, policy=kept), self.embed(tokens_BT), (self.stacked(), kinds_L)
+        )
         return self._rms_norm(x_BTD, self.norm[...])
 
     def forward(
@@ -107,9 +122,13 @@ class Transformer(nnx.Module):
             x *= jnp.asarray(math.sqrt(self.architecture.model), self.compute_dtype)
         return x
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 whatever the compute dtype: a bfloat16 logit is .03 nats off."""
-        w_DV = self.embedding[...].T if self.head is None else self.head[...]
+    def head_matrix(self) -> Array:
+        """[D, V]; may be in 8 bits."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden: Float[Array, "... D"], w_DV: Any = None) -> Float[Array, "... V"]:
+        """float32 whatever the compute dtype: a bfloat16 logit is .03 nats off. `w_DV`: the head, if it is at hand."""
+        w_DV = self.head_matrix() if w_DV is None else w_DV
         x = product("...D,DV->...V", hidden, w_DV, jnp.float32)
         cap = self.architecture.logit_softcap
         return x if cap is None else cap * jnp.tanh(x / cap)
@@ -120,7 +139,7 @@ class Transformer(nnx.Module):
         Padding is on the right. `mesh`: where the sequences are, if not on the model's own.
         """
         kernel = self.kernel if mesh is None else dataclasses.replace(self.kernel, mesh=mesh)
-        seen = self._whole(valid_BT, kernel)
+        seen = self._whole(valid_BT.astype(jnp.int32), kernel)
         return lambda i, q, k, v: seen(self._kind(i), q, k, v)
 
     def unstacked(self) -> "Transformer":
@@ -170,9 +189,9 @@ class Transformer(nnx.Module):
             y += LORA_SCALE * jnp.einsum(f"BTR,R{outs}->BT{outs}", low_BTR, self._cast(w[f"{name}_lora_b"]))
         return y
 
-    def _whole(self, valid_BT: Array, kernel: Kernel) -> Seen:
+    def _whole(self, segment_BT: Array, kernel: Kernel) -> Seen:
         a = self.architecture
-        return whole(valid_BT, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
+        return whole(segment_BT, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
 
     def _windows(self) -> tuple[int | None, ...]:
         """The window of each kind of layer."""
@@ -208,6 +227,13 @@ def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
     # What is summed over comes first in a matrix, and has 1 in the scale.
     wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     return (wide * w.scale).astype(dtype or x.dtype)
+
+
+def positions(segment_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each token's place in its segment; of padding, something that is no trouble."""
+    place_T = jnp.arange(segment_BT.shape[1])
+    begins_BT = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
+    return place_T - jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:

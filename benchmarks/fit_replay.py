@@ -1,0 +1,323 @@
+"""Recorded lengths trained on by one contender of benchmarks/fit.py, in a process of its own.
+
+python benchmarks/fit_replay.py NAME TASK
+
+NAME is a function of WORKERS, TASK its argument as JSON; the last line printed is what it returns. `trl` runs under the
+interpreter of TRL's environment, which has no sppo_jax.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sampler_replay import SEED, Trace, Watch, compilations, peak_bytes
+from sampler_replay import peaks as peaks  # also a worker
+
+PAD, EOS, FIRST = 0, 2, 5  # token ids; those from FIRST on are drawn
+ETA, RATE = 1000.0, 5e-7  # the defaults of sppo_jax.config.Fit
+GRADIENTS = "model.safetensors"  # of the first update, by the parameters' names in Hugging Face's format
+
+
+class Work(Watch):
+    """A watch that counts the seconds of this process's threads too: they say more where others share the cores."""
+
+    def __enter__(self) -> "Work":
+        self._began = time.process_time()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.cpu = time.process_time() - self._began
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs of token ids, and the pairs of each update."""
+
+    prompts: list[list[int]]
+    responses: list[list[list[int]]]  # of each prompt: chosen, rejected
+    order: list[list[int]]
+
+    @staticmethod
+    def of(trace: Trace, vocab: int) -> "Data":
+        """The trace's prompts, each with the first two of its responses, and not in an order yet."""
+        import numpy as np
+
+        rng = np.random.default_rng(SEED + 1)
+        responses = [
+            [[*rng.integers(FIRST, vocab, n - 1).tolist(), EOS] for n in row[:2]] for row in trace.responses
+        ]
+        return Data(trace.ids(vocab), responses, [])
+
+    @staticmethod
+    def read(task: dict[str, Any]) -> "Data":
+        """What the task is about: all, or the pairs of the first update alone."""
+        found = Data(**json.loads((Path(task["folder"]) / "pairs.json").read_text()))
+        if not task["first_only"]:
+            return found
+        kept = found.order[0]
+        return Data(
+            [found.prompts[i] for i in kept], [found.responses[i] for i in kept], [list(range(len(kept)))]
+        )
+
+    def lengths(self, i: int) -> list[int]:
+        """Tokens of pair i's two sequences."""
+        return [len(self.prompts[i]) + len(ids) for ids in self.responses[i]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(self.lengths(i)) for i in range(len(self.prompts)))
+
+    def pairs(self) -> list[Any]:
+        """As sppo_jax.records.Pair, without reference."""
+        from sppo_jax.records import Pair
+
+        return [
+            Pair([], [], 1.0, 1.0, 0.0, i, prompt, responses, [1.0, 0.0], 0.5, [ETA / 2, -ETA / 2], [0.0] * 2)
+            for i, (prompt, responses) in enumerate(zip(self.prompts, self.responses, strict=True))
+        ]
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
+    from sppo_jax import dataset
+
+    return dataset.Batches(
+        pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, most_tokens=most_tokens, pack=pack
+    )
+
+
+def one_device() -> Any:
+    import jax
+
+    from sppo_jax import sharding
+
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def updates(batches: Iterable[Any], model: Any, programs: Any, mesh: Any) -> Iterator[dict[str, float]]:
+    """sppo_jax.fit.fit without its files: the scalars of each update; `model`'s arrays are given up."""
+    import jax
+    import numpy as np
+
+    from sppo_jax import fit
+
+    _, params, frozen = fit.split(model)
+    zero = jax.device_put(np.int32(0), programs.shardings.step)
+    state = fit.TrainState(zero, params, programs.init_optimizer(params))
+    del params
+    for batch in batches:
+        state, scalars = programs.train_step(state, frozen, fit.place(batch, mesh))
+        yield {name: float(value) for name, value in jax.device_get(scalars).items()}
+
+
+def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Path) -> None:
+    """What the first update's optimiser is given, as a checkpoint."""
+    from flax import nnx
+
+    from sppo_jax import fit
+    from sppo_jax.models import hf
+
+    _, params, frozen = fit.split(model)
+    grads, _ = programs.gradients(params, frozen, fit.place(batch, mesh))
+    folder.mkdir()
+    hf.save(nnx.merge(programs.graph, grads, frozen), folder)
+
+
+def ours(task: dict[str, Any]) -> dict[str, Any]:
+    """Reference log-probs, then all updates. What compiles does so before, on two microbatches of a model that is dropped."""
+    data = Data.read(task)
+    with Watch() as imports:
+        from sppo_jax import fit, memory, models, pairs, sharding
+        from sppo_jax.config import Fit
+
+        compiled = compilations()
+    rows, mesh = data.pairs(), one_device()
+    settings = Fit(
+        loss="sppo_hard", eta=ETA, learning_rate=RATE, warmup=0.0, epochs=1, schedule_epochs=1,
+        global_batch=task["global_batch"], max_grad_norm=0.0, remat=task["remat"],
+    )  # fmt: skip
+    with Watch() as warm:
+        model = models.load(Path(task["folder"]) / "model")
+        most = memory.most_tokens(model.architecture, mesh, 4, sharding.memory_limit(mesh))
+        batches = batches_of(rows, task["global_batch"], most, task["pack"])
+        programs = fit.make_programs(
+            model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
+        )
+        short = {name: x[:2] for name, x in batches[0].items()}
+        for _ in updates([short], model, programs, mesh):
+            pass
+    del model
+    gc.collect()
+    with Watch() as load:
+        model = models.load(Path(task["folder"]) / "model")
+    count = len(compiled)
+    with Work() as reference:
+        values = fit.logprobs(model, batches, len(rows), programs, mesh)
+    filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], most, task["pack"])
+    if task["gradients"]:
+        save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
+    with Work() as training:
+        found = list(updates(filled.from_step(0), model, programs, mesh))
+    computed = 0
+    for step, expected in enumerate(data.order):
+        batch = filled[step]
+        computed += batch["tokens"].size
+        assert sorted(batch["pair"][batch["real"]].tolist()) == sorted(expected)
+    return {
+        "seconds": training.seconds,
+        "reference_seconds": reference.seconds,
+        "import_seconds": imports.seconds,
+        "warm_seconds": warm.seconds,
+        "load_seconds": load.seconds,
+        "cpu_seconds": training.cpu + reference.cpu,
+        "others": max(training.others, reference.others),
+        "pairs": len(rows),
+        "tokens": data.tokens,
+        "computed_tokens": computed,
+        "losses": [one["loss"] for one in found],
+        "margins": [one["margin"] for one in found],
+        "reference": values.tolist(),
+        "programs": count,
+        "new_compilations": len(compiled) - count,
+        "layout": vars(filled.layout),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+def words(ids: list[int]) -> str:
+    """Text that `tokenizer` makes `ids` of; TRL takes text alone."""
+    return "".join(f"t{i} " if i != EOS else "</s>" for i in ids)
+
+
+def tokenizer(vocab: int) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"t{i}": i for i in range(vocab) if i not in (PAD, EOS)} | {"<pad>": PAD, "</s>": EOS}
+    inner = Tokenizer(WordLevel(names, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def trl(task: dict[str, Any]) -> dict[str, Any]:
+    """DPOTrainer with its reference log-probs computed once, over the same updates."""
+    with Watch() as imports:
+        import torch
+        import transformers
+        from datasets import Dataset
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM, TrainerCallback
+        from trl import DPOConfig, DPOTrainer, __version__
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(task["threads"])
+    data, per_device = Data.read(task), task["per_device"]
+    order = [[*step] for step in data.order]
+    if task["by_length"]:
+        order = [sorted(step, key=lambda i: (max(data.lengths(i)), i)) for step in order]
+    in_order = [i for step in order for i in step]
+    training, sizes = Work(), {"computed": 0, "real": 0}
+
+    class Measured(DPOTrainer):
+        def _precompute_ref_logps(self, *args: Any) -> Any:
+            with Work() as self.reference:
+                return super()._precompute_ref_logps(*args)
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes["computed"] += inputs["input_ids"].numel()
+            sizes["real"] += int(inputs["attention_mask"].sum())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            training.__enter__()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            training.__exit__()
+
+        def on_pre_optimizer_step(self, _: Any, state: Any, __: Any, model: Any, **___: Any) -> None:
+            if task["gradients"] and state.global_step == 0:
+                Path(task["gradients"]).mkdir()
+                grads = {name: p.grad.contiguous() for name, p in model.named_parameters()}
+                save_file(grads, Path(task["gradients"]) / GRADIENTS)
+
+    with Watch() as load:
+        model = AutoModelForCausalLM.from_pretrained(Path(task["folder"]) / "model", dtype=torch.float32)
+    texts = [
+        {"prompt": words(data.prompts[i]), **dict(zip(("chosen", "rejected"), map(words, data.responses[i]), strict=True))}
+        for i in in_order
+    ]  # fmt: skip
+    args = DPOConfig(
+        output_dir=task["output"], loss_type="sppo_hard", beta=1 / ETA, max_length=None,
+        precompute_ref_log_probs=True, gradient_checkpointing=task["checkpointing"],
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=task["global_batch"] // per_device, num_train_epochs=1,
+        train_sampling_strategy="sequential", optim="rmsprop", optim_args="alpha=0.99,eps=1e-8",
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0,
+        use_cpu=True, bf16=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=SEED,
+    )  # fmt: skip
+    trainer = Measured(
+        model, args=args, train_dataset=Dataset.from_list(texts), callbacks=[Clock()],
+        processing_class=tokenizer(model.config.vocab_size),
+    )  # fmt: skip
+    for row, i in zip(trainer.train_dataset, in_order, strict=True):
+        assert row["prompt_ids"] == data.prompts[i]
+        assert [row["chosen_ids"], row["rejected_ids"]] == data.responses[i]
+    trainer.train()
+    assert sizes["real"] == data.tokens
+    logged = [one for one in trainer.state.log_history if "loss" in one]
+    reference = dict(
+        zip(
+            in_order,
+            ([row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in trainer.train_dataset),
+            strict=True,
+        )
+    )
+    return {
+        "seconds": training.seconds,
+        "reference_seconds": trainer.reference.seconds,
+        "import_seconds": imports.seconds,
+        "warm_seconds": 0.0,
+        "load_seconds": load.seconds,
+        "cpu_seconds": training.cpu + trainer.reference.cpu,
+        "others": max(training.others, trainer.reference.others),
+        "pairs": len(in_order),
+        "tokens": data.tokens,
+        "computed_tokens": sizes["computed"],
+        "losses": [one["loss"] for one in logged],
+        "margins": [one["rewards/margins"] * ETA for one in logged],
+        "reference": [reference[i] for i in range(len(in_order))],
+        "peak_bytes": peak_bytes(),
+        "versions": {"trl": __version__, "TRL's transformers": transformers.__version__, "TRL's torch": torch.__version__},
+    }  # fmt: skip
+
+
+WORKERS = {"ours": ours, "trl": trl, "peaks": peaks}
+
+
+def main() -> None:
+    name, task = sys.argv[1], json.loads(sys.argv[2])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["threads"]])
+    print("\n" + json.dumps(WORKERS[name](task)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The real programs of each stage, compiled for devices that are not here: what plan.py reads its figures from."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from sppo_jax import fit, hub, sampler, sharding
+from sppo_jax.config import Config
+from sppo_jax.dataset import Layout
+from sppo_jax.decoding import PAGE, Programs, bucket
+from sppo_jax.hlo import Cost, Module
+from sppo_jax.models import Architecture, Transformer, attention, hf, lora
+from sppo_jax.pairrm import disentangled, jax_judge, jax_model
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program on one chip."""
+
+    peak: int  # bytes
+    total: int  # arguments, results and temporaries
+    seconds: float  # that compiling took
+    cost: Cost
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room for a program; the text is its first line."""
+
+
+def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> tuple[Any, Compiled]:
+    """Compile, and say how long it took; raises DoesNotFit."""
+    began = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error).splitlines()[0]) from None
+    memory = program.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    text = program.as_text()
+    cost = Module(text, turns).cost() if "estimated_cycles" in text else Cost()
+    seconds = time.perf_counter() - began
+    hub.say(f"  {what}: compiled in {seconds:.0f} s, {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
+    return program, Compiled(memory.peak_memory_in_bytes, total, seconds, cost)
+
+
+def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
+    """The policy without a byte of it."""
+    a = replace(a, lora_rank=config.model.lora_rank)
+    kernel = attention.choose(config.model.attention, mesh, a, dtype)
+    weights: dict[str, Any] = dict(hf.abstract(a, mesh, dtype if a.lora_rank else jnp.float32))
+    return Transformer(a, weights | (lora.abstract(a, mesh) if a.lora_rank else {}), dtype, kernel)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of one chip's pieces."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The update's programs, and the most memory that a chip has in use at any of them."""
+
+    forward: Compiled
+    backward: Compiled
+    accumulate: Compiled | None
+    update: Compiled
+    peak: int
+    saved: int  # bytes between forward and backward
+
+    @property
+    def programs(self) -> list[Compiled]:
+        return [x for x in (self.forward, self.backward, self.accumulate, self.update) if x is not None]
+
+
+def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) -> Fitted:
+    """The training step as `fit` runs it: four programs whose arrays stay on the devices between them."""
+    model = abstract_model(config, a, mesh, dtype)
+    programs = fit.make_programs(
+        model.architecture, jnp.dtype(dtype), mesh, config.fit, 100, config.model.attention
+    )
+    _, params, frozen = fit.split(model)
+    responses = 2 if config.pairs.select == "best_worst" else config.sampling.responses
+    batch = microbatch(mesh, at, responses)
+    state = fit.TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=programs.shardings.step),
+        params,
+        jax.tree.map(_struct, jax.eval_shape(programs.init_optimizer, params), programs.shardings.opt_state),
+    )
+    lowered = programs.forward.lower(params, frozen, batch)  # type: ignore[attr-defined]
+    program, forward = compiled("forward", lowered)
+    logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
+    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
+    backward = compiled("backward", programs.backward.lower(pullback, logprob))[1]  # type: ignore[attr-defined]
+    accumulate = None
+    if at.microbatches > 1:
+        accumulate = compiled("backward, added up", programs.accumulate.lower(params, pullback, logprob))[1]  # type: ignore[attr-defined]
+    update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
+    # What lies there without being an argument. The pullback has the parameters in it.
+    beside = local_bytes(state.opt_state)
+    grads = local_bytes(params) if at.microbatches > 1 else 0
+    peaks = [forward.peak + beside + grads, backward.peak + beside, update.peak + local_bytes(frozen)]
+    peaks += [accumulate.peak + beside] if accumulate else []
+    saved = local_bytes(pullback) - local_bytes(params) - local_bytes(frozen)
+    return Fitted(forward, backward, accumulate, update, max(peaks), saved)
+
+
+def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
+    """Shapes of what `fit.place` gives."""
+    rows, whole = sharding.named("BT", mesh), sharding.replicated(mesh)
+    tokens, group, pair = (at.rows, at.width), (at.prompts,), (at.prompts, responses)
+
+    def like(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    return {
+        "tokens": like(tokens, jnp.int32, rows),
+        "segment": like(tokens, jnp.int32, rows),
+        "scored": like(tokens, jnp.bool_, rows),
+        "place": like(pair, jnp.int32),
+        "segments": like((at.segments,), jnp.int32),
+        "ref_logprob": like(pair, jnp.float32),
+        "win_rate": like(pair, jnp.float32),
+        "baseline": like(group, jnp.float32),
+        "probability": like(group, jnp.float32),
+        "real": like(group, jnp.bool_),
+        "share": like((), jnp.float32),
+    }
+
+
+def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, limit: int) -> Programs:
+    """What the sampler compiles: replicas, slots and pages as it would choose them with `limit` bytes a chip.
+
+    Raises BadInput where a response does not fit.
+    """
+    model = abstract_model(config, a, mesh, dtype)
+    int8 = config.sampling.quantize == "int8"
+    whole = sharding.sampling_mesh(mesh, sampler.serving_bytes(model, int8), limit)
+    # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
+    processes = whole.size // sharding.own_part(whole).size
+    asked = replace(
+        config.sampling,
+        slots=config.sampling.slots * processes,
+        cache_tokens=config.sampling.cache_tokens * processes,
+    )
+    graph, weights = sampler.abstract(model, whole, int8)
+    free = sampler.FILLED * limit - local_bytes(weights)
+    longest = min(bucket(config.prompts.max_length), a.max_positions)
+    shape = sampler.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
+    return Programs(graph, weights, whole, shape)
+
+
+def page_bytes(p: Programs) -> int:
+    """Of one column's keys and values, all layers, on one chip."""
+    pages = p.shape.pages // p.replicas
+    return local_bytes(p.pages) // (pages * PAGE)
+
+
+def judge_program(
+    deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int
+) -> tuple[Compiled, int, int]:
+    """PairRM's forward over one full batch of pairs of `tokens` tokens: (program, rows of all chips, tokens of a row)."""
+    platform = sharding.platform(mesh)
+    size = jax_judge.bucket(tokens, platform)
+    rows = mesh.size * jax_judge.rows(size, platform)
+    form = disentangled.form_of(mesh)
+    network, weights = nnx.split(
+        jax_model.PairRM(deberta, jax_model.shapes(deberta, jnp.dtype(dtype)), dtype, form)
+    )
+    whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
+    weights = jax.tree.map(lambda x: _struct(x, whole), weights)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=spread) for s in ((rows, size), (rows,), (rows, 3))]
+    return compiled("judge", jax_judge.forward(network, mesh).lower(weights, *inputs))[1], rows, size  # type: ignore[attr-defined]
+
+
+def _struct(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
