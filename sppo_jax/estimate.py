@@ -158,7 +158,7 @@ def _sampling_compiled(
     held = min(
         own, p.shape.pages // p.replicas * PAGE / (live + PAGE / 2)
     )  # slots that have pages at mean length
-    turns = {
+    turns: dict[str, float] = {
         r"^jit\(decode\)/while$": STEPS,
         "live_pages": math.ceil(held * (live / PAGE + 0.5) / paged.GROUP),
         "while/body": ROUNDS,

@@ -62,8 +62,10 @@ def forward(
 
     def logprob(params: Any) -> Array:
         model = nnx.merge(graph, params, frozen)
-        rows = (batch[name] for name in ("tokens", "segment", "scored", "segments"))
-        return packed_logprob(model, *rows, remat).reshape(-1)[batch["place"]]
+        logprob_BS = packed_logprob(
+            model, batch["tokens"], batch["segment"], batch["scored"], batch["segments"], remat
+        )
+        return logprob_BS.reshape(-1)[batch["place"]]
 
     return jax.vjp(logprob, params)
 

@@ -5,7 +5,6 @@
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -32,7 +31,7 @@ class Cost:
     """Of one chip."""
 
     cycles: float = 0.0
-    moved: Counter[str] = field(default_factory=Counter)  # bytes of results by kind of collective
+    moved: dict[str, float] = field(default_factory=dict)  # bytes of results by kind of collective
     sent: float = 0.0  # bytes that leave the chip in collectives,
     waited: float = 0.0  # and in those of them that nothing is computed beside
     collectives: float = 0.0  # how many are waited for
@@ -44,7 +43,7 @@ class Cost:
         self.waited += times * other.waited
         self.collectives += times * other.collectives
         for kind, size in other.moved.items():
-            self.moved[kind] += times * size
+            self.moved[kind] = self.moved.get(kind, 0.0) + times * size
         self.copies |= other.copies
 
 
@@ -85,7 +84,7 @@ class Module:
         moved = size(result)
         out = sent(kind, moved, _group(line))
         return Cost(
-            moved=Counter({kind: moved}),
+            moved={kind: moved},
             sent=out,
             waited=0.0 if beside else out,
             collectives=0 if beside else 1,

@@ -313,7 +313,8 @@ def test_lengths_of_cudnn_are_those_of_the_texts_and_never_0(one_device, monkeyp
     told = {}
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: told.update(options) or q)
     heads = jnp.ones((4, 40, 2, 16))
-    attention._cudnn(heads, heads, heads, padded((40, 9, 1, 0), 40), window=None, scale=None)
+    segment = padded((40, 9, 1, 0), 40).astype(jnp.int32)
+    attention._cudnn(heads, heads, heads, segment, window=None, scale=None)
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         assert told[name].tolist() == [40, 9, 1, 1]
 
