@@ -286,6 +286,11 @@ def fit(
             if settings.loss.startswith("sppo")
             else f"iteration {iteration} fit: expected initial loss {whole:.6g} (log-ratios 0)"
         )
+    at = batches.layout
+    metrics.say(
+        f"iteration {iteration} fit: at most {at.microbatches} microbatches of {at.rows} rows of {at.width} tokens, "
+        f"{at.real_token_share:.0%} of which are real"
+    )
     with metrics.progress(f"iteration {iteration} fit", total - start, "updates") as advance:
         for step, batch in zip(range(start, total), batches.from_step(start), strict=True):
             if profiler is not None:

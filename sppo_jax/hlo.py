@@ -112,7 +112,10 @@ def _group(line: str) -> int:
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found[1].split(","))
-    return 2
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    return 2  # collective-permute: from one to one other
 
 
 def _part(pattern: str, line: str) -> str:

@@ -282,9 +282,10 @@ def summary(one: Plan, config: Config, asked: Asked) -> list[str]:
     mfu = mfus(fit_, one)[1] or 0
     run = config.iterations * one.iteration_hours
     cost = f", {asked.price * one.chips * run:,.0f} at {asked.price:g} a chip-hour" if asked.price else ""
-    how = "" if one.compiled else " (by formula)"
+    how = "" if one.compiled else ", by formula"
+    axes = ", ".join(f"{axis} {n}" for axis, n in one.mesh.items() if n > 1)
     return [
-        f"{one.topology}{how}: iteration {one.iteration_hours:.2f} h = {hours}; run {run:.1f} h, {one.chips * run:.0f} "
+        f"{one.topology} ({axes}{how}): iteration {one.iteration_hours:.2f} h = {hours}; run {run:.1f} h, {one.chips * run:.0f} "
         f"chip-hours{cost}",
         f"  memory {max(s.peak for s in one.stages.values()) / GIB:.1f} of {fit_.limit / GIB:.1f} GiB; update {fit_.seconds:.2f} s "
         f"in {one.microbatches} microbatches, MFU {mfu:.0%}; checkpoint {one.checkpoint_gb:.0f} GB, disk {one.disk_gb:.0f} GB",

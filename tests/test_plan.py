@@ -33,7 +33,21 @@ from sppo_jax.workload import Lengths
 from tests.test_fit import pairs_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
+PODS = ("mistral_7b", "llama3_8b")
+
+
+@pytest.mark.parametrize(
+    ("groups", "chips"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,8]<=[16]", 8),
+        ("mesh['axis_0'=4,'axis_1'=2,'axis_2'=3] {'axis_0','axis_2'}", 12),
+    ],
+)
+def test_the_chips_of_a_collective_are_read_in_every_notation(groups, chips):
+    line = f"  %a = f32[64]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    text = "HloModule m\n\nENTRY %main (a: f32[8]) -> f32[8] {\n" + line + "\n}\n"
+    assert hlo.Module(text).cost().sent == pytest.approx(256 * (chips - 1) / chips)
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -192,7 +206,7 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
 
 def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
     with pytest.raises(BadInput, match=r"nothing that was tried fits: .*Take more chips, or train adapters"):
-        plan.main(["--config", str(CONFIGS / "gemma2_9b.yaml"), "--device", "a100", "--count", "1"])
+        plan.main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
 
 
 @pytest.mark.parametrize(
