@@ -73,7 +73,6 @@ class Fitted:
     accumulate: Compiled | None
     update: Compiled
     peak: int
-    saved: int  # bytes between forward and backward
 
     @property
     def programs(self) -> list[Compiled]:
@@ -108,8 +107,7 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
     grads = local_bytes(params) if at.microbatches > 1 else 0
     peaks = [forward.peak + beside + grads, backward.peak + beside, update.peak + local_bytes(frozen)]
     peaks += [accumulate.peak + beside] if accumulate else []
-    saved = local_bytes(pullback) - local_bytes(params) - local_bytes(frozen)
-    return Fitted(forward, backward, accumulate, update, max(peaks), saved)
+    return Fitted(forward, backward, accumulate, update, max(peaks))
 
 
 def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
@@ -151,7 +149,8 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
         cache_tokens=config.sampling.cache_tokens * processes,
     )
     graph, weights = sampler.abstract(model, whole, int8)
-    free = sampler.FILLED * limit - local_bytes(weights)
+    masters = local_bytes(nnx.split(model)[1])  # where training has them
+    free = sampler.FILLED * limit - local_bytes(weights) - masters
     longest = min(bucket(config.prompts.max_length), a.max_positions)
     shape = sampler.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
     return Programs(graph, weights, whole, shape)

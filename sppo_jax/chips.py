@@ -31,8 +31,3 @@ GPUS = {
     "h100": Chip(989e12, 3350e9, 73.6, 450e9),
     "h200": Chip(989e12, 4800e9, 129.7, 450e9),
 }
-
-
-def of_topology(name: str) -> Chip | None:
-    """The chip of a TPU topology such as v5e:4x4; None if it is unknown."""
-    return TPUS.get(name.split(":")[0])

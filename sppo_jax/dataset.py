@@ -54,7 +54,7 @@ class Batches:
         """`steps_per_epoch * epochs` batches of `global_batch` prompts; every epoch is shuffled anew.
 
         A microbatch's rows are divisible by `shards` and hold at most `most_tokens` tokens (None: all of an update's),
-        unless one row a shard is more. Without `pack`, each row holds one sequence.
+        unless one row a shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
         """
         self._pairs = pairs
         lengths = [[len(p.prompt_ids) + len(ids) for ids in p.response_ids] for p in pairs]
@@ -155,11 +155,10 @@ def arranged(
     multiple = MULTIPLE if longest <= LONG else LONG_MULTIPLE
     width = -(-longest // multiple) * multiple
     if most_tokens is None:
-        parts_of = [[sorted(batch)] for batch in order]
+        plans = [[(sorted(batch), _rows(batch, lengths, width, pack))] for batch in order]
     else:
         most_rows = max(shards, most_tokens // width // shards * shards)
-        parts_of = [_parts(batch, lengths, width, most_rows, pack) for batch in order]
-    plans = [[(part, _rows(part, lengths, width, pack)) for part in parts] for parts in parts_of]
+        plans = [_parts(batch, lengths, width, most_rows, pack) for batch in order]
     every = [one for plan in plans for one in plan]
     rows = -(-max(len(rows) for _, rows in every) // shards) * shards
     return plans, Layout(
@@ -174,45 +173,35 @@ def arranged(
 
 def _parts(
     batch: Sequence[int], lengths: Sequence[Sequence[int]], width: int, most_rows: int, pack: bool
-) -> list[list[int]]:
+) -> list[tuple[list[int], Rows]]:
     """A batch's prompts by microbatch: the longest first, each into the first one whose rows have room for all of its own."""
-    parts: list[list[int]] = []
-    rooms: list[list[int]] = []
+    parts: list[tuple[list[int], Rows]] = []
     for index in sorted(batch, key=lambda i: (-sum(lengths[i]), i)):
-        sizes = sorted(lengths[index], reverse=True)
-        found = next(
-            (n for n, room in enumerate(rooms) if _place(sizes, room, width, most_rows, pack) is not None),
-            len(parts),
-        )
-        if found == len(parts):
-            parts.append([])
-            rooms.append([])
-        # A prompt whose own responses need more rows than that has them, in a microbatch of its own.
-        room = _place(sizes, rooms[found], width, max(most_rows, len(sizes)), pack)
-        assert room is not None
-        rooms[found] = room
-        parts[found].append(index)
-    return [sorted(part) for part in parts]
+        for prompts, rows in parts:
+            if len(more := _rows([index], lengths, width, pack, rows)) <= most_rows:
+                prompts.append(index)
+                rows[:] = more
+                break
+        else:  # its own responses may need more rows than that: then it has them
+            parts.append(([index], _rows([index], lengths, width, pack)))
+    # All sequences of a microbatch together, and not prompt by prompt, mostly need fewer rows still.
+    again = [(sorted(prompts), _rows(prompts, lengths, width, pack)) for prompts, _ in parts]
+    return [
+        new if len(new[1]) <= len(rows) else (new[0], rows)
+        for new, (_, rows) in zip(again, parts, strict=True)
+    ]
 
 
-def _place(
-    sizes: Sequence[int], room: Sequence[int], width: int, most_rows: int, pack: bool
-) -> list[int] | None:
-    """What is left of each row once sequences of these sizes are in the first that have room; None: they do not fit."""
-    left = list(room)
-    for size in sizes:
-        row = next((i for i, free in enumerate(left) if pack and free >= size), None)
-        if row is None:
-            left.append(width)
-            row = len(left) - 1
-        left[row] -= size
-    return left if len(left) <= most_rows else None
-
-
-def _rows(prompts: Sequence[int], lengths: Sequence[Sequence[int]], width: int, pack: bool) -> Rows:
-    """The sequences of some prompts by row: the longest first, each into the first row that has room for it."""
-    rows: Rows = []
-    room: list[int] = []
+def _rows(
+    prompts: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    width: int,
+    pack: bool,
+    begun: Sequence[Sequence[tuple[int, int]]] = (),
+) -> Rows:
+    """`begun` and the sequences of some prompts by row: the longest first, each into the first row that has room for it."""
+    rows = [list(row) for row in begun]
+    room = [width - sum(lengths[index][k] for index, k in row) for row in rows]
     every = [(index, k) for index in prompts for k in range(len(lengths[index]))]
     for index, k in sorted(every, key=lambda one: (-lengths[one[0]][one[1]], one)):
         length = lengths[index][k]

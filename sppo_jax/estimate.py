@@ -81,9 +81,9 @@ def mesh(m: Any, chips: int, devices: list[Any] | None) -> Any:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
-def layout_of(c: Config, a: Architecture, mesh: Any, chip: Chip, work: Workload, share: int) -> Layout:
-    """The update's shape; `share`: by how much its microbatches are smaller than the formula says."""
-    most = memory.most_tokens(a, mesh, 2, chip.gib * GIB) // share
+def layout_of(c: Config, a: Architecture, mesh: Any, chip: Chip, work: Workload) -> Layout:
+    """The shape of the updates that a run would have there."""
+    most = memory.most_tokens(a, mesh, 2, chip.gib * GIB)
     return workload.layout(c, work, sharding.batch_shards(mesh), most)
 
 
@@ -155,6 +155,7 @@ def _sampling_compiled(
     replicas, limit = chips // each, chip.gib * GIB
     live = lengths.prompt + lengths.response / 2
     weights, column = aot.local_bytes(p.weights), aot.page_bytes(p)
+    masters = 4 * memory.parameters(a) / chips  # which lie there, too
     held = min(
         own, p.shape.pages // p.replicas * PAGE / (live + PAGE / 2)
     )  # slots that have pages at mean length
@@ -165,7 +166,7 @@ def _sampling_compiled(
     }
     program = aot.compiled("decode", p.lower("decode"), turns)[1]
     step = Stage(
-        f"a step of {own} slots on {each} chips", work.sampled_tokens / (held * replicas * SLOTS_USED), program.peak, limit,
+        f"a step of {own} slots on {each} chips", work.sampled_tokens / (held * replicas * SLOTS_USED), program.peak + masters, limit,
         2 * memory.parameters(a) * held / each, weights + held * live * column,
     )  # fmt: skip
     add(step, program, chip, 1 / STEPS, 0)
@@ -181,7 +182,7 @@ def _sampling_compiled(
     rows = p.rows(size)
     tokens = rows * lengths.prompt
     fill = Stage(
-        f"{rows} prompts of up to {size} tokens", work.prompt_tokens / (tokens * replicas), program.peak, limit,
+        f"{rows} prompts of up to {size} tokens", work.prompt_tokens / (tokens * replicas), program.peak + masters, limit,
         2 * memory.parameters(a) * tokens / each, weights,
     )  # fmt: skip
     add(fill, program, chip, 1, 0)
@@ -249,6 +250,8 @@ def _judge(c: Config, mesh: Any, chip: Chip, work: Workload, compile_: bool) -> 
 def add(stage: Stage, program: Compiled, chip: Chip, times: float, kernel: float) -> None:
     """A program's cost, run so many times in a unit, and `kernel` seconds that its cycles leave out."""
     cost = program.cost
+    if not cost.cycles:
+        raise BadInput("this libtpu does not tell what it expects: install libtpu==0.0.42.1")
     stage.compiler = (stage.compiler or 0) + times * cost.cycles / chip.cycles + kernel
     waited = cost.waited / chip.links + cost.collectives * chip.latency
     stage.collectives = (stage.collectives or 0) + times * waited

@@ -312,8 +312,6 @@ def fit(
             if stopping:
                 checkpoints.wait()
                 raise Terminated
-    if profiler is not None:
-        profiler.close()
     checkpoints.wait()
     checkpoints.keep_only(total)
     return nnx.merge(programs.graph, state.params, frozen)

@@ -78,10 +78,15 @@ class Module:
                 total.add(self.cost(_part(r"body=%([\w.-]+)", line)), self._turns(line))
             if operation == "call":
                 total.add(self.cost(_part(r"to_apply=%([\w.-]+)", line)))
+            if operation == "conditional":  # one of its branches: the longest
+                branches = re.findall(r"%([\w.-]+)", line.partition("computation")[2])
+                costs = [self.cost(name) for name in branches if name in self.computations]
+                total.add(max(costs, key=lambda cost: cost.cycles))
         return total
 
     def _collective(self, kind: str, result: str, line: str, beside: bool) -> Cost:
-        moved = size(result)
+        # Several in one have a tuple as their result; one that is begun has its operand in there, too.
+        moved = size(result) if beside else size(result, every=True)
         out = sent(kind, moved, _group(line))
         return Cost(
             moved={kind: moved},
@@ -97,13 +102,13 @@ class Module:
         return known[0] if known else int(_part(r"constant\((\d+)\)", condition))
 
 
-def size(result: str) -> int:
-    """Bytes of an HLO type; of a tuple's largest member."""
+def size(result: str, every: bool = False) -> int:
+    """Bytes of an HLO type; of a tuple's largest member, or of all."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
-    return max(
-        (WIDTHS.get(kind, 4) * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays),
-        default=0,
-    )
+    sizes = [
+        WIDTHS.get(kind, 4) * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays
+    ]
+    return sum(sizes) if every else max(sizes, default=0)
 
 
 def _group(line: str) -> int:

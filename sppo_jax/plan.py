@@ -185,23 +185,23 @@ def _devices(name: str) -> list[Any]:
 def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] | None, asked: Asked) -> Plan:
     from sppo_jax import estimate
 
-    work = workload(config, asked.lengths)
+    lengths = Lengths(
+        min(asked.lengths.prompt, config.prompts.max_length),
+        min(asked.lengths.response, config.sampling.max_new_tokens),
+    )
+    work = workload(config, lengths)
     architecture = estimate.architecture(config)
     found: Plan | None = None
     tried: list[str] = []
-    seen: list[Any] = []
-    for mesh_config, share in _candidates(config, chips):
+    for mesh_config in _candidates(config, chips):
         mesh = estimate.mesh(mesh_config, chips, devices)
-        label = f"mesh {dict(mesh.shape)}" + ("" if share == 1 else f", microbatches of 1/{share} the tokens")
-        at = estimate.layout_of(config, architecture, mesh, chip, work, share)
-        if (shape := (tuple(mesh.shape.items()), at)) in seen:
-            continue
-        seen.append(shape)
+        label = f"mesh {dict(mesh.shape)}"
+        at = estimate.layout_of(config, architecture, mesh, chip, work)
         _say(f"{name}: {label}")
         try:
             updated = estimate.fit_stages(config, architecture, mesh, chip, work, at, devices is not None)
             stages = estimate.other_stages(
-                config, architecture, mesh, chip, work, asked.lengths, devices is not None
+                config, architecture, mesh, chip, work, lengths, devices is not None
             )
         except estimate.DoesNotFit as error:
             tried.append(f"{label}: does not fit ({error})")
@@ -223,14 +223,12 @@ def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] 
     return found
 
 
-def _candidates(config: Config, chips: int) -> Iterator[tuple[Any, int]]:
-    """(mesh, by how much its microbatch is smaller) to try: the configuration's own first, then smaller and other ones."""
-    for share in (1, 2, 4):
-        yield config.mesh, share
-    for tensor in (2, 4):
+def _candidates(config: Config, chips: int) -> Iterator[Any]:
+    """Meshes to try: the configuration's own first, then others. Each has the microbatches that a run on it would have."""
+    yield config.mesh
+    for tensor in (2, 4, 8):
         if chips % tensor == 0 and tensor != config.mesh.tensor:
-            for share in (1, 2):
-                yield dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor), share
+            yield dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor)
 
 
 def table(one: Plan, config: Config, asked: Asked) -> list[str]:

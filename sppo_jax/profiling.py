@@ -1,6 +1,7 @@
 """A trace of some updates for xprof: where the time goes on the devices."""
 
 from pathlib import Path
+from typing import Self
 
 import jax
 
@@ -20,6 +21,12 @@ class Profiler:
             self._on = True
         elif n == self._last:
             self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Write what has been recorded."""

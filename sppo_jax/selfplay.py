@@ -1,5 +1,6 @@
 """The loop: the algorithm box of arXiv:2405.00675, stage by stage, each skipped when its output is complete."""
 
+import contextlib
 from collections.abc import Callable
 
 from sppo_jax import (
@@ -143,8 +144,10 @@ def _pairs(
 
 
 def _fit(session: Session, t: int, trained_on: list[Pair]) -> Transformer:
-    batches = session.batches(trained_on, t)
-    with checkpoint.Checkpoints(session.run.checkpoints(t)) as checkpoints:
+    batches, profiler = session.batches(trained_on, t), None
+    with checkpoint.Checkpoints(session.run.checkpoints(t)) as checkpoints, contextlib.ExitStack() as stack:
+        if t == 1 and session.config.log.profile:
+            profiler = stack.enter_context(Profiler(session.run.profile, session.config.log.profile))
         return fit.fit(
             session.take_policy(t - 1),
             batches,
@@ -155,5 +158,5 @@ def _fit(session: Session, t: int, trained_on: list[Pair]) -> Transformer:
             iteration=t,
             log_every=session.config.log.every,
             metrics=session.metrics,
-            profiler=Profiler(session.run.profile, session.config.log.profile) if t == 1 else None,
+            profiler=profiler,
         )

@@ -349,11 +349,10 @@ def test_the_updates_that_are_asked_for_are_recorded_for_xprof(tmp_path):
     from sppo_jax.profiling import Profiler
 
     def recorded(directory, count, updates):
-        profiler = Profiler(directory, count)
-        for n in range(updates):
-            profiler.step(n)
-            jnp.ones(3).block_until_ready()
-        profiler.close()
+        with Profiler(directory, count) as profiler:
+            for n in range(updates):
+                profiler.step(n)
+                jnp.ones(3).block_until_ready()
         return [str(path) for path in directory.rglob("*.xplane.pb")]
 
     assert len(recorded(tmp_path / "two", 2, 8)) == 1

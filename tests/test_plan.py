@@ -86,7 +86,7 @@ def test_a_workload_counts_what_an_iteration_does():
     assert work.updates == math.ceil(20_000 / 64)
     assert work.responses == 20_000 * 5 + 1000 + 100 * 5
     assert work.sampled_tokens == pytest.approx(work.responses * 350, rel=0.05)
-    assert work.ordered_pairs == 20_100 * 20 + 2000
+    assert work.ordered_pairs == 20_100 * 20 + 4000  # held out: both orders, against base and previous
     at = workload.layout(c, work, 16, 16 * 8192)
     assert at.microbatches == 1
     assert at.rows % 16 == 0

@@ -122,7 +122,7 @@ class Transformer(nnx.Module):
             x *= jnp.asarray(math.sqrt(self.architecture.model), self.compute_dtype)
         return x
 
-    def head_matrix(self) -> Array:
+    def head_matrix(self) -> Any:
         """[D, V]; may be in 8 bits."""
         return self.embedding[...].T if self.head is None else self.head[...]
 
