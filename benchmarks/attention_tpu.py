@@ -71,7 +71,7 @@ def measured(a: Architecture, mesh: Mesh, length: int, forced: str) -> dict[str,
 
     def gradient(weights: Any, tokens: Array, valid: Array) -> Any:
         def loss(weights: Any) -> Array:
-            hidden = nnx.merge(graph, weights).hidden(tokens, valid)
+            hidden = nnx.merge(graph, weights).hidden(tokens, valid.astype(jnp.int32))
             return jnp.sum(jnp.square(hidden.astype(jnp.float32)), where=valid[..., None])
 
         return jax.grad(loss)(weights)
