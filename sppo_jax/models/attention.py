@@ -107,7 +107,7 @@ def whole(
         of = functools.partial(_splash, scale=scale, softcap=softcap, interpret=kernel.interpret)
     if kernel.name == "blocked":
         of = functools.partial(blocked.attend, scale=scale, softcap=softcap)
-    kinds = [functools.partial(of, window=window) for window in windows]
+    kinds: list[Seen] = [functools.partial(of, window=window) for window in windows]
     if kernel.mesh is not None:
         kinds = [_sharded(one, kernel.mesh) for one in kinds]
 
