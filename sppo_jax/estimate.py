@@ -105,7 +105,7 @@ def sampling_stages(s: Setting) -> dict[str, Stage]:
     lies: dict[str, float] = {
         "weights": weights,
         "keys and values": pool,
-        "training's": aot.kept_bytes(c, a, s.mesh, s.dtype),
+        "masters": aot.kept_bytes(c, a, s.mesh, s.dtype),
     }
     # Slots that have pages at mean length.
     held = min(own, p.shape.pages // p.replicas * PAGE / (live + PAGE / 2))
@@ -128,7 +128,7 @@ def sampling_stages(s: Setting) -> dict[str, Stage]:
         }
         program = aot.compiled("decode", p.lower("decode"), turns)[1]
         _add(step, program, 1 / STEPS)
-        step.memory = _kinds(lies, program.peak + lies["training's"])
+        step.memory = _kinds(lies, program.peak + lies["masters"])
         # Weights are fetched while products run, so the slower of the two counts.
         step.left_out = max(0.0, weights / chip.memory - (step.compiler or 0))
         if p.kernel == "ragged":  # reads whole blocks
@@ -136,7 +136,7 @@ def sampling_stages(s: Setting) -> dict[str, Stage]:
             step.left_out += read / chip.memory / chip.reached
         program = aot.compiled(f"prefill of {size}", p.lower(size))[1]
         _add(fill, program, 1)
-        fill.memory = _kinds(lies, program.peak + lies["training's"])
+        fill.memory = _kinds(lies, program.peak + lies["masters"])
         if p.model.kernel.name != "xla":
             scores = 2 * a.layers * a.heads * a.head_dim * rows * size**2 / each
             fill.left_out = scores / (KERNEL * chip.flops)
@@ -171,7 +171,7 @@ def judge_stage(s: Setting) -> Stage:
     )  # fmt: skip
     lies: dict[str, float] = {
         "weights": weights,
-        "training's": aot.kept_bytes(c, s.architecture, s.mesh, s.dtype),
+        "masters": aot.kept_bytes(c, s.architecture, s.mesh, s.dtype),
     }
     if c.judge.backend != "jax":
         stage.count = 0
@@ -182,7 +182,7 @@ def judge_stage(s: Setting) -> Stage:
         program = aot.judge_program(d, s.mesh, dtype, s.work.pair_tokens)
         _add(stage, program, 1)
         stage.left_out = scores / (KERNEL * s.chip.flops)
-        stage.memory = _kinds(lies, program.peak + lies["training's"])
+        stage.memory = _kinds(lies, program.peak + lies["masters"])
     else:
         stage.by_formula(2 * body * rows * size + scores, 0, dtype.itemsize)
         stage.memory = lies | {"temporaries": 8 * rows * size * dtype.itemsize * (d.model + d.mlp)}
