@@ -24,6 +24,7 @@ class Compiled:
     """What the compiler says of one program on one chip."""
 
     peak: int  # bytes
+    arguments: int
     total: int  # arguments, results and temporaries
     seconds: float  # that compiling took
     cost: Cost
@@ -48,7 +49,7 @@ def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> 
     cost = Module(text, turns).cost() if "estimated_cycles" in text else Cost()
     seconds = time.perf_counter() - began
     hub.say(f"  {what}: compiled in {seconds:.0f} s, {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
-    return program, Compiled(memory.peak_memory_in_bytes, total, seconds, cost)
+    return program, Compiled(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, total, seconds, cost)
 
 
 def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
@@ -78,6 +79,7 @@ class Fitted:
     accumulate: Compiled | None
     update: Compiled
     memory: dict[str, float]
+    saved: float  # bytes of activations that a backward pass needs
 
     @property
     def peak(self) -> float:
@@ -111,10 +113,10 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
     if at.microbatches > 1:
         accumulate = compiled("backward, added up", programs.accumulate.lower(params, pullback, logprob))[1]  # type: ignore[attr-defined]
     update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
-    # What lies there without being an argument. The pullback has the parameters in it.
+    # What lies there without being an argument.
     trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
     lies = {"parameters": trained, "frozen": fixed, "optimiser": moments}
-    saved = {"saved activations": local_bytes(pullback) - trained - fixed}
+    saved = {"saved activations": max(0, backward.arguments - trained - fixed)}
     several = at.microbatches > 1
     times = [
         (forward.peak + moments + several * trained, lies | saved | {"gradients": several * trained}),
@@ -127,7 +129,8 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
         times.append((accumulate.peak + moments, lies | saved | {"gradients": 2 * trained}))
     peak, held = max(times, key=lambda moment: moment[0])
     kinds = {kind: float(size) for kind, size in held.items() if size}
-    return Fitted(forward, backward, accumulate, update, kinds | {"temporaries": peak - sum(held.values())})
+    kinds["temporaries"] = peak - sum(held.values())
+    return Fitted(forward, backward, accumulate, update, kinds, saved["saved activations"])
 
 
 def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def fit_stages(s: Setting) -> dict[str, Stage]:
         if s.kernel != "xla":  # whose products have cycles
             seconds = scores / (KERNEL * s.chip.flops)
             reference.left_out, update.left_out = seconds, (3.5 + again) * seconds
-        reference.memory = _kinds({"parameters": kept}, found.forward.peak)
+        reference.memory = _kinds({"parameters": kept, "saved activations": found.saved}, found.forward.peak)
         update.memory = found.memory
         return {"reference": reference, "fit": update}
     padded = real / at.real_token_share
@@ -198,5 +198,5 @@ def _add(stage: Stage, program: Compiled, times: float) -> None:
 
 
 def _kinds(lies: dict[str, float], peak: float) -> dict[str, float]:
-    """What lies there, and what else a program's peak has."""
-    return lies | {"temporaries": peak - sum(lies.values())}
+    """What lies there, and what else a program's peak has. Weights that a program does not use are no part of its peak."""
+    return lies | {"temporaries": max(0.0, peak - sum(lies.values()))}

@@ -63,6 +63,7 @@ class Plan:
     disk_gb: float
     compiled: bool
     tried: list[str] = field(default_factory=list)  # other meshes, and what came of them
+    advice: str = ""  # of a mesh that would be better
 
     @property
     def iteration_hours(self) -> float:
@@ -237,12 +238,13 @@ def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] 
         if len(said) > SHOWN:
             said = [weighed[other][1] for other in others[:SHOWN] if other != mesh]
         best = min(weighed, key=lambda mesh: weighed[mesh][0])
-        if weighed[best][0] < BETTER * weighed[mesh][0]:
-            flags = " ".join(f"--mesh.{axis} {n}" for axis, n in dataclasses.asdict(best).items())
-            said.insert(
-                0, f"by formula {flags} is faster: {weighed[best][0]:.2f} h, this {weighed[mesh][0]:.2f} h"
-            )
-        return _figures(name, s, stages, tried + said)
+        advice = ""
+        if mesh != own:
+            advice = f"the configuration's own mesh does not fit: {_flags(mesh)} does"
+        elif weighed[best][0] < BETTER * weighed[mesh][0]:
+            compared = f"{weighed[best][0]:.2f} h an iteration, and this {weighed[mesh][0]:.2f} h"
+            advice = f"by formula {_flags(best)} takes {compared}"
+        return _figures(name, s, stages, tried + said, advice)
     if not tried[1:]:
         tried += [line for mesh, (_, line) in weighed.items() if mesh != own]
     raise BadInput(
@@ -250,7 +252,11 @@ def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] 
     )
 
 
-def _figures(name: str, s: Any, stages: dict[str, Stage], tried: list[str]) -> Plan:
+def _flags(mesh: configuration.Mesh) -> str:
+    return " ".join(f"--mesh.{axis} {n}" for axis, n in dataclasses.asdict(mesh).items())
+
+
+def _figures(name: str, s: Any, stages: dict[str, Stage], tried: list[str], advice: str) -> Plan:
     from sppo_jax import memory
 
     n, trained = memory.parameters(s.architecture), memory.adapters(s.architecture)
@@ -261,6 +267,7 @@ def _figures(name: str, s: Any, stages: dict[str, Stage], tried: list[str]) -> P
         topology=name, chips=s.mesh.size, mesh=dict(s.mesh.shape), stages=stages, microbatches=at.microbatches,
         microbatch_tokens=at.rows * at.width, real_token_share=at.real_token_share, parameters=n, checkpoint_gb=checkpoint,
         disk_gb=s.config.iterations * (checkpoint + export) + checkpoint, compiled=s.compiled, tried=tried,
+        advice=advice,
     )  # fmt: skip
 
 
@@ -343,6 +350,7 @@ def summary(one: Plan, config: Config, asked: Asked) -> list[str]:
         f"  memory {max(s.peak for s in one.stages.values()) / GIB:.1f} of {update.limit / GIB:.1f} GiB (update "
         f"{update.peak / GIB:.1f}); update {update.seconds:.2f} s in {pieces}, MFU {update.mfu:.0%}; checkpoint "
         f"{one.checkpoint_gb:.2g} GB, disk {one.disk_gb:.0f} GB",
+        *([f"  {one.advice}"] if one.advice else []),
     ]
 
 
@@ -366,7 +374,7 @@ def as_json(one: Plan, config: Config, asked: Asked) -> dict[str, Any]:
         "real_token_share": one.real_token_share, "parameters": one.parameters,
         "checkpoint_gb": one.checkpoint_gb, "disk_gb": one.disk_gb, "iteration_hours": one.iteration_hours,
         "run_hours": run, "chip_hours": one.chips * run, "price": asked.price and asked.price * one.chips * run,
-        "lengths": dataclasses.asdict(asked.lengths), "other_meshes": one.tried,
+        "lengths": dataclasses.asdict(asked.lengths), "other_meshes": one.tried, "advice": one.advice,
     }  # fmt: skip
 
 

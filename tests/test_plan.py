@@ -140,7 +140,6 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     logprob, pullback = programs.forward(params, frozen, placed[0])
     ran.append(programs.forward.lower(params, frozen, placed[0]).compile())
     ran.append(programs.backward.lower(pullback, logprob).compile())
-    saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), pullback)
     del pullback
     state, _ = programs.train_step(state, frozen, placed)
 
@@ -156,7 +155,8 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     assert found.memory["parameters"] == aot.local_bytes(state.params)
     assert found.memory["optimiser"] == aot.local_bytes(state.opt_state)
     assert found.memory.get("gradients", 0) in [n * aot.local_bytes(state.params) for n in (0, 1, 2)]
-    assert found.saved == aot.local_bytes(saved) - aot.local_bytes(state.params)
+    arguments = ran[1].memory_analysis().argument_size_in_bytes
+    assert found.saved == pytest.approx(arguments - aot.local_bytes(state.params), rel=0.1)
     assert found.peak > aot.local_bytes(state)
 
 
@@ -279,6 +279,7 @@ def test_a_mesh_that_does_not_fit_gives_way_to_the_best_of_those_that_do(capsys)
     found = by_formula(capsys, "--mesh.data", "8", "--mesh.fsdp", "1")
     assert found["mesh"] != {"data": 8, "fsdp": 1, "tensor": 1}
     assert found["other_meshes"][0].startswith("data 8: does not fit (")
+    assert found["advice"].startswith("the configuration's own mesh does not fit: --mesh.data ")
     assert found["stages"]["fit"]["hbm_gib"] < found["stages"]["fit"]["hbm_limit_gib"]
     own = by_formula(capsys, *(w for axis, n in found["mesh"].items() for w in (f"--mesh.{axis}", str(n))))
     assert own["iteration_hours"] == found["iteration_hours"]
@@ -287,9 +288,9 @@ def test_a_mesh_that_does_not_fit_gives_way_to_the_best_of_those_that_do(capsys)
 
 def test_a_mesh_that_is_much_slower_than_another_is_told_which(capsys):
     found = by_formula(capsys, "--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
-    better = found["other_meshes"][0]
+    better = found["advice"]
     assert better.startswith("by formula --mesh.data ")
-    flags = better.removeprefix("by formula ").partition(" is faster")[0].split()
+    flags = better.removeprefix("by formula ").partition(" takes")[0].split()
     assert by_formula(capsys, *flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
 
 
