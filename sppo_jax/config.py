@@ -31,9 +31,9 @@ class Model:
         "auto",
         "dtype of the matrix products; auto: float32 on CPUs, bfloat16 elsewhere. Masters stay float32",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = knob(
+    attention: Literal["auto", "xla", "splash", "cudnn", "blocked"] = knob(
         "auto",
-        "attention kernel; auto: splash and ragged paged attention on TPUs, cuDNN on GPUs, XLA elsewhere",
+        "attention kernel; auto: splash and ragged paged attention on TPUs, cuDNN on GPUs where it serves, blocked on CPUs",
     )
 
 

@@ -214,7 +214,7 @@ CAPPED = {"attention_softcap": 50.0}
 @pytest.mark.parametrize(
     ("forced", "device", "dtype", "model", "expected"),
     [
-        ("auto", CPU, "bfloat16", {}, "xla"),
+        ("auto", CPU, "bfloat16", CAPPED, "blocked"),
         ("auto", TPU, "bfloat16", {}, "splash"),
         ("auto", TPU, "float32", CAPPED, "splash"),
         ("auto", A100, "bfloat16", {"head_dim": 128}, "cudnn"),
@@ -241,6 +241,7 @@ def test_the_kernel_is_that_of_the_meshs_platform(forced, device, dtype, model, 
     ("forced", "device", "dtype", "model", "why"),
     [
         ("splash", CPU, "float32", {}, "runs on a tpu, and the mesh is of cpu devices"),
+        ("blocked", TPU, "float32", {}, "runs on a cpu, and the mesh is of tpu devices"),
         ("cudnn", TPU, "bfloat16", {}, "runs on a gpu, and the mesh is of tpu devices"),
         ("cudnn", H100, "float32", {"head_dim": 128}, "needs model.compute_dtype=bfloat16"),
         ("cudnn", H100, "bfloat16", {"head_dim": 128} | CAPPED, "no soft cap"),

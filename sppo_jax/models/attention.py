@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
+from sppo_jax.models import blocked
 from sppo_jax.models.architecture import Architecture
+from sppo_jax.models.blocked import MASKED, SAVED
 
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without keys stays finite
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # of the kernels that need one
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "blocked": "cpu"}  # of the kernels that are for one
 LANES = 128  # of which splash's blocks are multiples
 BLOCK = 1024  # splash's largest
-SAVED = "attention"  # name of what a backward pass may keep of attention instead of computing it again
 
 Seen = Callable[[Any, Array, Array, Array], Array]  # kind of layer, q, k, v -> what the queries see
 
@@ -31,11 +31,11 @@ Seen = Callable[[Any, Array, Array, Array], Array]  # kind of layer, q, k, v -> 
 class Kernel:
     """What attends over whole sequences, and the mesh that it is compiled for.
 
-    "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU) and "cudnn" (GPU) do not.
+    "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
     """
 
     name: str = "xla"
-    mesh: Mesh | None = None  # xla needs none
+    mesh: Mesh | None = None  # xla needs none, nor does blocked on one device
     interpret: bool = False  # splash on any device, slowly: for tests
 
 
@@ -88,7 +88,8 @@ def whole(
     What it returns takes a kind (an int, or traced), q [B, T, H, C], and k, v [B, T, N, C]. Segment 0 is padding, on
     either side; what it sees is finite and has no meaning. With cudnn: one segment a row, padding on the right.
     """
-    if kernel.name == "xla":
+    length = segment_BT.shape[1]
+    if kernel.name == "xla" or (kernel.name == "blocked" and length <= 2 * blocked.BLOCK):
         masks = [causal_mask(segment_BT, window) for window in windows]
 
         def dense(kind: Any, q: Array, k: Array, v: Array) -> Array:
@@ -100,13 +101,15 @@ def whole(
 
         return dense
 
-    length = segment_BT.shape[1]
     windows = [None if window is None or window >= length else window for window in windows]
     of: Callable[..., Array] = functools.partial(_cudnn, scale=scale)
     if kernel.name == "splash":
         of = functools.partial(_splash, scale=scale, softcap=softcap, interpret=kernel.interpret)
-    assert kernel.mesh is not None, f"{kernel.name} needs a mesh"
-    kinds = [_sharded(functools.partial(of, window=window), kernel.mesh) for window in windows]
+    if kernel.name == "blocked":
+        of = functools.partial(blocked.attend, scale=scale, softcap=softcap)
+    kinds = [functools.partial(of, window=window) for window in windows]
+    if kernel.mesh is not None:
+        kinds = [_sharded(one, kernel.mesh) for one in kinds]
 
     def fused(kind: Any, q: Array, k: Array, v: Array) -> Array:
         if len(set(windows)) == 1:  # also where no sequence is as long as the window
