@@ -13,7 +13,6 @@ from sppo_jax.models.transformer import Remat
 
 FILLED = 0.9  # share of a device's memory that the formula may fill: it is good to a tenth
 FEWEST, MOST = 1024, 16_384  # tokens of a microbatch on one device
-QUERIES = 256  # whose scores XLA's attention has at once
 
 
 def parameters(a: Architecture) -> int:
@@ -35,6 +34,7 @@ class Update:
     width: int  # bytes of the compute dtype
     kernel: str  # of attention
     remat: Remat
+    longest: int  # tokens of a sequence: XLA's attention has every query's scores with a whole row
 
     @property
     def state(self) -> dict[str, float]:
@@ -59,7 +59,7 @@ class Update:
         inner = 2 * self.width * (2 * heads + 2 * a.kv_heads * a.head_dim + 3 * a.mlp) / tensor
         inner += 6 * self.width * a.model
         if self.kernel == "xla":
-            inner += 2 * 4 * QUERIES * a.heads / tensor
+            inner += 2 * 4 * self.longest * a.heads / tensor
         logits = 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
         head = 2 * self.width * a.model * a.vocab / tensor
         state = self.state

@@ -174,7 +174,8 @@ class Session:
         c = self.config
         kernel = choose(c.model.attention, self.mesh, self.architecture, self.compute_dtype).name
         width = self.compute_dtype.itemsize
-        update = memory.Update(self.architecture, self.mesh, width, kernel, c.fit.remat)
+        longest = max(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
+        update = memory.Update(self.architecture, self.mesh, width, kernel, c.fit.remat, longest)
         return dataset.Batches(
             pairs,
             global_batch=c.fit.global_batch,

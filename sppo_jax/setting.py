@@ -54,7 +54,8 @@ class Setting:
     @property
     def update(self) -> memory.Update:
         c = self.config.fit
-        return memory.Update(self.architecture, self.mesh, self.dtype.itemsize, self.kernel, c.remat)
+        longest = max(map(max, self.work.lengths_GR))
+        return memory.Update(self.architecture, self.mesh, self.dtype.itemsize, self.kernel, c.remat, longest)
 
     @cached_property
     def layout(self) -> Layout:

@@ -163,7 +163,7 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
 def update_of(c: config.Config, chips: int, **knobs: Any) -> memory.Update:
     on = stand_ins(TPUS["v5e"], chips)
     mesh = setting.mesh(c.mesh, on, stand_ins=True)
-    base = memory.Update(setting.architecture(c), mesh, width=2, kernel="splash", remat="layer")
+    base = memory.Update(setting.architecture(c), mesh, width=2, kernel="splash", remat="layer", longest=2560)
     return dataclasses.replace(base, **knobs)
 
 
@@ -188,7 +188,7 @@ def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
     assert attention["saved activations"] == 2 * saved + 4096 * 32 * 32 * 4  # the softmax's sums of each head
     assert wide["saved activations"] == 2 * saved
     assert wide["parameters"] == layer["parameters"]
-    assert scores["temporaries"] - layer["temporaries"] == 4096 * 256 * 32 * 4 * 2
+    assert scores["temporaries"] - layer["temporaries"] == 4096 * 2560 * 32 * 4 * 2
 
 
 def test_adapters_alone_have_masters_moments_and_gradients():
