@@ -36,7 +36,7 @@ from sppo_jax.workload import Lengths
 from tests.test_fit import pairs_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PODS = ("mistral_7b", "llama3_8b")
+PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -366,6 +366,8 @@ def test_a_small_model_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
         assert 0 < one["hbm_gib"] < one["hbm_limit_gib"] == 15.75
         assert one["seconds_compiler"] > 0
         assert one["compile_seconds"] > 0
+        assert one["memory_gib"]["temporaries"] >= 0
+    assert set(found["stages"]["fit"]["memory_gib"]) >= {"parameters", "optimiser", "temporaries"}
     moved = found["stages"]["fit"]["collectives"]
     layers = 2 * (512 * 128 * 16 + 3 * 512 * 1024) * 2  # bytes of all layers' matrices in bfloat16
     assert moved["all-gather"] >= 2 * layers  # forward and backward
