@@ -27,8 +27,7 @@ KERNEL = (
 
 def stages(s: Setting) -> dict[str, Stage]:
     """All of them. Raises DoesNotFit, and BadInput for what no chip could do."""
-    updates = fit_stages(s)
-    return sampling_stages(s) | {"judge": judge_stage(s)} | updates
+    return sampling_stages(s) | {"judge": judge_stage(s)} | fit_stages(s)
 
 
 def fit_stages(s: Setting) -> dict[str, Stage]:

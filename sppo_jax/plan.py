@@ -207,48 +207,52 @@ def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] 
         on = stand_ins(chip, chips) if devices is None or not compiled else devices
         return setting.Setting(config, a, chip, setting.mesh(mesh, on, not compiled), lengths, compiled)
 
-    weighed: dict[
-        configuration.Mesh, tuple[float, str]
-    ] = {}  # by formula: hours of an iteration, and in words
-    for mesh in [config.mesh, *_others(config.mesh, chips, a.heads)]:
-        s = at(mesh, compiled=False)
-        label = _axes(s.mesh.shape)
-        try:
-            found = hours(estimate.stages(s))
-            weighed[mesh] = found, f"{label}: {found:.2f} h an iteration by formula"
-        except aot.DoesNotFit as error:
-            weighed[mesh] = math.inf, f"{label}: does not fit by formula ({error})"
+    meshes = [config.mesh, *_others(config.mesh, chips, a.heads)]
+    weighed = {mesh: _weighed(at(mesh, compiled=False)) for mesh in meshes}
     # The configuration's own first, whatever the formula says of it; others only where that does not fit.
     own, *others = weighed
-    others = sorted(
-        (mesh for mesh in others if weighed[mesh][0] < math.inf), key=lambda mesh: weighed[mesh][0]
-    )
+    others = [mesh for mesh in others if weighed[mesh][0] < math.inf]
+    others.sort(key=lambda mesh: weighed[mesh][0])
     tried: list[str] = []
     for mesh in [own, *others[:ATTEMPTS]]:
         s = at(mesh, devices is not None)
-        label = _axes(s.mesh.shape)
-        _say(f"{name}: mesh {label}")
+        _say(f"{name}: mesh {_axes(s.mesh.shape)}")
         try:
             stages = estimate.stages(s)
         except aot.DoesNotFit as error:
-            tried.append(f"{label}: does not fit ({error})")
+            tried.append(f"{_axes(s.mesh.shape)}: does not fit ({error})")
             _say(f"  does not fit: {error}")
             continue
-        said = [line for other, (_, line) in weighed.items() if other != mesh]
-        if len(said) > SHOWN:
-            said = [weighed[other][1] for other in others[:SHOWN] if other != mesh]
-        best = min(weighed, key=lambda mesh: weighed[mesh][0])
-        advice = ""
-        if mesh != own:
-            advice = f"the configuration's own mesh does not fit: {_flags(mesh)} does"
-        elif weighed[best][0] < BETTER * weighed[mesh][0]:
-            compared = f"{weighed[best][0]:.2f} h an iteration, and this {weighed[mesh][0]:.2f} h"
-            advice = f"by formula {_flags(best)} takes {compared}"
-        return _figures(name, s, stages, tried + said, advice)
-    if not tried[1:]:
+        tried += [weighed[other][1] for other in others[:SHOWN] if other != mesh]
+        return _figures(name, s, stages, tried, _advice(mesh, own, {m: x for m, (x, _) in weighed.items()}))
+    if not tried[1:]:  # no formula let any of them be compiled
         tried += [line for mesh, (_, line) in weighed.items() if mesh != own]
     raise BadInput(
         f"{name}: nothing that was tried fits: {'; '.join(tried)}. Take more chips, or train adapters (model.lora_rank)"
+    )
+
+
+def _weighed(s: Any) -> tuple[float, str]:
+    """By formula: hours of an iteration (infinite where it does not fit), and the same in words."""
+    from sppo_jax import aot, estimate
+
+    label = _axes(s.mesh.shape)
+    try:
+        found = hours(estimate.stages(s))
+    except aot.DoesNotFit as error:
+        return math.inf, f"{label}: does not fit by formula ({error})"
+    return found, f"{label}: {found:.2f} h an iteration by formula"
+
+
+def _advice(mesh: Any, own: Any, weighed: dict[Any, float]) -> str:
+    """A word where the plan is of another mesh than was asked, or another would be better."""
+    if mesh != own:
+        return f"the configuration's own mesh does not fit: {_flags(mesh)} does"
+    best = min(weighed, key=lambda other: weighed[other])
+    if weighed[best] >= BETTER * weighed[mesh]:
+        return ""
+    return (
+        f"by formula {_flags(best)} takes {weighed[best]:.2f} h an iteration, and this {weighed[mesh]:.2f} h"
     )
 
 
@@ -286,7 +290,7 @@ def _whole(mesh: configuration.Mesh, chips: int) -> configuration.Mesh:
     """With the size that is -1 told."""
     sizes = dataclasses.asdict(mesh)
     given = math.prod(n for n in sizes.values() if n != -1)
-    return configuration.Mesh(**{axis: chips // given if n == -1 else n for axis, n in sizes.items()})
+    return configuration.Mesh(**{axis: chips // max(1, given) if n == -1 else n for axis, n in sizes.items()})
 
 
 def _axes(sizes: Any) -> str:

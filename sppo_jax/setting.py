@@ -88,7 +88,7 @@ def mesh(m: config.Mesh, devices: list[Any], stand_ins: bool) -> Mesh:
     if not stand_ins:
         return sharding.make_mesh(m.data, m.fsdp, m.tensor, devices=devices)
     sizes = [m.data, m.fsdp, m.tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise BadInput(

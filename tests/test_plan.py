@@ -322,6 +322,8 @@ def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
         (["--device", "h100", "--count", "some"], "needs a number"),
         (["--device", "h100", "--price"], "needs a value"),
         (["--device", "h100", "--fit.eat", "3"], "fit.eat"),
+        (["--device", "h100", "--mesh.tensor", "3"], "does not fit 8 devices"),
+        (["--device", "h100", "--mesh.tensor", "0"], "does not fit 8 devices"),
     ],
 )
 def test_what_is_wrong_with_the_flags_is_said_in_one_line(words, said):
