@@ -20,8 +20,9 @@ tiny: venv
 
 # The TPU's compiler lies beside the environment: inside, it would make every start of jax look for a TPU.
 plan: venv .tpu/installed
-	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/mistral_7b.yaml --topology v5e:4x4 --topology v6e:2x4
+	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/mistral_7b.yaml --topology v5e:4x4 --topology v5e:8x8 --topology v6e:2x4
 	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/llama3_8b.yaml --topology v5e:4x4
+	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/gemma2_9b.yaml --topology v5e:4x4
 
 .tpu/installed: venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .tpu libtpu==0.0.42.1

@@ -24,6 +24,7 @@ class Compiled:
     """What the compiler says of one program on one chip."""
 
     peak: int  # bytes
+    arguments: int
     total: int  # arguments, results and temporaries
     seconds: float  # that compiling took
     cost: Cost
@@ -48,7 +49,7 @@ def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> 
     cost = Module(text, turns).cost() if "estimated_cycles" in text else Cost()
     seconds = time.perf_counter() - began
     hub.say(f"  {what}: compiled in {seconds:.0f} s, {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
-    return program, Compiled(memory.peak_memory_in_bytes, total, seconds, cost)
+    return program, Compiled(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, total, seconds, cost)
 
 
 def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
@@ -64,15 +65,25 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def kept_bytes(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> int:
+    """What training leaves on a chip while others work there: parameters, the frozen ones included."""
+    return local_bytes(nnx.split(abstract_model(config, a, mesh, dtype))[1])
+
+
 @dataclass(frozen=True)
 class Fitted:
-    """The update's programs, and the most memory that a chip has in use at any of them."""
+    """The update's programs, and the most memory that a chip has in use at any of them, by kind."""
 
     forward: Compiled
     backward: Compiled
     accumulate: Compiled | None
     update: Compiled
-    peak: int
+    memory: dict[str, float]
+    saved: float  # bytes of activations that a backward pass needs
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
 
     @property
     def programs(self) -> list[Compiled]:
@@ -102,12 +113,24 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
     if at.microbatches > 1:
         accumulate = compiled("backward, added up", programs.accumulate.lower(params, pullback, logprob))[1]  # type: ignore[attr-defined]
     update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
-    # What lies there without being an argument. The pullback has the parameters in it.
-    beside = local_bytes(state.opt_state)
-    grads = local_bytes(params) if at.microbatches > 1 else 0
-    peaks = [forward.peak + beside + grads, backward.peak + beside, update.peak + local_bytes(frozen)]
-    peaks += [accumulate.peak + beside] if accumulate else []
-    return Fitted(forward, backward, accumulate, update, max(peaks))
+    # What lies there without being an argument.
+    trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
+    lies = {"parameters": trained, "frozen": fixed, "optimiser": moments}
+    saved = {"saved activations": max(0, backward.arguments - trained - fixed)}
+    several = at.microbatches > 1
+    times = [
+        (forward.peak + moments + several * trained, lies | saved | {"gradients": several * trained}),
+        (backward.peak + moments, lies | saved | {"gradients": trained}),
+        (update.peak + fixed, lies | {"gradients": trained}),
+    ]
+    if (
+        accumulate is not None
+    ):  # a microbatch's part of the gradients beside their sum, which is updated in place
+        times.append((accumulate.peak + moments, lies | saved | {"gradients": 2 * trained}))
+    peak, held = max(times, key=lambda moment: moment[0])
+    kinds = {kind: float(size) for kind, size in held.items() if size}
+    kinds["temporaries"] = peak - sum(held.values())
+    return Fitted(forward, backward, accumulate, update, kinds, saved["saved activations"])
 
 
 def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
@@ -149,8 +172,7 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
         cache_tokens=config.sampling.cache_tokens * processes,
     )
     graph, weights = sampler.abstract(model, whole, int8)
-    masters = local_bytes(nnx.split(model)[1])  # where training has them
-    free = sampler.FILLED * limit - local_bytes(weights) - masters
+    free = sampler.FILLED * limit - local_bytes(weights) - kept_bytes(config, a, mesh, dtype)
     longest = min(bucket(config.prompts.max_length), a.max_positions)
     shape = sampler.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
     return Programs(graph, weights, whole, shape)
@@ -162,10 +184,8 @@ def page_bytes(p: Programs) -> int:
     return local_bytes(p.pages) // (pages * PAGE)
 
 
-def judge_program(
-    deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int
-) -> tuple[Compiled, int, int]:
-    """PairRM's forward over one full batch of pairs of `tokens` tokens: (program, rows of all chips, tokens of a row)."""
+def judge_program(deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int) -> Compiled:
+    """PairRM's forward over one full batch of pairs of `tokens` tokens."""
     platform = sharding.platform(mesh)
     size = jax_judge.bucket(tokens, platform)
     rows = mesh.size * jax_judge.rows(size, platform)
@@ -176,7 +196,7 @@ def judge_program(
     whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
     weights = jax.tree.map(lambda x: _struct(x, whole), weights)
     inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=spread) for s in ((rows, size), (rows,), (rows, 3))]
-    return compiled("judge", jax_judge.forward(network, mesh).lower(weights, *inputs))[1], rows, size  # type: ignore[attr-defined]
+    return compiled("judge", jax_judge.forward(network, mesh).lower(weights, *inputs))[1]  # type: ignore[attr-defined]
 
 
 def _struct(x: Any, where: Any) -> jax.ShapeDtypeStruct:

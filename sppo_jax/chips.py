@@ -1,4 +1,4 @@
-"""What accelerators can do: the figures that plan.py divides by."""
+"""What accelerators can do: the figures that plans divide by, and stand-ins for devices that are not here."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,29 @@ class Chip:
     gib: float  # of memory that one program may use
     links: float  # bytes per second that leave it for its neighbours
     cycles: float = 0.0  # per second of a TPU: what its compiler's estimates are in
+    capability: str = ""  # of a GPU: CUDA's compute capability
+    host: int = 4  # chips of a host, which one process drives
     reached: float = 0.7  # share of `memory` that a kernel of ours is taken to reach
     latency: float = 5e-6  # seconds to begin a collective
+
+    @property
+    def platform(self) -> str:
+        return "tpu" if self.cycles else "gpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """As much of a device as meshes and the choice of kernels ask for; nothing is compiled for it."""
+
+    id: int
+    process_index: int
+    platform: str
+    compute_capability: str
+    device_kind: str = "stand-in"
+
+
+def stand_ins(chip: Chip, count: int) -> list[Device]:
+    return [Device(i, i // chip.host, chip.platform, chip.capability) for i in range(count)]
 
 
 # TPU: gib is what the compiler gives a program (v5e, v6e), nominal less 1.5 % elsewhere. A slice below 16 x 16 has no
@@ -27,7 +48,7 @@ TPUS = {
 }
 # GPU: what jax takes of a card unless told otherwise is 75 %; with XLA_CLIENT_MEM_FRACTION=.92, 92 %, which is counted.
 GPUS = {
-    "a100": Chip(312e12, 2039e9, 73.6, 300e9),
-    "h100": Chip(989e12, 3350e9, 73.6, 450e9),
-    "h200": Chip(989e12, 4800e9, 129.7, 450e9),
+    "a100": Chip(312e12, 2039e9, 73.6, 300e9, capability="8.0", host=8),
+    "h100": Chip(989e12, 3350e9, 73.6, 450e9, capability="9.0", host=8),
+    "h200": Chip(989e12, 4800e9, 129.7, 450e9, capability="9.0", host=8),
 }

@@ -1,271 +1,201 @@
 """Stages of a plan: the figures of each, from the compiled programs where there is a compiler, else from formulas."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
-from sppo_jax import aot, config, hub, memory, sharding, tiny, workload
+from sppo_jax import aot, memory, sharding
 from sppo_jax.aot import Compiled, DoesNotFit
-from sppo_jax.chips import Chip
-from sppo_jax.config import Config
-from sppo_jax.dataset import Layout
-from sppo_jax.decoding import PAGE, STEPS, Programs, bucket
+from sppo_jax.decoding import PAGE, STEPS, bucket
 from sppo_jax.errors import BadInput
-from sppo_jax.models import Architecture, hf, lora, paged
+from sppo_jax.models import paged
+from sppo_jax.pairrm import jax_judge
 from sppo_jax.pairrm.jax_model import Deberta
+from sppo_jax.setting import Setting
 from sppo_jax.stage import GIB, Stage
-from sppo_jax.workload import Lengths, Workload
 
-PUBLISHED = (
-    Path(__file__).parent / "published"
-)  # options of models that one may plan for without access to them
 # microsoft/deberta-v3-large with PairRM's five extra tokens: llm-blender/PairRM, whose options no plan reads.
 PAIRRM = Deberta(
     vocab=128_005, model=1024, heads=16, mlp=4096, layers=24, buckets=256, farthest=512, norm_eps=1e-7
 )
-HOST = 4  # chips of a TPU host; a GPU node is taken to have 8
 ROUNDS = 2  # of next_token's race at top_p below 1, for the slowest of all slots
 SLOTS_USED = 0.86  # slot efficiency of the sampler on a recorded trace (EXPERIMENTS.md)
 KERNEL = (
     0.4  # share of the peak that attention kernels are taken to reach: the compiler's cycles leave them out
 )
-# Where there is no compiler: shares of the peaks that programs are taken to reach.
-FLOPS_REACHED, BYTES_REACHED = 0.45, 0.7
-
-parameters = memory.parameters
-__all__ = [
-    "DoesNotFit",
-    "architecture",
-    "fit_stages",
-    "layout_of",
-    "mesh",
-    "other_stages",
-    "parameters",
-    "trained",
-]
 
 
-def architecture(c: Config) -> Architecture:
-    """The policy's options; of published models without a download."""
-    name = c.model.path.partition("@")[0]
-    known = PUBLISHED / name
-    if not name.startswith((".", "/")) and (known / "config.json").is_file() and not Path(name).is_dir():
-        return hf.read_architecture(known)
-    if name.startswith(config.EMBEDDED):
-        return hf.read_architecture(tiny.resolve(name))
-    return hf.read_architecture(hub.snapshot(c.model.path, None, ("config.json",)).directory)
+def stages(s: Setting) -> dict[str, Stage]:
+    """All of them. Raises DoesNotFit, and BadInput for what no chip could do."""
+    return sampling_stages(s) | {"judge": judge_stage(s)} | fit_stages(s)
 
 
-def trained(c: Config, a: Architecture) -> int:
-    """Parameters with an optimiser state."""
-    if not c.model.lora_rank:
-        return memory.parameters(a)
-    with_adapters = replace(a, lora_rank=c.model.lora_rank)
-    return sum(math.prod(t.shape(with_adapters)) for t in lora.table())
-
-
-def mesh(m: Any, chips: int, devices: list[Any] | None) -> Any:
-    """The mesh of a slice; without devices one that has sizes alone. Raises BadInput where it does not fit."""
-    if devices is not None:
-        return sharding.make_mesh(m.data, m.fsdp, m.tensor, devices=devices)
-    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
-    for axis, size in sizes.items():
-        if size == -1:
-            sizes[axis] = max(1, chips // math.prod(n for other, n in sizes.items() if other != axis))
-    if math.prod(sizes.values()) != chips:
-        raise BadInput(f"mesh {sizes} does not fit {chips} chips")
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
-
-
-def layout_of(c: Config, a: Architecture, mesh: Any, chip: Chip, work: Workload) -> Layout:
-    """The shape of the updates that a run would have there."""
-    most = memory.most_tokens(a, mesh, 2, chip.gib * GIB)
-    return workload.layout(c, work, sharding.batch_shards(mesh), most)
-
-
-def fit_stages(
-    c: Config, a: Architecture, mesh: Any, chip: Chip, work: Workload, at: Layout, compile_: bool
-) -> dict[str, Stage]:
+def fit_stages(s: Setting) -> dict[str, Stage]:
     """Reference log-probs and the update. Raises DoesNotFit."""
-    n, chips, limit = memory.parameters(a), mesh.size, chip.gib * GIB
+    c, a, at, work, width = s.config, s.architecture, s.layout, s.work, s.dtype.itemsize
+    n, extra, tensor, fsdp = memory.parameters(a), memory.adapters(a), s.mesh.shape["tensor"], s.mesh.shape["fsdp"]  # fmt: skip
     # Tokens of an update, of one chip, that belong to a sequence, and how many microbatches they come to on average.
-    real = sum(map(sum, work.lengths_GR)) / len(work.lengths_GR) * c.fit.global_batch / chips
-    computed = at.rows * at.width / chips  # of a microbatch
-    held, m = memory.state_bytes(a, mesh, at.microbatches > 1), real / at.real_token_share / computed
-    pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    whole = 2 * n / mesh.shape["tensor"]  # the weights as a chip sees them pass, in bfloat16
-    passes = work.trained_pairs / c.fit.global_batch
+    real = sum(map(sum, work.lengths_GR)) / len(work.lengths_GR) * c.fit.global_batch / s.mesh.size
+    m = real / at.real_token_share / (at.rows * at.width / s.mesh.size)
+    whole, state = width * n / tensor, s.update.state  # the weights as a chip sees them pass
+    kept = state["parameters"] + state.get("frozen", 0)
+    # Frozen matrices have no gradient, which is half of a backward pass; the factors beside them do.
+    forward, backward = 2 * (n + extra), 2 * n + 4 * extra if a.lora_rank else 4 * n
     reference = Stage(
-        f"an update's {m:.1f} forward passes", passes, 0, limit, 2 * n * real,
-        m * (4 * n / pieces + 2 * whole), 0 if compile_ else m * whole * (1 - 1 / pieces),
+        f"an update's {m:.1f} forward passes", work.trained_pairs / c.fit.global_batch, s.chip, forward * real,
+        m * (kept + 2 * whole),
     )  # fmt: skip
     update = Stage(
-        f"an update of {m:.1f} microbatches", work.updates, 0, limit, 6 * n * real,
-        m * (2 * 4 * n / pieces + 4 * whole) + 7 * 4 * n / pieces, 0 if compile_ else m * 4 * whole * (1 - 1 / pieces),
+        f"an update of {m:.1f} microbatches", work.updates, s.chip, (forward + backward) * real,
+        m * (2 * kept + 4 * whole) + 7 * state["optimiser"],
     )  # fmt: skip
-    if not compile_:
-        peak = memory.update_bytes(a, mesh, 2, computed, at.microbatches > 1)
-        if peak > limit:
-            raise DoesNotFit(f"{peak / GIB:.1f} GiB by formula, of {chip.gib}")
-        for stage, held_ in ((reference, peak - held + 4 * n / pieces), (update, peak)):
-            stage.peak = held_
-            by_formula(stage, chip)
+    # Of attention in all layers, one forward pass of an update on one chip; backward is 2.5 times that. A kernel leaves
+    # out what lies after the query.
+    seen = 2 * at.rows * at.width**2 * m / sharding.batch_shards(s.mesh) * (2 if s.kernel == "xla" else 1)
+    scores = a.layers * a.heads * a.head_dim * seen / tensor
+    again = 1 if c.fit.remat == "layer" or s.kernel == "xla" else 0  # as in the backward pass
+    if s.compiled:
+        found = aot.fitted(c, a, s.mesh, s.dtype, at)
+        if found.peak > s.limit:
+            raise DoesNotFit(f"{found.peak / GIB:.2f} GiB of {s.chip.gib} at once")
+        _add(reference, found.forward, m)
+        _add(update, found.forward, m)
+        _add(update, found.backward, 1)
+        if found.accumulate is not None:
+            _add(update, found.accumulate, m - 1)
+        _add(update, found.update, 1)
+        if s.kernel != "xla":  # whose products have cycles
+            seconds = scores / (KERNEL * s.chip.flops)
+            reference.left_out, update.left_out = seconds, (3.5 + again) * seconds
+        reference.memory = _kinds({"parameters": kept, "saved activations": found.saved}, found.forward.peak)
+        update.memory = found.memory
         return {"reference": reference, "fit": update}
-    found = aot.fitted(c, a, mesh, jnp.bfloat16, at)
-    if found.peak > limit:
-        raise DoesNotFit(f"{found.peak / GIB:.2f} GiB of {chip.gib} at once")
-    # Attention's kernels, whose cycles the compiler does not tell: backward is 2.5 times forward, which may be computed again.
-    again = 3.5 if c.fit.remat == "layer" else 2.5
-    pairs = at.rows * at.width**2 / 2 / sharding.batch_shards(mesh)
-    kernel = 4 * a.layers * a.heads * a.head_dim * pairs / mesh.shape["tensor"] / (KERNEL * chip.flops)
-    add(reference, found.forward, chip, m, kernel * m)
-    reference.peak = found.forward.peak
-    add(update, found.forward, chip, m, kernel * m)
-    add(update, found.backward, chip, 1, again * kernel)
-    if found.accumulate is not None:
-        add(update, found.accumulate, chip, m - 1, again * kernel * (m - 1))
-    add(update, found.update, chip, 1, 0)
-    update.peak = found.peak
-    for stage in (reference, update):
-        roofline(stage, chip)
+    padded = real / at.real_token_share
+    update.memory = s.update.kinds(at.rows * at.width / sharding.batch_shards(s.mesh), at.microbatches > 1)
+    if update.peak > s.limit:
+        raise DoesNotFit(f"{update.peak / GIB:.1f} GiB by formula, of {s.chip.gib}")
+    reference.memory = {
+        kind: size for kind, size in update.memory.items() if kind not in ("gradients", "optimiser")
+    }
+    # What leaves a chip: a gather of the weights, the sums of a layer's two products that `tensor` cuts, the gradients'
+    # sums over fsdp, as the compiler for v5e has them, and over data.
+    passed = m * whole * (1 - 1 / fsdp)
+    summed = 4 * a.layers * width * a.model * padded * (tensor - 1)
+    gradients = (0 if a.lora_rank else 2 * passed) + m * 2 * (1 - 1 / s.mesh.shape["data"]) * state[
+        "optimiser"
+    ]
+    reference.by_formula(forward * padded + scores, passed + summed, width)
+    update.by_formula(
+        (2 * forward + backward) * padded + (3.5 + again) * scores, 2 * passed + 3 * summed + gradients, width
+    )
     return {"reference": reference, "fit": update}
 
 
-def other_stages(
-    c: Config, a: Architecture, mesh: Any, chip: Chip, work: Workload, lengths: Lengths, compile_: bool
-) -> dict[str, Stage]:
-    """Prefill, decode and the judge."""
-    if compile_:
-        programs = aot.sampling_programs(c, a, mesh, jnp.bfloat16, int(chip.gib * GIB))
-        stages = _sampling_compiled(c, programs, chip, work, lengths, mesh.size)
-    else:
-        stages = _sampling_by_formula(c, a, chip, work, lengths, mesh.size)
-    return stages | {"judge": _judge(c, mesh, chip, work, compile_)}
-
-
-def _sampling_compiled(
-    c: Config, p: Programs, chip: Chip, work: Workload, lengths: Lengths, chips: int
-) -> dict[str, Stage]:
-    a, own = p.model.architecture, p.shape.slots // p.replicas
-    each = p.mesh.size // p.replicas  # chips of a replica
-    replicas, limit = chips // each, chip.gib * GIB
-    live = lengths.prompt + lengths.response / 2
-    weights, column = aot.local_bytes(p.weights), aot.page_bytes(p)
-    masters = 4 * memory.parameters(a) / chips  # which lie there, too
-    held = min(
-        own, p.shape.pages // p.replicas * PAGE / (live + PAGE / 2)
-    )  # slots that have pages at mean length
-    turns: dict[str, float] = {
-        r"^jit\(decode\)/while$": STEPS,
-        "live_pages": math.ceil(held * (live / PAGE + 0.5) / paged.GROUP),
-        "while/body": ROUNDS,
+def sampling_stages(s: Setting) -> dict[str, Stage]:
+    """Prefill and decode: the programs that the sampler would make there, compiled or not. Raises DoesNotFit."""
+    c, a, chip, work = s.config, s.architecture, s.chip, s.work
+    try:
+        p = aot.sampling_programs(c, a, s.mesh, s.dtype, s.limit)
+    except BadInput as error:
+        raise DoesNotFit(str(error)) from None
+    own, each = p.shape.slots // p.replicas, p.mesh.size // p.replicas  # slots and chips of a replica
+    n, live = memory.parameters(a), s.lengths.prompt + s.lengths.response / 2
+    weights, column, pool = aot.local_bytes(p.weights), aot.page_bytes(p), aot.local_bytes(p.pages)
+    lies: dict[str, float] = {
+        "weights": weights,
+        "keys and values": pool,
+        "masters": aot.kept_bytes(c, a, s.mesh, s.dtype),
     }
-    program = aot.compiled("decode", p.lower("decode"), turns)[1]
+    # Slots that have pages at mean length.
+    held = min(own, p.shape.pages // p.replicas * PAGE / (live + PAGE / 2))
     step = Stage(
-        f"a step of {own} slots on {each} chips", work.sampled_tokens / (held * replicas * SLOTS_USED), program.peak + masters, limit,
-        2 * memory.parameters(a) * held / each, weights + held * live * column,
+        f"a step of {own} slots on {each} chips", work.sampled_tokens / (held * p.replicas * SLOTS_USED), chip,
+        2 * n * held / each, weights + held * live * column,
     )  # fmt: skip
-    add(step, program, chip, 1 / STEPS, 0)
-    attention = 0.0
-    if p.kernel == "ragged":  # reads whole blocks
-        attention = held * (live + paged.PAGES_PER_BLOCK * PAGE / 2) * column / chip.memory / chip.reached
-    # Weights are fetched while products run, so the slower of the two counts.
-    step.compiler = max(step.compiler or 0, weights / chip.memory) + attention
-    step.note = f"{held * replicas / step.seconds / chips:.0f} tokens/s per chip" if step.seconds else ""
-    roofline(step, chip)
-    size = bucket(max(32, lengths.prompt - 1))
-    program = aot.compiled(f"prefill of {size}", p.lower(size))[1]
+    size = bucket(max(32, s.lengths.prompt - 1))
     rows = p.rows(size)
-    tokens = rows * lengths.prompt
+    tokens = rows * s.lengths.prompt
     fill = Stage(
-        f"{rows} prompts of up to {size} tokens", work.prompt_tokens / (tokens * replicas), program.peak + masters, limit,
-        2 * memory.parameters(a) * tokens / each, weights,
+        f"{rows} prompts of up to {size} tokens", work.prompt_tokens / (tokens * p.replicas), chip,
+        2 * n * tokens / each, weights,
     )  # fmt: skip
-    add(fill, program, chip, 1, 0)
-    roofline(fill, chip)
-    return {"prefill": fill, "decode": step}
-
-
-def _sampling_by_formula(
-    c: Config, a: Architecture, chip: Chip, work: Workload, lengths: Lengths, chips: int
-) -> dict[str, Stage]:
-    n, limit = memory.parameters(a), chip.gib * GIB
-    host = min(chips, HOST if chip.cycles else 8)
-    fits = [t for t in range(c.mesh.tensor, host + 1) if host % t == 0 and 2 * n / t <= 0.4 * limit]
-    each = fits[0] if fits else chips
-    replicas = chips // each
-    own = max(1, c.sampling.slots * each // host)
-    live = lengths.prompt + lengths.response / 2
-    column = 4 * a.layers * a.kv_heads * a.head_dim / each
-    held = min(own, (0.85 * limit - 2 * n / each) / (column * (live + PAGE / 2)))
-    step = Stage(
-        f"a step of {own} slots on {each} chips", work.sampled_tokens / (held * replicas * SLOTS_USED),
-        min(0.85 * limit, 2 * n / each + own * (lengths.prompt + c.sampling.max_new_tokens) * column), limit,
-        2 * n * held / each, 2 * n / each + held * live * column,
-        4 * held * a.model * 2 * a.layers * (1 - 1 / each),
-    )  # fmt: skip
-    rows = max(1, 1024 // bucket(lengths.prompt))
-    fill = Stage(
-        f"{rows} prompts of {lengths.prompt} tokens", work.prompt_tokens / (rows * lengths.prompt * replicas), step.peak, limit,
-        2 * n * rows * lengths.prompt / each, 2 * n / each, 4 * rows * lengths.prompt * a.model * 2 * a.layers * (1 - 1 / each),
-    )  # fmt: skip
+    if s.compiled:
+        turns: dict[str, float] = {
+            r"^jit\(decode\)/while$": STEPS,
+            "live_pages": math.ceil(held * (live / PAGE + 0.5) / paged.GROUP),
+            "while/body": ROUNDS,
+        }
+        program = aot.compiled("decode", p.lower("decode"), turns)[1]
+        _add(step, program, 1 / STEPS)
+        step.memory = _kinds(lies, program.peak + lies["masters"])
+        # Weights are fetched while products run, so the slower of the two counts.
+        step.left_out = max(0.0, weights / chip.memory - (step.compiler or 0))
+        if p.kernel == "ragged":  # reads whole blocks
+            read = held * (live + paged.PAGES_PER_BLOCK * PAGE / 2) * column
+            step.left_out += read / chip.memory / chip.reached
+        program = aot.compiled(f"prefill of {size}", p.lower(size))[1]
+        _add(fill, program, 1)
+        fill.memory = _kinds(lies, program.peak + lies["masters"])
+        if p.model.kernel.name != "xla":
+            scores = 2 * a.layers * a.heads * a.head_dim * rows * size**2 / each
+            fill.left_out = scores / (KERNEL * chip.flops)
+    else:
+        wide = 4 * a.vocab + 4 * (p.shape.width * a.heads * (a.head_dim + 2) if p.kernel == "xla" else 0)
+        summed = 4 * a.layers * s.dtype.itemsize * a.model * (1 - 1 / each)
+        step.by_formula(2 * n * own / each, summed * own, s.dtype.itemsize)
+        fill.by_formula(2 * n * rows * size / each, summed * rows * size, s.dtype.itemsize)
+        step.memory = lies | {"temporaries": 2 * own * wide / each}
+        fill.memory = lies | {"temporaries": 8 * rows * size * s.dtype.itemsize * (a.model + a.mlp / each)}
+    step.note = f"{held * p.replicas / step.seconds / p.mesh.size:.0f} tokens/s per chip"
     for stage in (fill, step):
-        by_formula(stage, chip)
-    step.note = f"{held * replicas / step.roofline / chips:.0f} tokens/s per chip"
+        if stage.peak > s.limit:
+            raise DoesNotFit(f"{stage.peak / GIB:.2f} GiB of {chip.gib} while sampling")
     return {"prefill": fill, "decode": step}
 
 
-def _judge(c: Config, mesh: Any, chip: Chip, work: Workload, compile_: bool) -> Stage:
-    d, limit = PAIRRM, chip.gib * GIB
+def judge_stage(s: Setting) -> Stage:
+    """PairRM on the mesh; another judge is not planned, and says so. Raises DoesNotFit."""
+    c, d, platform = s.config, PAIRRM, s.chip.platform
+    dtype = jnp.dtype("bfloat16" if c.judge.compute_dtype == "auto" else c.judge.compute_dtype)
     body = d.layers * (4 * d.model**2 + 2 * d.model * d.mlp)
-    weights = 2 * (body + d.vocab * d.model)
-    rows, size, program = mesh.size * max(1, 4096 // work.pair_tokens), work.pair_tokens, None
-    if c.judge.backend == "jax" and compile_:
-        program, rows, size = aot.judge_program(d, mesh, jnp.bfloat16, work.pair_tokens)
-    tokens = rows * work.pair_tokens / mesh.size
+    weights = dtype.itemsize * (body + d.vocab * d.model)
+    size = jax_judge.bucket(s.work.pair_tokens, platform)
+    rows = jax_judge.rows(size, platform)
     # Content to content, and the two spread tables of distances.
-    flops = 2 * body * tokens + 3 * 4 * d.layers * d.model * tokens * work.pair_tokens / 2
+    scores = 3 * 2 * d.layers * d.model * rows * size * size
+    flops = 2 * body * rows * s.work.pair_tokens + scores * (s.work.pair_tokens / size) ** 2
     stage = Stage(
-        f"{rows} pairs of up to {size} tokens", work.ordered_pairs / rows, weights, limit, flops, weights
-    )
+        f"{rows * s.mesh.size} pairs of up to {size} tokens", s.work.ordered_pairs / rows / s.mesh.size, s.chip,
+        flops, weights,
+    )  # fmt: skip
+    lies: dict[str, float] = {
+        "weights": weights,
+        "masters": aot.kept_bytes(c, s.architecture, s.mesh, s.dtype),
+    }
     if c.judge.backend != "jax":
-        stage.count, stage.note = (
-            0,
-            f"judge.backend={c.judge.backend} runs on the hosts, which are not planned: see docs/judges.md",
+        stage.count = 0
+        stage.note = (
+            f"judge.backend={c.judge.backend} runs on the hosts, which are not planned: see docs/judges.md"
         )
-    if program is None:
-        by_formula(stage, chip)
-        return stage
-    stage.peak = program.peak
-    scores = 3 * 2 * d.layers * d.model * tokens * size / (KERNEL * chip.flops)
-    add(stage, program, chip, 1, scores)
-    roofline(stage, chip)
+    if s.compiled and c.judge.backend == "jax":
+        program = aot.judge_program(d, s.mesh, dtype, s.work.pair_tokens)
+        _add(stage, program, 1)
+        stage.left_out = scores / (KERNEL * s.chip.flops)
+        stage.memory = _kinds(lies, program.peak + lies["masters"])
+    else:
+        stage.by_formula(2 * body * rows * size + scores, 0, dtype.itemsize)
+        stage.memory = lies | {"temporaries": 8 * rows * size * dtype.itemsize * (d.model + d.mlp)}
+    if stage.peak > s.limit:
+        raise DoesNotFit(f"{stage.peak / GIB:.2f} GiB of {s.chip.gib} while judging")
     return stage
 
 
-def add(stage: Stage, program: Compiled, chip: Chip, times: float, kernel: float) -> None:
-    """A program's cost, run so many times in a unit, and `kernel` seconds that its cycles leave out."""
-    cost = program.cost
-    if not cost.cycles:
+def _add(stage: Stage, program: Compiled, times: float) -> None:
+    if not program.cost.cycles:
         raise BadInput("this libtpu does not tell what it expects: install libtpu==0.0.42.1")
-    stage.compiler = (stage.compiler or 0) + times * cost.cycles / chip.cycles + kernel
-    waited = cost.waited / chip.links + cost.collectives * chip.latency
-    stage.collectives = (stage.collectives or 0) + times * waited
-    stage.compile_seconds += program.seconds
-    for kind, size in cost.moved.items():
-        stage.moved[kind] = stage.moved.get(kind, 0) + times * size
-    stage.sent += times * cost.sent
+    stage.add(program.cost, times, program.seconds)
 
 
-def roofline(stage: Stage, chip: Chip) -> None:
-    stage.roofline = max(stage.flops / chip.flops, stage.bytes / chip.memory, stage.sent / chip.links)
-
-
-def by_formula(stage: Stage, chip: Chip) -> None:
-    """Without a compiler: the roofline, at the shares of the peaks that programs are taken to reach."""
-    reached = max(stage.flops / chip.flops / FLOPS_REACHED, stage.bytes / chip.memory / BYTES_REACHED)
-    stage.roofline = max(reached, stage.sent / chip.links)
+def _kinds(lies: dict[str, float], peak: float) -> dict[str, float]:
+    """What lies there, and what else a program's peak has. Weights that a program does not use are no part of its peak."""
+    return lies | {"temporaries": max(0.0, peak - sum(lies.values()))}

@@ -53,25 +53,35 @@ class Module:
     def __init__(self, text: str, turns: dict[str, float] | None = None):
         """`turns`: of the loops whose length is not known before, by what their names match, the first that does."""
         self.turns = turns or {}
+        head = text.partition("\n")[0]
+        self.chips = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
         self.computations: dict[str, list[str]] = {}
         for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-                name = "ENTRY" if head[1] else head[2]
+            if begins := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+                name = "ENTRY" if begins[1] else begins[2]
                 self.computations[name] = []
             elif line.startswith("  "):
-                self.computations[name].append(line.strip().removeprefix("ROOT "))
+                self.computations[name].append(line.strip())
 
     def cost(self, name: str = "ENTRY") -> Cost:
+        """Of one run of a computation. Raises ValueError for a loop whose length nobody tells."""
         total = Cost()
+        begun: set[tuple[str, str]] = (
+            set()
+        )  # collectives that run beside what follows them, by kind and channel
         for line in self.computations[name]:
-            found = re.match(r"%[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
-            if found is None:
+            if (parts := _instruction(line)) is None:
                 continue
-            result, operation = found.groups()  # a copy-start moves between memories and is not looked at
+            result, operation = parts
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
                 total.cycles += int(cycles[1])
             if (kind := operation.removesuffix("-start")) in KINDS:
-                total.add(self._collective(kind, result, line, beside=operation.endswith("-start")))
+                # One that is begun has its operand in its result, too; several in one have a tuple.
+                beside = operation.endswith("-start")
+                total.add(self._collective(kind, size(result, every=not beside), line, beside))
+            if operation in ("fusion", "async-start"):
+                called = _part(r"calls=%([\w.-]+)", line)
+                total.add(self._inside(called, result, begun, beside=operation == "async-start"))
             if operation == "copy" and name != "ENTRY" and size(result) >= 2**20:
                 total.copies[result.split("{")[0]] = size(result) / 2**20
             if operation == "while":
@@ -84,10 +94,34 @@ class Module:
                 total.add(max(costs, key=lambda cost: cost.cycles))
         return total
 
-    def _collective(self, kind: str, result: str, line: str, beside: bool) -> Cost:
-        # Several in one have a tuple as their result; one that is begun has its operand in there, too.
-        moved = size(result) if beside else size(result, every=True)
-        out = sent(kind, moved, _group(line))
+    def _inside(self, name: str, result: str, begun: set[tuple[str, str]], beside: bool) -> Cost:
+        """The collectives of a fused computation, whose other instructions are in the fusion's own estimate.
+
+        One that runs beside products is printed in each fusion of its chain: where it begins, in those that it runs
+        beside, and where it ends. `begun` has those that were counted. A fusion that keeps a slice of an all-reduce is
+        a reduce-scatter.
+        """
+        lines, total = self.computations.get(name, []), Cost()
+        chain = name.startswith("async_collective_fusion") or any(
+            'custom_call_target="AsyncCollective' in line for line in lines
+        )
+        for line in lines:
+            parts = _instruction(line)
+            if parts is None or (kind := parts[1].removesuffix("-start")) not in KINDS:
+                continue
+            channel = re.search(r"channel_id=(\d+)", line)
+            if chain and channel is not None:
+                if (kind, channel[1]) in begun:
+                    continue
+                begun.add((kind, channel[1]))
+            if name.startswith("all-reduce-scatter"):
+                total.add(self._collective("reduce-scatter", size(result, every=True), line, beside or chain))
+            else:
+                total.add(self._collective(kind, size(parts[0], every=True), line, beside or chain))
+        return total
+
+    def _collective(self, kind: str, moved: int, line: str, beside: bool) -> Cost:
+        out = sent(kind, moved, _group(line) or self.chips)
         return Cost(
             moved={kind: moved},
             sent=out,
@@ -96,10 +130,39 @@ class Module:
         )
 
     def _turns(self, line: str) -> float:
+        """Of a loop: the constant that its counter is compared with, else what `turns` says of its name."""
+        condition = self.computations[_part(r"condition=%([\w.-]+)", line)]
+        if turns := _bound(condition):
+            return turns
         name = _part(r'op_name="([^"]*)"', line) if "op_name=" in line else ""
-        known = [turns for pattern, turns in self.turns.items() if re.search(pattern, name)]
-        condition = " ".join(self.computations[_part(r"condition=%([\w.-]+)", line)])
-        return known[0] if known else int(_part(r"constant\((\d+)\)", condition))
+        for pattern, told in self.turns.items():
+            if re.search(pattern, name):
+                return told
+        raise ValueError(f"the length of the loop {name or line[:80]} is not known")
+
+
+def _instruction(line: str) -> tuple[str, str] | None:
+    """(type of the result, operation); a copy-start moves between memories and has none that is looked at."""
+    found = re.match(r"(?:ROOT )?%[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
+    return found and (found[1], found[2])
+
+
+def _bound(condition: list[str]) -> int | None:
+    """The number below which a loop's counter stays, where that is its whole condition."""
+    root = next(line for line in condition if line.startswith("ROOT "))
+    operands = re.search(r" (?:compare|fusion)\(([^)]*)\)", root)
+    if operands is None:
+        return None
+    if "compare(" in root and "direction=LT" not in root:
+        return None
+    constants = {
+        found[1]: int(found[2])
+        for line in condition
+        if (found := re.match(r"(%[\w.-]+) = s32\[\]\S* constant\((\d+)\)", line))
+    }
+    given = [part.strip().split()[-1] for part in operands[1].split(",")]
+    known = [constants[operand] for operand in given if operand in constants]
+    return known[0] if len(given) == 2 and len(known) == 1 else None
 
 
 def size(result: str, every: bool = False) -> int:
@@ -111,8 +174,8 @@ def size(result: str, every: bool = False) -> int:
     return sum(sizes) if every else max(sizes, default=0)
 
 
-def _group(line: str) -> int:
-    """Chips that take part in a collective."""
+def _group(line: str) -> int | None:
+    """Chips that take part in a collective; None: all of them."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -120,7 +183,7 @@ def _group(line: str) -> int:
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
-    return 2  # collective-permute: from one to one other
+    return None
 
 
 def _part(pattern: str, line: str) -> str:

@@ -1,51 +1,91 @@
 """Bytes of a device's memory that the update needs, by formula: for the size of a microbatch, and for plans without a compiler."""
 
 import math
-
-from jax.sharding import Mesh
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sppo_jax import sharding
-from sppo_jax.models import Architecture, hf
+from sppo_jax.models import Architecture, hf, lora
+from sppo_jax.models.hf import Tensor
 from sppo_jax.models.logprob import chunk_size
+from sppo_jax.models.transformer import Remat
 
 FILLED = 0.9  # share of a device's memory that the formula may fill: it is good to a tenth
 FEWEST, MOST = 1024, 16_384  # tokens of a microbatch on one device
 
 
 def parameters(a: Architecture) -> int:
+    """Of the model itself, adapters apart."""
     return sum(math.prod(t.shape(a)) for t in hf.table(a))
 
 
-def state_bytes(a: Architecture, mesh: Mesh, accumulated: bool) -> float:
-    """float32 masters, second moments and gradients, and their sum over microbatches where there is one; a device's pieces."""
-    pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    return (16 if accumulated else 12) * parameters(a) / pieces
+def adapters(a: Architecture) -> int:
+    """Parameters of the adapters; 0 where the architecture has none."""
+    return sum(math.prod(t.shape(a)) for t in lora.table()) if a.lora_rank else 0
 
 
-def update_bytes(a: Architecture, mesh: Mesh, width: int, tokens: float, accumulated: bool) -> float:
-    """The most that an update holds on a device for `tokens` tokens at once, computing in numbers of `width` bytes."""
-    tensor = mesh.shape["tensor"]
-    layer = (2 * a.heads + 2 * a.kv_heads) * a.head_dim * a.model + 3 * a.mlp * a.model
-    gathered = 2 * layer * width / tensor  # one in use, the next on its way
-    gradient = layer * 4 / tensor
-    saved = a.layers * a.model * width  # each layer's input, for every token
-    inner = (
-        2 * width * ((2 * a.heads + 2 * a.kv_heads) * a.head_dim + 3 * a.mlp) / tensor + 6 * width * a.model
-    )
-    head = (
-        2 * a.model * a.vocab * width / tensor + 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
-    )
-    return state_bytes(a, mesh, accumulated) + gathered + gradient + head + tokens * (saved + inner)
+@dataclass(frozen=True)
+class Update:
+    """An update of a model on a mesh. With adapters (`a.lora_rank`) the rest is frozen, in the compute dtype."""
 
+    a: Architecture
+    mesh: Any  # of devices, also of some that are not here
+    width: int  # bytes of the compute dtype
+    kernel: str  # of attention
+    remat: Remat
+    longest: int  # tokens of a sequence: XLA's attention has every query's scores with a whole row
 
-def most_tokens(a: Architecture, mesh: Mesh, width: int, limit: float | None) -> int:
-    """Of a microbatch, over all devices: as many as fit into `limit` bytes of each (None: a CPU), within reason.
+    @property
+    def state(self) -> dict[str, float]:
+        """What one device holds of parameters and optimiser between updates."""
+        model = self._pieces(hf.table(self.a))
+        if not self.a.lora_rank:
+            return {"parameters": 4 * model, "optimiser": 4 * model}
+        factors = self._pieces(lora.table())
+        return {"parameters": 4 * factors, "frozen": self.width * model, "optimiser": 4 * factors}
 
-    More at once makes nothing faster once the products are large; fewer means that weights are gathered more often.
-    """
-    tokens = 4 * FEWEST if limit is None else MOST
-    while limit is not None and tokens > FEWEST:
-        if update_bytes(a, mesh, width, tokens, accumulated=True) <= FILLED * limit:
-            break
-        tokens //= 2
-    return tokens * sharding.batch_shards(mesh)
+    def kinds(self, tokens: float, accumulated: bool) -> dict[str, float]:
+        """Where an update holds most, with `tokens` tokens of a device at once, and gradients that add up or do not."""
+        a, tensor = self.a, self.mesh.shape["tensor"]
+        heads = a.heads * a.head_dim
+        layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
+        saved = self.width * a.layers * a.model  # each layer's input, for every token
+        if self.remat == "attention":  # and what attention gave; kernels keep the sums of their softmax, too
+            saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
+        working = 2 * self.width * layer / tensor  # one layer's weights in use, the next on their way
+        if not a.lora_rank:
+            working += 4 * layer / tensor  # the gradient of one
+        inner = 2 * self.width * (2 * heads + 2 * a.kv_heads * a.head_dim + 3 * a.mlp) / tensor
+        inner += 6 * self.width * a.model
+        if self.kernel == "xla":
+            inner += 2 * 4 * self.longest * a.heads / tensor
+        logits = 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
+        head = 2 * self.width * a.model * a.vocab / tensor
+        state = self.state
+        return state | {
+            "gradients": (2 if accumulated else 1) * state["optimiser"],
+            "saved activations": tokens * saved,
+            "temporaries": working + head + logits + tokens * inner,
+        }
+
+    def most_tokens(self, limit: float | None) -> int:
+        """Of a microbatch, over all devices: as many as fit into `limit` bytes of each (None: a CPU), within reason.
+
+        More at once makes nothing faster once the products are large; fewer means that weights are gathered more often.
+        """
+        tokens = 4 * FEWEST if limit is None else MOST
+        while limit is not None and tokens > FEWEST:
+            if sum(self.kinds(tokens, accumulated=True).values()) <= FILLED * limit:
+                break
+            tokens //= 2
+        return tokens * sharding.batch_shards(self.mesh)
+
+    def _pieces(self, table: Sequence[Tensor]) -> float:
+        """How many of the tensors' numbers one device has."""
+        count = 0.0
+        for t in table:
+            shape = t.shape(self.a)
+            axes = sharding.spec(t.letters, self.mesh, shape)
+            count += math.prod(shape) / math.prod(sharding.shards(self.mesh, axis) for axis in axes)
+        return count

@@ -11,6 +11,7 @@ python -m sppo_jax.plan --config FILE --device h100 --count 8
 For a TPU topology the real programs are compiled, on this machine's CPU, by the TPU's own compiler. It must be importable:
 pip install --no-deps --target TPU libtpu==0.0.42.1, then PYTHONPATH=TPU. Without it, and for GPUs, all is computed from
 formulas, and the table says so. Nothing is run, and no TPU has been timed: cycles become seconds at the clock of chips.py.
+Other meshes are weighed by formula; where the configuration's own does not fit, they are compiled, the most promising first.
 """
 
 import os
@@ -28,18 +29,22 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sppo_jax import config as configuration
 from sppo_jax import header
-from sppo_jax.chips import GPUS, TPUS, Chip
+from sppo_jax.chips import GPUS, TPUS, Chip, stand_ins
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput, call
 from sppo_jax.stage import GIB, Stage
-from sppo_jax.workload import Lengths, workload
+from sppo_jax.workload import Lengths
+
+ATTEMPTS = 3  # meshes that are compiled beside the configuration's own, where that does not fit
+SHOWN = 3  # of the meshes that were weighed
+BETTER = 0.9  # of the time, by formula, for a mesh to be worth a word
 
 
 @dataclass
@@ -50,17 +55,24 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     stages: dict[str, Stage]
-    microbatches: int
+    microbatches: int  # of an update, at most,
+    microbatch_tokens: int  # of all chips
     real_token_share: float
     parameters: int
     checkpoint_gb: float
     disk_gb: float
     compiled: bool
-    tried: list[str] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)  # other meshes, and what came of them
+    advice: str = ""  # of a mesh that would be better
 
     @property
     def iteration_hours(self) -> float:
-        return sum(stage.hours for stage in self.stages.values())
+        return hours(self.stages)
+
+
+def hours(stages: dict[str, Stage]) -> float:
+    """Of an iteration."""
+    return sum(stage.hours for stage in stages.values())
 
 
 def main(words: Sequence[str]) -> None:
@@ -183,52 +195,106 @@ def _devices(name: str) -> list[Any]:
 
 
 def _plan(config: Config, name: str, chip: Chip, chips: int, devices: list[Any] | None, asked: Asked) -> Plan:
-    from sppo_jax import estimate
+    from sppo_jax import aot, estimate, setting
 
     lengths = Lengths(
         min(asked.lengths.prompt, config.prompts.max_length),
         min(asked.lengths.response, config.sampling.max_new_tokens),
     )
-    work = workload(config, lengths)
-    architecture = estimate.architecture(config)
-    found: Plan | None = None
+    a = setting.architecture(config)
+
+    def at(mesh: configuration.Mesh, compiled: bool) -> setting.Setting:
+        on = stand_ins(chip, chips) if devices is None or not compiled else devices
+        return setting.Setting(config, a, chip, setting.mesh(mesh, on, not compiled), lengths, compiled)
+
+    meshes = [config.mesh, *_others(config.mesh, chips, a.heads)]
+    weighed = {mesh: _weighed(at(mesh, compiled=False)) for mesh in meshes}
+    # The configuration's own first, whatever the formula says of it; others only where that does not fit.
+    own, *others = weighed
+    others = [mesh for mesh in others if weighed[mesh][0] < math.inf]
+    others.sort(key=lambda mesh: weighed[mesh][0])
     tried: list[str] = []
-    for mesh_config in _candidates(config, chips):
-        mesh = estimate.mesh(mesh_config, chips, devices)
-        label = f"mesh {dict(mesh.shape)}"
-        at = estimate.layout_of(config, architecture, mesh, chip, work)
-        _say(f"{name}: {label}")
+    for mesh in [own, *others[:ATTEMPTS]]:
+        s = at(mesh, devices is not None)
+        _say(f"{name}: mesh {_axes(s.mesh.shape)}")
         try:
-            updated = estimate.fit_stages(config, architecture, mesh, chip, work, at, devices is not None)
-            stages = estimate.other_stages(
-                config, architecture, mesh, chip, work, lengths, devices is not None
-            )
-        except estimate.DoesNotFit as error:
-            tried.append(f"{label}: does not fit ({error})")
+            stages = estimate.stages(s)
+        except aot.DoesNotFit as error:
+            tried.append(f"{_axes(s.mesh.shape)}: does not fit ({error})")
             _say(f"  does not fit: {error}")
             continue
-        n = estimate.parameters(architecture)
-        trained = estimate.trained(config, architecture)
-        checkpoint, export = 8 * trained / 1e9, 4 * n / 1e9
-        found = Plan(
-            topology=name, chips=chips, mesh=dict(mesh.shape), stages=stages | updated, microbatches=at.microbatches,
-            real_token_share=at.real_token_share, parameters=n, checkpoint_gb=checkpoint,
-            disk_gb=config.iterations * (checkpoint + export) + checkpoint, compiled=devices is not None, tried=tried,
-        )  # fmt: skip
-        break
-    if found is None:
-        raise BadInput(
-            f"{name}: nothing that was tried fits: {'; '.join(tried)}. Take more chips, or train adapters (model.lora_rank)"
-        )
-    return found
+        tried += [weighed[other][1] for other in others[:SHOWN] if other != mesh]
+        return _figures(name, s, stages, tried, _advice(mesh, own, {m: x for m, (x, _) in weighed.items()}))
+    if not tried[1:]:  # no formula let any of them be compiled
+        tried += [line for mesh, (_, line) in weighed.items() if mesh != own]
+    raise BadInput(
+        f"{name}: nothing that was tried fits: {'; '.join(tried)}. Take more chips, or train adapters (model.lora_rank)"
+    )
 
 
-def _candidates(config: Config, chips: int) -> Iterator[Any]:
-    """Meshes to try: the configuration's own first, then others. Each has the microbatches that a run on it would have."""
-    yield config.mesh
-    for tensor in (2, 4, 8):
-        if chips % tensor == 0 and tensor != config.mesh.tensor:
-            yield dataclasses.replace(config.mesh, data=1, fsdp=-1, tensor=tensor)
+def _weighed(s: Any) -> tuple[float, str]:
+    """By formula: hours of an iteration (infinite where it does not fit), and the same in words."""
+    from sppo_jax import aot, estimate
+
+    label = _axes(s.mesh.shape)
+    try:
+        found = hours(estimate.stages(s))
+    except aot.DoesNotFit as error:
+        return math.inf, f"{label}: does not fit by formula ({error})"
+    return found, f"{label}: {found:.2f} h an iteration by formula"
+
+
+def _advice(mesh: Any, own: Any, weighed: dict[Any, float]) -> str:
+    """A word where the plan is of another mesh than was asked, or another would be better."""
+    if mesh != own:
+        return f"the configuration's own mesh does not fit: {_flags(mesh)} does"
+    best = min(weighed, key=lambda other: weighed[other])
+    if weighed[best] >= BETTER * weighed[mesh]:
+        return ""
+    return (
+        f"by formula {_flags(best)} takes {weighed[best]:.2f} h an iteration, and this {weighed[mesh]:.2f} h"
+    )
+
+
+def _flags(mesh: configuration.Mesh) -> str:
+    return " ".join(f"--mesh.{axis} {n}" for axis, n in dataclasses.asdict(mesh).items())
+
+
+def _figures(name: str, s: Any, stages: dict[str, Stage], tried: list[str], advice: str) -> Plan:
+    from sppo_jax import memory
+
+    n, trained = memory.parameters(s.architecture), memory.adapters(s.architecture)
+    # Masters and second moments; exports are whole models in float32, adapters beside them.
+    checkpoint, export = 8 * (trained or n) / 1e9, 4 * (n + trained) / 1e9
+    at = s.layout
+    return Plan(
+        topology=name, chips=s.mesh.size, mesh=dict(s.mesh.shape), stages=stages, microbatches=at.microbatches,
+        microbatch_tokens=at.rows * at.width, real_token_share=at.real_token_share, parameters=n, checkpoint_gb=checkpoint,
+        disk_gb=s.config.iterations * (checkpoint + export) + checkpoint, compiled=s.compiled, tried=tried,
+        advice=advice,
+    )  # fmt: skip
+
+
+def _others(own: configuration.Mesh, chips: int, heads: int) -> list[configuration.Mesh]:
+    """Meshes that a plan weighs beside the configuration's own."""
+    sizes = [(data, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4)]
+    found = [
+        dataclasses.replace(own, data=data, fsdp=chips // (data * tensor), tensor=tensor)
+        for data, tensor in sizes
+        if chips % (data * tensor) == 0 and heads % tensor == 0
+    ]
+    return [mesh for mesh in found if mesh not in (own, _whole(own, chips))]
+
+
+def _whole(mesh: configuration.Mesh, chips: int) -> configuration.Mesh:
+    """With the size that is -1 told."""
+    sizes = dataclasses.asdict(mesh)
+    given = math.prod(n for n in sizes.values() if n != -1)
+    return configuration.Mesh(**{axis: chips // max(1, given) if n == -1 else n for axis, n in sizes.items()})
+
+
+def _axes(sizes: Any) -> str:
+    return ", ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "one chip"
 
 
 def table(one: Plan, config: Config, asked: Asked) -> list[str]:
@@ -239,75 +305,80 @@ def table(one: Plan, config: Config, asked: Asked) -> list[str]:
         f"{config.model.path} ({one.parameters / 1e9:.2f}B parameters) on {one.topology}: {one.chips} chips, mesh "
         + " x ".join(f"{axis} {n}" for axis, n in one.mesh.items())
         + f"; {how}",
-        f"update: {config.fit.global_batch} prompts in {one.microbatches} microbatches, {one.real_token_share:.0%} of the "
-        "computed tokens are real",
+        f"update: {config.fit.global_batch} prompts in {one.microbatches} microbatches of {one.microbatch_tokens} tokens, "
+        f"{one.real_token_share:.0%} of which are real",
         "",
-        f"{'stage':10} {'unit':34} {'GiB':>6} {'of':>6} {'TFLOP':>8} {'GB':>7} {'sent GB':>8} {'compiler':>9} {'links':>8} "
-        f"{'roofline':>9} {'MFU':>5} {'MFU+':>5} {'hours':>7}",
+        f"{'stage':10} {'unit':34} {'GiB':>6} {'of':>6} {'TFLOP':>8} {'GB':>7} {'sent GB':>8} {'compiler':>9} {'kernels':>8} "
+        f"{'links':>8} {'roofline':>9} {'time':>9} {'MFU':>5} {'MFU+':>5} {'hours':>7}",
     ]
     for name, s in one.stages.items():
-        compiler, links = (f"{1e3 * x:.1f}" if x is not None else "-" for x in (s.compiler, s.collectives))
-        mfu, with_links = mfus(s, one)
+        milliseconds = [s.compiler, s.left_out if s.compiler else None, s.collectives, s.roofline, s.seconds]
+        compiler, kernels, links, roofline, whole = (
+            "-" if x is None else f"{1e3 * x:.1f}" for x in milliseconds
+        )
+        alone = "-" if s.mfu_compiler is None else f"{s.mfu_compiler:.0%}"
         lines.append(
             f"{name:10} {s.unit:34} {s.peak / GIB:6.2f} {s.limit / GIB:6.2f} {s.flops / 1e12:8.3g} {s.bytes / 1e9:7.3g} "
-            f"{s.sent / 1e9:8.3g} {compiler:>9} {links:>8} {1e3 * s.roofline:9.1f} {mfu or 0:5.0%} {with_links or 0:5.0%} "
+            f"{s.sent / 1e9:8.3g} {compiler:>9} {kernels:>8} {links:>8} {roofline:>9} {whole:>9} {alone:>5} {s.mfu:5.0%} "
             f"{s.hours:7.2f}" + (f"  {s.note}" if s.note else "")
+        )
+        lines.append(
+            f"{'':10} memory, GiB: " + ", ".join(f"{kind} {x / GIB:.2f}" for kind, x in s.memory.items())
         )
         kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(s.moved.items()) if size >= 1e6)
         if kinds:
-            lines.append(
-                f"{'':10} collectives, GB of results: {kinds}; compiled in {s.compile_seconds:.0f} s"
-            )
-    lines += ["", *summary(one, config, asked), *(f"tried: {line}" for line in one.tried)]
-    lines.append(
-        "times in ms for one unit on all chips; MFU by the compiler's cycles, MFU+ with the collectives that are waited for"
-    )
+            lines.append(f"{'':10} collectives, GB of results: {kinds}")
+        if s.compile_seconds:
+            lines.append(f"{'':10} compiled in {s.compile_seconds:.0f} s")
+    lines += ["", *summary(one, config, asked), *(f"other meshes: {line}" for line in one.tried)]
+    if one.compiled:
+        lines.append(
+            "times in ms for one unit on all chips: compiler, by its cycles alone (MFU by these); kernels, of attention, which "
+            "have no cycles, and fetching of weights that outlasts products; links, collectives that are waited for; time, "
+            "their sum or the roofline (MFU+)"
+        )
     return lines
-
-
-def mfus(s: Stage, one: Plan) -> tuple[float | None, float | None]:
-    """Model FLOPs utilisation by the compiler's cycles, and with the collectives waited for."""
-    kind = one.topology.split(":")[0]
-    peak = (GPUS | TPUS)[kind].flops
-    alone = s.flops / peak / s.compiler if s.compiler else None
-    return alone, s.flops / peak / s.seconds if s.seconds else None
 
 
 def summary(one: Plan, config: Config, asked: Asked) -> list[str]:
     """A few lines, as configurations carry them in their header."""
-    hours = " + ".join(f"{name} {s.hours:.2f}" for name, s in one.stages.items())
-    fit_ = one.stages["fit"]
-    mfu = mfus(fit_, one)[1] or 0
+    parts = " + ".join(f"{name} {s.hours:.2f}" for name, s in one.stages.items())
+    update = one.stages["fit"]
     run = config.iterations * one.iteration_hours
     cost = f", {asked.price * one.chips * run:,.0f} at {asked.price:g} a chip-hour" if asked.price else ""
     how = "" if one.compiled else ", by formula"
-    axes = ", ".join(f"{axis} {n}" for axis, n in one.mesh.items() if n > 1)
+    pieces = "1 microbatch" if one.microbatches == 1 else f"{one.microbatches} microbatches"
     return [
-        f"{one.topology} ({axes}{how}): iteration {one.iteration_hours:.2f} h = {hours}; run {run:.1f} h, {one.chips * run:.0f} "
-        f"chip-hours{cost}",
-        f"  memory {max(s.peak for s in one.stages.values()) / GIB:.1f} of {fit_.limit / GIB:.1f} GiB; update {fit_.seconds:.2f} s "
-        f"in {one.microbatches} microbatches, MFU {mfu:.0%}; checkpoint {one.checkpoint_gb:.0f} GB, disk {one.disk_gb:.0f} GB",
+        f"{one.topology} ({_axes(one.mesh)}{how}): iteration {one.iteration_hours:.2f} h = {parts}; run {run:.1f} h, "
+        f"{one.chips * run:.0f} chip-hours{cost}",
+        f"  memory {max(s.peak for s in one.stages.values()) / GIB:.1f} of {update.limit / GIB:.1f} GiB (update "
+        f"{update.peak / GIB:.1f}); update {update.seconds:.2f} s in {pieces}, MFU {update.mfu:.0%}; checkpoint "
+        f"{one.checkpoint_gb:.2g} GB, disk {one.disk_gb:.0f} GB",
+        *([f"  {one.advice}"] if one.advice else []),
     ]
 
 
 def as_json(one: Plan, config: Config, asked: Asked) -> dict[str, Any]:
     """What --json prints of a plan."""
-    stages = {}
-    for name, s in one.stages.items():
-        alone, with_links = mfus(s, one)
-        stages[name] = {
-            "unit": s.unit, "count": s.count, "hbm_gib": s.peak / GIB, "hbm_limit_gib": s.limit / GIB, "flops": s.flops,
-            "bytes": s.bytes, "collective_bytes": s.sent, "collectives": s.moved, "seconds_compiler": s.compiler,
-            "seconds_collectives": s.collectives, "seconds_roofline": s.roofline, "mfu_compiler": alone, "mfu": with_links,
+    stages = {
+        name: {
+            "unit": s.unit, "count": s.count, "hbm_gib": s.peak / GIB, "hbm_limit_gib": s.limit / GIB,
+            "memory_gib": {kind: size / GIB for kind, size in s.memory.items()}, "flops": s.flops, "bytes": s.bytes,
+            "collective_bytes": s.sent, "collectives": s.moved, "seconds_compiler": s.compiler,
+            "seconds_kernels": s.left_out if s.compiler else None, "seconds_collectives": s.collectives,
+            "seconds_roofline": s.roofline, "seconds": s.seconds, "mfu_compiler": s.mfu_compiler, "mfu": s.mfu,
             "hours": s.hours, "compile_seconds": s.compile_seconds, "note": s.note,
-        }  # fmt: skip
+        }
+        for name, s in one.stages.items()
+    }  # fmt: skip
     run = config.iterations * one.iteration_hours
     return {
         "topology": one.topology, "chips": one.chips, "mesh": one.mesh, "compiled": one.compiled, "stages": stages,
-        "microbatches": one.microbatches, "real_token_share": one.real_token_share, "parameters": one.parameters,
+        "microbatches": one.microbatches, "microbatch_tokens": one.microbatch_tokens,
+        "real_token_share": one.real_token_share, "parameters": one.parameters,
         "checkpoint_gb": one.checkpoint_gb, "disk_gb": one.disk_gb, "iteration_hours": one.iteration_hours,
         "run_hours": run, "chip_hours": one.chips * run, "price": asked.price and asked.price * one.chips * run,
-        "lengths": dataclasses.asdict(asked.lengths), "tried": one.tried,
+        "lengths": dataclasses.asdict(asked.lengths), "other_meshes": one.tried, "advice": one.advice,
     }  # fmt: skip
 
 

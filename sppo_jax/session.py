@@ -172,6 +172,10 @@ class Session:
 
     def batches(self, pairs: Sequence[Pair], t: int) -> dataset.Batches:
         c = self.config
+        kernel = choose(c.model.attention, self.mesh, self.architecture, self.compute_dtype).name
+        width = self.compute_dtype.itemsize
+        longest = max(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
+        update = memory.Update(self.architecture, self.mesh, width, kernel, c.fit.remat, longest)
         return dataset.Batches(
             pairs,
             global_batch=c.fit.global_batch,
@@ -179,14 +183,9 @@ class Session:
             seed=c.seed,
             iteration=t,
             shards=sharding.batch_shards(self.mesh),
-            most_tokens=memory.most_tokens(
-                self.architecture, self.mesh, self.compute_dtype.itemsize, sharding.memory_limit(self.mesh)
-            ),
-            pack=self._kernel() != "cudnn",  # which knows one sequence a row
+            most_tokens=update.most_tokens(sharding.memory_limit(self.mesh)),
+            pack=kernel != "cudnn",  # which knows one sequence a row
         )
-
-    def _kernel(self) -> str:
-        return choose(self.config.model.attention, self.mesh, self.architecture, self.compute_dtype).name
 
     def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
         """log pi(y|x) [n, R] under the policy after iteration t, in `iteration`'s batches and by training's forward."""

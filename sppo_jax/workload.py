@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from sppo_jax import dataset
-from sppo_jax.config import Config
+from sppo_jax.config import Config, Judge
+from sppo_jax.pairrm.format import Limits
 
 SPREAD = 0.8  # standard deviation of the lengths' logarithm; recorded ones lie between .6 and 1
 SAMPLE = 4096  # prompts drawn at most
+FRAME = 3  # tokens around each text that PairRM reads
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,10 @@ class Lengths:
 class Workload:
     """One iteration."""
 
-    prompts: int
-    responses: int  # sampled in all, those to held-out prompts included
-    sampled_tokens: float
+    sampled_tokens: float  # in all, of responses to held-out prompts, too
     prompt_tokens: float  # prefilled
     ordered_pairs: int  # that the judge reads
-    pair_tokens: int  # of one of them, on average
+    pair_tokens: int  # that it reads of one of them, on average
     trained_pairs: int
     updates: int
     lengths_GR: list[list[int]]  # of an epoch's sequences that are trained on, prompt included
@@ -59,19 +59,25 @@ def workload(config: Config, lengths: Lengths) -> Workload:
     prompt_G = drawn(rng, count, lengths.prompt, config.prompts.max_length)
     response_GR = drawn(rng, count * kept, lengths.response, s.max_new_tokens).reshape(count, kept)
     probed = min(config.eval.probe_prompts, config.eval.prompts)
-    answers = p * k + config.eval.prompts + probed * k
-    asked = p + config.eval.prompts + probed
+    played = 0 if config.pairs.source else p  # given pairs are neither sampled nor judged
+    answers = played * k + config.eval.prompts + probed * k
     return Workload(
-        prompts=p,
-        responses=answers,
         sampled_tokens=answers * float(response_GR.mean()),
-        prompt_tokens=asked * float(prompt_G.mean()),
-        ordered_pairs=(p + probed) * k * (k - 1) + 4 * config.eval.prompts,
-        pair_tokens=lengths.prompt + 2 * lengths.response,
+        prompt_tokens=(played + config.eval.prompts + probed) * float(prompt_G.mean()),
+        ordered_pairs=(played + probed) * k * (k - 1) + 4 * config.eval.prompts,
+        pair_tokens=_read(config.judge, prompt_G, response_GR),
         trained_pairs=p,
         updates=math.ceil(p / config.fit.global_batch) * config.fit.epochs,
         lengths_GR=(prompt_G[:, None] + response_GR).tolist(),
     )
+
+
+def _read(judge: Judge, prompt_G: np.ndarray, response_GR: np.ndarray) -> int:
+    """Mean tokens of a pair after PairRM's cuts, by the rule of pairrm.format.Limits; its tokenizer is taken for the policy's."""
+    limits = Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens).of({})
+    prompt_G = np.minimum(prompt_G + FRAME, limits.source)
+    room_G = (limits.total - prompt_G) // 2
+    return round(float((prompt_G + 2 * np.minimum(response_GR + FRAME, room_G[:, None]).mean(axis=1)).mean()))
 
 
 def layout(

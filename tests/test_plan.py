@@ -6,8 +6,10 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +17,6 @@ from sppo_jax import (
     aot,
     config,
     dataset,
-    estimate,
     fit,
     header,
     hlo,
@@ -23,31 +24,19 @@ from sppo_jax import (
     models,
     pairs,
     plan,
+    setting,
     sharding,
+    stage,
     tiny,
     workload,
 )
-from sppo_jax.chips import GPUS, TPUS
+from sppo_jax.chips import GPUS, TPUS, stand_ins
 from sppo_jax.errors import BadInput
 from sppo_jax.workload import Lengths
 from tests.test_fit import pairs_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PODS = ("mistral_7b", "llama3_8b")
-
-
-@pytest.mark.parametrize(
-    ("groups", "chips"),
-    [
-        ("{{0,1,2,3},{4,5,6,7}}", 4),
-        ("[2,8]<=[16]", 8),
-        ("mesh['axis_0'=4,'axis_1'=2,'axis_2'=3] {'axis_0','axis_2'}", 12),
-    ],
-)
-def test_the_chips_of_a_collective_are_read_in_every_notation(groups, chips):
-    line = f"  %a = f32[64]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
-    text = "HloModule m\n\nENTRY %main (a: f32[8]) -> f32[8] {\n" + line + "\n}\n"
-    assert hlo.Module(text).cost().sent == pytest.approx(256 * (chips - 1) / chips)
+PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -84,43 +73,42 @@ def test_a_workload_counts_what_an_iteration_does():
     c = config.load([CONFIGS / "mistral_7b.yaml"])
     work = workload.workload(c, Lengths(180, 350))
     assert work.updates == math.ceil(20_000 / 64)
-    assert work.responses == 20_000 * 5 + 1000 + 100 * 5
-    assert work.sampled_tokens == pytest.approx(work.responses * 350, rel=0.05)
+    assert work.sampled_tokens == pytest.approx((20_000 * 5 + 1000 + 100 * 5) * 350, rel=0.05)
     assert work.ordered_pairs == 20_100 * 20 + 4000  # held out: both orders, against base and previous
+    assert work.pair_tokens == pytest.approx(180 + 2 * 350, rel=0.05)
     at = workload.layout(c, work, 16, 16 * 8192)
     assert at.microbatches == 1
     assert at.rows % 16 == 0
     assert at.real_token_share > 0.7
 
 
-HLO = """HloModule jit_f, entry_computation_layout={()->f32[8]}
-
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %fusion.1 = bf16[16,1024]{1,0} fusion(%a), kind=kLoop, calls=%c, backend_config={"estimated_cycles":"100"}
-  %all-gather.1 = bf16[4096,1024]{1,0} all-gather(%fusion.1), channel_id=1, replica_groups=[4,4]<=[16], dimensions={0}
-  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
-}
-
-%cond (p: (s32[], f32[8])) -> pred[] {
-  %constant.5 = s32[] constant(32)
-  ROOT %lt = pred[] compare(%i, %constant.5), direction=LT
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = (s32[], f32[8]) while(%init), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}
-  %all-reduce.2 = f32[1024]{0} all-reduce(%y), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
-  ROOT %fusion.9 = f32[8]{0} fusion(%w), kind=kLoop, calls=%d, backend_config={"estimated_cycles":"7"}
-}
-"""
+def test_pairs_that_are_given_are_neither_sampled_nor_judged():
+    c = config.load(
+        [CONFIGS / "mistral_7b.yaml"], ["--pairs.source", "hf:a/b-{iteration}", "--eval.probe_prompts", "1"]
+    )
+    work = workload.workload(c, Lengths(180, 350))
+    assert work.sampled_tokens == pytest.approx((1000 + 5) * 350, rel=0.05)
+    assert work.ordered_pairs == 20 + 4000
+    assert work.updates == math.ceil(20_000 / 64)
 
 
-def test_loops_are_counted_by_their_turns_and_collectives_by_what_leaves_a_chip():
-    cost = hlo.Module(HLO).cost()
-    gathered = 4096 * 1024 * 2
-    assert cost.cycles == 32 * 100 + 7
-    assert cost.moved == {"all-gather": 32 * gathered, "all-reduce": 4096}
-    assert cost.sent == pytest.approx(32 * gathered * 3 / 4 + 4096 * 2 * 7 / 8)
-    assert hlo.Module(HLO, {"while": 3}).cost().cycles == 307
+@pytest.mark.parametrize(
+    ("judge", "expected"),
+    [
+        ({}, 403 + 2 * 822),  # of 2048, what the prompt leaves is halved
+        ({"total_tokens": 5000}, 403 + 2 * 1003),
+        ({"source_tokens": 100, "candidate_tokens": 50, "total_tokens": 200}, 200),
+    ],
+)
+def test_pairs_are_as_long_as_pairrm_reads_them(judge, expected):
+    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = dataclasses.replace(
+        c,
+        judge=dataclasses.replace(c.judge, **judge),
+        prompts=dataclasses.replace(c.prompts, max_length=400),
+        sampling=dataclasses.replace(c.sampling, max_new_tokens=1000),
+    )
+    assert workload.workload(c, Lengths(400, 1000)).pair_tokens == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
@@ -164,24 +152,102 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
 
     for mine, theirs in zip((found.forward, found.backward), ran, strict=True):
         assert mine.total == pytest.approx(total(theirs), rel=0.1)
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert found.peak > held
+    assert found.memory["parameters"] == aot.local_bytes(state.params)
+    assert found.memory["optimiser"] == aot.local_bytes(state.opt_state)
+    assert found.memory.get("gradients", 0) in [n * aot.local_bytes(state.params) for n in (0, 1, 2)]
+    arguments = ran[1].memory_analysis().argument_size_in_bytes
+    assert found.saved == pytest.approx(arguments - aot.local_bytes(state.params), rel=0.1)
+    assert found.peak > aot.local_bytes(state)
+
+
+def update_of(c: config.Config, chips: int, **knobs: Any) -> memory.Update:
+    on = stand_ins(TPUS["v5e"], chips)
+    mesh = setting.mesh(c.mesh, on, stand_ins=True)
+    base = memory.Update(setting.architecture(c), mesh, width=2, kernel="splash", remat="layer", longest=2560)
+    return dataclasses.replace(base, **knobs)
 
 
 def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits():
     c = config.load([CONFIGS / "mistral_7b.yaml"])
-
-    a = estimate.architecture(c)
-    assert memory.parameters(a) == 7_241_732_096
-    mesh = estimate.mesh(c.mesh, 16, None)
-    many = memory.most_tokens(a, mesh, 2, 95 * 2**30)
-    few = memory.most_tokens(a, mesh, 2, 12 * 2**30)
+    assert memory.parameters(setting.architecture(c)) == 7_241_732_096
+    update = update_of(c, 16)
+    many, few = update.most_tokens(95 * 2**30), update.most_tokens(12 * 2**30)
     assert many == 16 * memory.MOST
-    assert 16 * memory.FEWEST <= few < many
-    assert (
-        memory.update_bytes(a, mesh, 2, few / 16, True) <= memory.FILLED * 12 * 2**30
-        or few == 16 * memory.FEWEST
+    assert 16 * memory.FEWEST < few < many
+    assert sum(update.kinds(few / 16, accumulated=True).values()) <= memory.FILLED * 12 * 2**30
+
+
+def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
+    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    layer = update_of(c, 16).kinds(4096, accumulated=False)
+    attention = update_of(c, 16, remat="attention").kinds(4096, accumulated=False)
+    wide = update_of(c, 16, width=4).kinds(4096, accumulated=False)
+    scores = update_of(c, 16, kernel="xla").kinds(4096, accumulated=False)
+    saved = 4096 * 32 * 4096 * 2  # tokens, layers, width, bytes
+    assert layer["saved activations"] == saved
+    assert attention["saved activations"] == 2 * saved + 4096 * 32 * 32 * 4  # the softmax's sums of each head
+    assert wide["saved activations"] == 2 * saved
+    assert wide["parameters"] == layer["parameters"]
+    assert scores["temporaries"] - layer["temporaries"] == 4096 * 2560 * 32 * 4 * 2
+
+
+def test_adapters_alone_have_masters_moments_and_gradients():
+    """The formula against the shapes of what would be trained."""
+    c = config.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
+    update = update_of(c, 4)
+    model = aot.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
+    _, params, frozen = fit.split(model)
+    kinds = update.kinds(1024, accumulated=False)
+    assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == aot.local_bytes(params)
+    assert kinds["frozen"] == aot.local_bytes(frozen)
+    whole = update_of(config.load([CONFIGS / "mistral_7b.yaml"]), 4)
+    limit = 31.25 * 2**30
+    assert update.most_tokens(limit) == 4 * memory.MOST > whole.most_tokens(limit)
+
+
+def by_formula(capsys: Any, *words: str, count: int = 8) -> dict[str, Any]:
+    base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
+    plan.main([*base, "--device", "h100", "--count", str(count), *words])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_an_update_of_adapters_computes_two_thirds(capsys):
+    whole, adapters = by_formula(capsys), by_formula(capsys, "--model.lora_rank", "16")
+    share = adapters["stages"]["fit"]["flops"] / whole["stages"]["fit"]["flops"]
+    assert share == pytest.approx(4 / 6, rel=0.02)
+    assert adapters["checkpoint_gb"] < 0.02 * whole["checkpoint_gb"]
+    assert adapters["stages"]["decode"]["memory_gib"]["masters"] == pytest.approx(
+        whole["stages"]["decode"]["memory_gib"]["masters"] / 2, rel=0.1
     )
+
+
+def test_cudnns_rows_hold_one_sequence_and_those_of_xla_many(capsys):
+    alone, packed = by_formula(capsys), by_formula(capsys, "--model.attention", "xla")
+    assert alone["real_token_share"] < 0.3
+    assert packed["real_token_share"] > 0.7
+    assert alone["stages"]["fit"]["flops"] == packed["stages"]["fit"]["flops"]
+    assert alone["stages"]["fit"]["seconds"] > 2 * packed["stages"]["fit"]["seconds"]
+
+
+def test_float32_takes_twice_the_time_and_activations(capsys):
+    wide = by_formula(capsys, "--model.compute_dtype", "float32", "--model.attention", "xla")
+    narrow = by_formula(capsys, "--model.attention", "xla")
+    a, b = wide["stages"]["fit"], narrow["stages"]["fit"]
+    assert a["seconds"] > 1.8 * b["seconds"]
+    per_token = [
+        x["stages"]["fit"]["memory_gib"]["saved activations"] / x["microbatch_tokens"] for x in (wide, narrow)
+    ]
+    assert per_token[0] == pytest.approx(2 * per_token[1])
+
+
+def test_eight_bits_and_a_given_cache_are_in_the_samplers_memory(capsys):
+    plain = by_formula(capsys)["stages"]["decode"]
+    small = by_formula(capsys, "--sampling.quantize", "int8", "--sampling.cache_tokens", "65536")["stages"][
+        "decode"
+    ]
+    assert small["memory_gib"]["weights"] == pytest.approx(plain["memory_gib"]["weights"] / 2, rel=0.05)
+    column = 2 * 32 * 8 * (128 + 4)  # keys and values of all layers and heads, each with a scale
+    assert small["memory_gib"]["keys and values"] == pytest.approx(65536 / 8 * column / 2**30)
 
 
 def test_a_plan_by_formula_says_so_and_scales(capsys):
@@ -194,14 +260,52 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
         found.append(json.loads(out.splitlines()[-1]))
     eight, sixteen = found
     assert set(eight["stages"]) == {"prefill", "decode", "judge", "reference", "fit"}
-    for stage in eight["stages"].values():
-        assert 0 < stage["hbm_gib"] <= stage["hbm_limit_gib"]
+    for one in eight["stages"].values():
+        assert 0 < one["hbm_gib"] <= one["hbm_limit_gib"]
         assert {"flops", "bytes", "collective_bytes", "seconds_compiler", "seconds_collectives", "seconds_roofline",
-                "mfu_compiler", "mfu"} <= set(stage)  # fmt: skip
+                "mfu_compiler", "mfu"} <= set(one)  # fmt: skip
+        assert sum(one["memory_gib"].values()) == pytest.approx(one["hbm_gib"])
+        assert one["mfu_compiler"] is None
+        assert one["seconds"] >= one["seconds_roofline"] > 0
     assert eight["run_hours"] == pytest.approx(3 * eight["iteration_hours"])
     assert eight["price"] == pytest.approx(2 * eight["chip_hours"])
     assert sixteen["iteration_hours"] < 0.65 * eight["iteration_hours"]
-    assert sixteen["stages"]["fit"]["hbm_gib"] < eight["stages"]["fit"]["hbm_gib"]
+    kinds = [x["stages"]["fit"]["memory_gib"] for x in found]
+    assert kinds[1]["optimiser"] == pytest.approx(kinds[0]["optimiser"] / 2, rel=0.01)
+
+
+def test_a_mesh_that_does_not_fit_gives_way_to_the_best_of_those_that_do(capsys):
+    """Eight whole copies of the masters have no room; the plan says which mesh has, and in which microbatches."""
+    found = by_formula(capsys, "--mesh.data", "8", "--mesh.fsdp", "1")
+    assert found["mesh"] != {"data": 8, "fsdp": 1, "tensor": 1}
+    assert found["other_meshes"][0].startswith("data 8: does not fit (")
+    assert found["advice"].startswith("the configuration's own mesh does not fit: --mesh.data ")
+    assert found["stages"]["fit"]["hbm_gib"] < found["stages"]["fit"]["hbm_limit_gib"]
+    own = by_formula(capsys, *(w for axis, n in found["mesh"].items() for w in (f"--mesh.{axis}", str(n))))
+    assert own["iteration_hours"] == found["iteration_hours"]
+    assert found["iteration_hours"] <= by_formula(capsys)["iteration_hours"]
+
+
+def test_a_mesh_that_is_much_slower_than_another_is_told_which(capsys):
+    found = by_formula(capsys, "--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
+    better = found["advice"]
+    assert better.startswith("by formula --mesh.data ")
+    flags = better.removeprefix("by formula ").partition(" takes")[0].split()
+    assert by_formula(capsys, *flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
+
+
+def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time():
+    chip = dataclasses.replace(TPUS["v5e"], latency=0.0)
+    one = stage.Stage("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
+    one.add(
+        hlo.Cost(cycles=chip.cycles, sent=chip.links, waited=0.5 * chip.links), times=1, compile_seconds=3
+    )
+    one.left_out = 0.25
+    assert one.mfu_compiler == pytest.approx(0.5)
+    assert one.seconds == pytest.approx(1 + 0.25 + 0.5)
+    assert one.mfu == pytest.approx(0.5 / 1.75)
+    one.sent = 2 * chip.links  # beside products, and longer than they
+    assert one.seconds == pytest.approx(2)
 
 
 def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
@@ -218,6 +322,8 @@ def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
         (["--device", "h100", "--count", "some"], "needs a number"),
         (["--device", "h100", "--price"], "needs a value"),
         (["--device", "h100", "--fit.eat", "3"], "fit.eat"),
+        (["--device", "h100", "--mesh.tensor", "3"], "does not fit 8 devices"),
+        (["--device", "h100", "--mesh.tensor", "0"], "does not fit 8 devices"),
     ],
 )
 def test_what_is_wrong_with_the_flags_is_said_in_one_line(words, said):
@@ -234,7 +340,7 @@ def test_every_chip_has_its_figures():
 def test_a_small_model_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
     """With libtpu on PYTHONPATH: the whole command, in a process of its own, on two layers of a narrow Mistral."""
     pytest.importorskip("libtpu")
-    options = json.loads((estimate.PUBLISHED / "mistralai/Mistral-7B-Instruct-v0.2/config.json").read_text())
+    options = json.loads((setting.PUBLISHED / "mistralai/Mistral-7B-Instruct-v0.2/config.json").read_text())
     small = {
         "num_hidden_layers": 2,
         "hidden_size": 512,
@@ -258,10 +364,12 @@ def test_a_small_model_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["compiled"]
     assert found["chips"] == 4
-    for stage in found["stages"].values():
-        assert 0 < stage["hbm_gib"] < stage["hbm_limit_gib"] == 15.75
-        assert stage["seconds_compiler"] > 0
-        assert stage["compile_seconds"] > 0
+    for one in found["stages"].values():
+        assert 0 < one["hbm_gib"] < one["hbm_limit_gib"] == 15.75
+        assert one["seconds_compiler"] > 0
+        assert one["compile_seconds"] > 0
+        assert one["memory_gib"]["temporaries"] >= 0
+    assert set(found["stages"]["fit"]["memory_gib"]) >= {"parameters", "optimiser", "temporaries"}
     moved = found["stages"]["fit"]["collectives"]
     layers = 2 * (512 * 128 * 16 + 3 * 512 * 1024) * 2  # bytes of all layers' matrices in bfloat16
     assert moved["all-gather"] >= 2 * layers  # forward and backward
