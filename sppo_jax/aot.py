@@ -97,12 +97,13 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
     program, forward = compiled("forward", lowered)
     logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
     logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
-    backward = compiled("backward", programs.backward.lower(pullback, logprob))[1]  # type: ignore[attr-defined]
+    given = (params, frozen, batch, pullback, logprob)
+    backward = compiled("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
     accumulate = None
     if at.microbatches > 1:
-        accumulate = compiled("backward, added up", programs.accumulate.lower(params, pullback, logprob))[1]  # type: ignore[attr-defined]
+        accumulate = compiled("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
     update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
-    # What lies there without being an argument. The pullback has the parameters in it.
+    # What lies there without being an argument.
     beside = local_bytes(state.opt_state)
     grads = local_bytes(params) if at.microbatches > 1 else 0
     peaks = [forward.peak + beside + grads, backward.peak + beside, update.peak + local_bytes(frozen)]
