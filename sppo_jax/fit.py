@@ -58,7 +58,7 @@ def split(model: Transformer) -> tuple[Any, Any, Any]:
 class Pullback:
     """What a backward pass needs of its forward pass, without what that was given: a program would copy the weights."""
 
-    kept: list[Array]
+    kept: Any  # a list of arrays
     tree: Any  # of jax's own pullback, whose leaves are those of `kept` and some of what was given
     places: tuple[int | None, ...]  # of its leaves among what was given; None: the next of `kept`
     dtype: Any  # of the weights in use
