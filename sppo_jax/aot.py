@@ -108,10 +108,11 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
     program, forward = compiled("forward", lowered)
     logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
     logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
-    backward = compiled("backward", programs.backward.lower(pullback, logprob))[1]  # type: ignore[attr-defined]
+    given = (params, frozen, batch, pullback, logprob)
+    backward = compiled("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
     accumulate = None
     if at.microbatches > 1:
-        accumulate = compiled("backward, added up", programs.accumulate.lower(params, pullback, logprob))[1]  # type: ignore[attr-defined]
+        accumulate = compiled("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
     update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
     # What lies there without being an argument.
     trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
@@ -123,9 +124,7 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
         (backward.peak + moments, lies | saved | {"gradients": trained}),
         (update.peak + fixed, lies | {"gradients": trained}),
     ]
-    if (
-        accumulate is not None
-    ):  # a microbatch's part of the gradients beside their sum, which is updated in place
+    if accumulate is not None:  # a microbatch's gradients beside their sum, which is updated in place
         times.append((accumulate.peak + moments, lies | saved | {"gradients": 2 * trained}))
     peak, held = max(times, key=lambda moment: moment[0])
     kinds = {kind: float(size) for kind, size in held.items() if size}

@@ -51,9 +51,32 @@ def split(model: Transformer) -> tuple[Any, Any, Any]:
     return graph, params, frozen
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "places"])
+@dataclass(frozen=True)
+class Pullback:
+    """What a backward pass needs of its forward pass, without what that was given: a program would copy the weights."""
+
+    kept: Any  # a list of arrays
+    tree: Any  # of jax's own pullback, whose leaves are those of `kept` and some of what was given
+    places: tuple[int | None, ...]  # of its leaves among what was given; None: the next of `kept`
+
+    @classmethod
+    def of(cls, pullback: Callable[[Array], Any], given: Any) -> "Pullback":
+        leaves, tree = jax.tree.flatten(pullback)
+        known = {id(x): i for i, x in enumerate(jax.tree.leaves(given))}
+        places = tuple(known.get(id(x)) for x in leaves)
+        return cls([x for x, i in zip(leaves, places, strict=True) if i is None], tree, places)
+
+    def __call__(self, given: Any, gradient_GR: Float[Array, "G R"]) -> Any:
+        """d loss / d params from d loss / d log pi; `given`: (params, frozen, batch), the same as in the forward pass."""
+        known, kept = jax.tree.leaves(given), iter(self.kept)
+        leaves = [next(kept) if i is None else known[i] for i in self.places]
+        return jax.tree.unflatten(self.tree, leaves)(gradient_GR)[0]
+
+
 def forward(
     params: Any, frozen: Any, batch: Microbatch, *, graph: Any, remat: Remat
-) -> tuple[Float[Array, "G R"], Callable[[Array], Any]]:
+) -> tuple[Float[Array, "G R"], Pullback]:
     """log pi(y|x) of every response of a microbatch, G prompts of R, and its pullback to the trained parameters.
 
     Reference, training and probes all run this one compiled program: compiled with a loss and its gradient, the same
@@ -67,7 +90,27 @@ def forward(
         )
         return logprob_BS.reshape(-1)[batch["place"]]
 
-    return jax.vjp(logprob, params)
+    logprob_GR, pullback = jax.vjp(logprob, params)
+    return logprob_GR, Pullback.of(pullback, (params, frozen, batch))
+
+
+def backward(
+    params: Any, frozen: Any, batch: Microbatch, pullback: Pullback, gradient_GR: Float[Array, "G R"]
+) -> Any:
+    """d loss / d params of the microbatch whose forward pass gave `pullback`."""
+    return pullback((params, frozen, batch), gradient_GR)
+
+
+def accumulate(
+    grads: Any,
+    params: Any,
+    frozen: Any,
+    batch: Microbatch,
+    pullback: Pullback,
+    gradient_GR: Float[Array, "G R"],
+) -> Any:
+    """`grads` and those of one more microbatch."""
+    return jax.tree.map(jnp.add, grads, backward(params, frozen, batch, pullback, gradient_GR))
 
 
 def objective(
@@ -130,10 +173,10 @@ class Programs:
     graph: Any
     shardings: TrainState  # of a TrainState
     init_optimizer: Callable[[Any], Any]
-    forward: Callable[[Any, Any, Microbatch], tuple[Array, Callable[[Array], Any]]]
+    forward: Callable[[Any, Any, Microbatch], tuple[Array, Pullback]]
     objective: Callable[[Array, Microbatch], tuple[Array, dict[str, Array]]]
-    backward: Callable[[Callable[[Array], Any], Array], Any]
-    accumulate: Callable[[Any, Callable[[Array], Any], Array], Any]
+    backward: Callable[[Any, Any, Microbatch, Pullback, Array], Any]
+    accumulate: Callable[[Any, Any, Any, Microbatch, Pullback, Array], Any]
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
     def train_step(
@@ -153,10 +196,10 @@ class Programs:
             logprob_GR, pullback = self.forward(params, frozen, batch)
             gradient_GR, scalars = self.objective(logprob_GR, batch)
             if grads is None:
-                grads = self.backward(pullback, gradient_GR)
+                grads = self.backward(params, frozen, batch, pullback, gradient_GR)
             else:
-                grads = self.accumulate(grads, pullback, gradient_GR)
-            del pullback  # holds the parameters that the update overwrites in place
+                grads = self.accumulate(grads, params, frozen, batch, pullback, gradient_GR)
+            del pullback  # or it lies beside the next forward pass
             found.append(scalars)
         return grads, _joined(found)
 
@@ -202,16 +245,10 @@ def make_programs(
         init_optimizer=jax.jit(optimizer.init, out_shardings=opt_placed),
         forward=jax.jit(functools.partial(forward, graph=graph, remat=fit.remat), compiler_options=options),
         objective=jax.jit(functools.partial(objective, loss=make_loss(fit)), out_shardings=replicated),
-        backward=jax.jit(
-            lambda pullback, gradient_GR: pullback(gradient_GR)[0],
-            out_shardings=placed,
-            compiler_options=options,
-        ),
+        # What is not used lies there all the same: kept as an argument, it is counted.
+        backward=jax.jit(backward, keep_unused=True, out_shardings=placed, compiler_options=options),
         accumulate=jax.jit(
-            lambda grads, pullback, gradient_GR: jax.tree.map(jnp.add, grads, pullback(gradient_GR)[0]),
-            donate_argnums=0,
-            out_shardings=placed,
-            compiler_options=options,
+            accumulate, keep_unused=True, donate_argnums=0, out_shardings=placed, compiler_options=options
         ),
         update=jax.jit(
             functools.partial(update, optimizer=optimizer),

@@ -319,6 +319,19 @@ def test_gradients_equal_a_plain_reference(plain, mesh, most, pack, remat, reque
     )
 
 
+@pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
+def test_what_the_backward_pass_is_kept_holds_nothing_that_it_is_given(mesh, request):
+    """Each program writes its results anew: weights among what is kept would be there twice."""
+    mesh = request.getfixturevalue(mesh)
+    model, _, batches, programs = prepare(pairs_of(4), SETTINGS, mesh)
+    _, params, frozen = fit.split(model)
+    _, pullback = programs.forward(params, frozen, next(fit.place(batches[0], mesh)))
+    assert len(pullback.kept) > 1
+    for weight in jax.tree.leaves(params):
+        alike = [x for x in pullback.kept if x.shape == weight.shape]
+        assert not any(np.array_equal(x, weight) for x in alike)
+
+
 @pytest.mark.parametrize(
     ("how", "loss"), [("all", "sppo"), ("best_worst", "dpo"), ("best_worst", "sppo_single")]
 )

@@ -1,13 +1,16 @@
 """Log-probabilities of responses against brute force over transformers' logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from sppo_jax import models, tiny
-from sppo_jax.models import hf, logprob
+from sppo_jax import models, sharding, tiny
+from sppo_jax.models import Transformer, hf, logprob
+from sppo_jax.models.attention import Kernel
 from sppo_jax.models.logprob import response_logprob
 
 PROMPTS = [[1, 30, 40, 50], [1, 9, 8, 7, 6, 5, 4], [1, 99]]
@@ -83,6 +86,44 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(chunked_grad), jax.tree.leaves(whole_grad), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(1, 4, 2), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, odd_model, monkeypatch):
+    """102 columns, which 5 blocks do not divide: log-probs and all gradients, against one device without blocks."""
+    from flax import nnx
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 102, (16, 20)), jnp.int32)
+    lengths = jnp.full(16, 4), jnp.asarray(np.arange(16) % 8 + 12)
+
+    def both(model):
+        graph, params = nnx.split(model)
+
+        def total(params):
+            found = response_logprob(nnx.merge(graph, params), tokens, *lengths)
+            return jnp.sum(jnp.sin(found)), found
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    mesh = sharding.make_mesh(*axes)
+    odd_model.architecture = dataclasses.replace(odd_model.architecture, logit_softcap=30.0)
+    weights = {
+        "embedding": odd_model.embedding[...],
+        "norm": odd_model.norm[...],
+        "head": odd_model.head[...],
+    }
+    weights |= {f"layers.{name}": w for name, w in odd_model.stacked().items()}
+    placed = {
+        name: jax.device_put(weights[name], x.sharding)
+        for name, x in hf.abstract(odd_model.architecture, mesh).items()
+    }
+    cut = Transformer(odd_model.architecture, placed, jnp.float32, Kernel("xla", mesh))
+    local = 16 * 20 // sharding.batch_shards(mesh)
+    monkeypatch.setattr(logprob, "LOGITS", -(-local * 102 // blocks))
+    for found, wanted in zip(*map(jax.tree.leaves, (both(cut), both(odd_model))), strict=True):
+        wanted = np.asarray(wanted)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy):

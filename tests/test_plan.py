@@ -139,7 +139,7 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     ran = []
     logprob, pullback = programs.forward(params, frozen, placed[0])
     ran.append(programs.forward.lower(params, frozen, placed[0]).compile())
-    ran.append(programs.backward.lower(pullback, logprob).compile())
+    ran.append(programs.backward.lower(params, frozen, placed[0], pullback, logprob).compile())
     del pullback
     state, _ = programs.train_step(state, frozen, placed)
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
 
-CHUNK = 1024  # tokens of a device whose logits exist at once, at most
-LOGITS = 2**26  # numbers that those logits may be
+CHUNK = 1024  # tokens whose logits one device computes at once, at most
+LOGITS = 2**26  # numbers that a device's logits at one time may be
 
 
 def response_logprob(
@@ -41,9 +41,8 @@ def packed_logprob(
 ) -> Float[Array, "B S"]:
     """Sum of log p(token | those before it in its segment) over the scored tokens of each of a row's segments, in nats.
 
-    The first token of a segment has nothing before it and must not be scored. Logits and logsumexp are float32, and of
-    at most
-    CHUNK tokens at once: [B, T, V] never exists.
+    The first token of a segment has nothing before it and must not be scored. Logits and logsumexp are float32, and
+    at most LOGITS numbers at once: [B, T, V] never exists.
     """
     hidden_BTD = model.hidden(tokens_BT, segment_BT, remat)
     # Position t predicts token t+1; the last position predicts nothing and is left out, not wrapped around.
@@ -56,7 +55,7 @@ def packed_logprob(
 def _token_logprob(
     model: Transformer, hidden_BTD: Float[Array, "B T D"], label_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """log p(label) on each device for its own rows, with the whole head gathered once.
+    """log p(label) on each device for its own rows, the head gathered block by block.
 
     Left to the compiler, every chunk would gather the head and add up its gradient over all devices.
     """
@@ -65,17 +64,38 @@ def _token_logprob(
         return _chunked(hidden_BTD, label_BT, w_DV, model=model)
     cut = sharding.batch_part("DV", mesh, w_DV.shape)
     rows = sharding.batch_part("BT", mesh)
-
-    def local(hidden_BTD: Array, label_BT: Array, w_DV: Array) -> Array:
-        if cut[0] is not None:
-            w_DV = _gathered(w_DV, cut[0], hidden_BTD.dtype)
-        return _chunked(hidden_BTD, label_BT, w_DV, model=model)
-
-    axes = set(sharding.BATCH_AXES)
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, axis_names=axes, check_vma=False
-    )
+        functools.partial(_blocked, axis=cut[0], model=model), mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows,
+        axis_names=set(sharding.BATCH_AXES), check_vma=False,
+    )  # fmt: skip
     return mapped(hidden_BTD, label_BT, w_DV)
+
+
+def _blocked(hidden_BTD: Array, label_BT: Array, w_DV: Array, *, axis: Any, model: Transformer) -> Array:
+    """log p(label) from the head's columns of one block after the other, each gathered over `axis` if that is not None.
+
+    Neither the whole head nor its gradient ever exists on a device. Block i of N has columns i, N + i, 2N + i, ...: a
+    vocabulary that `tensor` cuts stays cut so.
+    """
+    vocab, dtype = w_DV.shape[1], hidden_BTD.dtype
+    count = -(-label_BT.size * vocab // LOGITS)
+    # What the blocks add to the hidden states' gradient is added up in float32.
+    wide_CD, label_C = hidden_BTD.reshape(label_BT.size, -1).astype(jnp.float32), label_BT.reshape(-1)
+    padded_DV = jnp.pad(w_DV, ((0, 0), (0, -vocab % count)))
+    blocks_NDU = jnp.moveaxis(padded_DV.reshape(len(w_DV), -1, count), 2, 0)
+
+    @jax.checkpoint
+    def block(w_DU: Array, i: Array) -> tuple[Array, Array]:
+        if axis is not None:
+            w_DU = _gathered(w_DU, axis, dtype)
+        logits_CU = model.logits(wide_CD.astype(dtype), w_DU)
+        if vocab % count:
+            logits_CU = jnp.where(jnp.arange(w_DU.shape[1]) * count + i < vocab, logits_CU, -jnp.inf)
+        picked_C = jnp.take_along_axis(logits_CU, label_C[:, None] // count, axis=-1)[:, 0]
+        return jnp.where(label_C % count == i, picked_C, 0.0), jax.nn.logsumexp(logits_CU, axis=-1)
+
+    picked_NC, total_NC = jax.lax.map(lambda xs: block(*xs), (blocks_NDU, jnp.arange(count)))
+    return (jnp.sum(picked_NC, axis=0) - jax.nn.logsumexp(total_NC, axis=0)).reshape(label_BT.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -171,12 +171,13 @@ class Transformer(nnx.Module):
         v_BTNC = self._linear(w, "v", h_BTD, "D", "NC")
         if a.qk_norm:
             q_BTHC, k_BTNC = self._rms_norm(q_BTHC, w["q_norm"]), self._rms_norm(k_BTNC, w["k_norm"])
-        seen_BTHC = attention(_rotate(q_BTHC, rope), _rotate(k_BTNC, rope), v_BTNC)
+        rotate = _rotate_by_product if self.kernel.name == "splash" else _rotate
+        seen_BTHC = attention(rotate(q_BTHC, rope), rotate(k_BTNC, rope), v_BTNC)
         h_BTD = self._linear(w, "o", seen_BTHC, "HC", "D")
         x_BTD += self._rms_norm(h_BTD, w["attention_post_norm"]) if a.post_norms else h_BTD
         h_BTD = self._rms_norm(x_BTD, w["mlp_norm"])
-        gate_BTF = ACTIVATIONS[a.activation](self._linear(w, "gate", h_BTD, "D", "F"))
-        h_BTD = self._linear(w, "down", gate_BTF * self._linear(w, "up", h_BTD, "D", "F"), "F", "D")
+        gate_BTF, up_BTF = (self._linear(w, name, h_BTD, "D", "F") for name in ("gate", "up"))
+        h_BTD = self._linear(w, "down", _gated(ACTIVATIONS[a.activation], gate_BTF, up_BTF), "F", "D")
         return x_BTD + (self._rms_norm(h_BTD, w["mlp_post_norm"]) if a.post_norms else h_BTD)
 
     def _linear(self, w: Weights, name: str, x: Array, ins: str, outs: str) -> Array:
@@ -256,6 +257,43 @@ def _rotate(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float
     cos, sin = rope
     a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def _rotate_by_product(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float[Array, "B T H C"]:
+    """The same for TPUs, where moving half of the channels elsewhere costs more than a product that does it."""
+    cos, sin = (jnp.tile(x, 2) for x in rope)
+    half = x_BTHC.shape[-1] // 2
+    swap_CK = np.roll(np.eye(2 * half), half, axis=1)  # (a, b) -> (-b, a)
+    swap_CK[half:] *= -1
+    swapped_BTHK = jnp.einsum(
+        "BTHC,CK->BTHK", x_BTHC, jnp.asarray(swap_CK, x_BTHC.dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    return (x_BTHC.astype(jnp.float32) * cos + swapped_BTHK.astype(jnp.float32) * sin).astype(x_BTHC.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: Callable[[Array], Array], gate_BTF: Array, up_BTF: Array) -> Array:
+    """activation(gate) up, which stands alone between the products.
+
+    XLA would fuse it, and its gradient, into every product that reads them, and compute it again for each of their tiles.
+    """
+    return jax.lax.optimization_barrier(activation(gate_BTF) * up_BTF)
+
+
+def _gated_forward(
+    activation: Callable[[Array], Array], gate_BTF: Array, up_BTF: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _gated(activation, gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _gated_backward(
+    activation: Callable[[Array], Array], saved: tuple[Array, Array], gradient_BTF: Array
+) -> tuple[Array, Array]:
+    pullback = jax.vjp(lambda gate, up: activation(gate) * up, *saved)[1]
+    return jax.lax.optimization_barrier(pullback(gradient_BTF))
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _turn(x: Array, by_B: Int[Array, " B"]) -> Array:
