@@ -148,7 +148,9 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     with Watch() as warm:
         model = models.load(Path(task["folder"]) / "model")
-        most = memory.most_tokens(model.architecture, mesh, 4, sharding.memory_limit(mesh))
+        longest = max(max(data.lengths(i)) for i in range(len(rows)))
+        update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
+        most = update.most_tokens(sharding.memory_limit(mesh))
         batches = batches_of(rows, task["global_batch"], most, task["pack"])
         programs = fit.make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch

@@ -8,7 +8,7 @@ from typing import Any
 from sppo_jax import sharding
 from sppo_jax.models import Architecture, hf, lora
 from sppo_jax.models.hf import Tensor
-from sppo_jax.models.logprob import chunk_size
+from sppo_jax.models.logprob import LOGITS, chunk_size
 from sppo_jax.models.transformer import Remat
 
 FILLED = 0.9  # share of a device's memory that the formula may fill: it is good to a tenth
@@ -51,8 +51,13 @@ class Update:
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
-        if self.remat == "attention":  # and what attention gave; kernels keep the sums of their softmax, too
+        if self.remat != "layer":  # and what attention gave; kernels keep the sums of their softmax, too
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
+        if (
+            self.remat == "products"
+        ):  # those that the backward pass asks for: the last one of a layer only for its norm
+            each = heads + 2 * a.kv_heads * a.head_dim + 2 * a.mlp
+            saved += self.width * a.layers * (each / tensor + a.model * (1 + a.post_norms))
         working = 2 * self.width * layer / tensor  # one layer's weights in use, the next on their way
         if not a.lora_rank:
             working += 4 * layer / tensor  # the gradient of one
@@ -60,13 +65,17 @@ class Update:
         inner += 6 * self.width * a.model
         if self.kernel == "xla":
             inner += 2 * 4 * self.longest * a.heads / tensor
-        logits = 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
-        head = 2 * self.width * a.model * a.vocab / tensor
+        if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
+            head = self.width * a.model * a.vocab / tensor
+            head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
+        else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states in float32
+            columns = min(a.vocab, LOGITS / tokens)
+            head = ((self.width + 8) * a.model + 3 * 4 * tokens) * columns / tensor + 8 * tokens * a.model
         state = self.state
         return state | {
             "gradients": (2 if accumulated else 1) * state["optimiser"],
             "saved activations": tokens * saved,
-            "temporaries": working + head + logits + tokens * inner,
+            "temporaries": working + head + tokens * inner,
         }
 
     def most_tokens(self, limit: float | None) -> int:

@@ -302,17 +302,19 @@ def plain():
     return of
 
 
-@pytest.mark.parametrize("remat", ["layer", "attention"])
+@pytest.mark.parametrize("remat", ["layer", "attention", "products"])
 @pytest.mark.parametrize(
     ("mesh", "most", "pack"),
     [("one_device", None, True), ("one_device", None, False), ("one_device", 128, True), ("eight_devices", 256, True),
      ("eight_devices", None, False)],
 )  # fmt: skip
 def test_gradients_equal_a_plain_reference(plain, mesh, most, pack, remat, request, monkeypatch):
-    """Packed or not, in microbatches or not, on one device or eight, whatever is computed again, chunks of a few tokens."""
-    from sppo_jax.models import logprob
+    """Packed or not, in microbatches or not, on one device or eight, whatever is computed again, small chunks and blocks."""
+    from sppo_jax.models import blocked, logprob
 
     monkeypatch.setattr(logprob, "CHUNK", 40)
+    monkeypatch.setattr(logprob, "LOGITS", 40 * 512)
+    monkeypatch.setattr(blocked, "BLOCK", 16)
     settings, rows, expected = plain("best_worst", "sppo")
     check_gradients(
         dataclasses.replace(settings, remat=remat), rows, expected, request.getfixturevalue(mesh), most, pack
