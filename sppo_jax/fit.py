@@ -51,7 +51,9 @@ def split(model: Transformer) -> tuple[Any, Any, Any]:
     return graph, params, frozen
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "places"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "places", "dtype"]
+)
 @dataclass(frozen=True)
 class Pullback:
     """What a backward pass needs of its forward pass, without what that was given: a program would copy the weights."""
@@ -59,19 +61,28 @@ class Pullback:
     kept: Any  # a list of arrays
     tree: Any  # of jax's own pullback, whose leaves are those of `kept` and some of what was given
     places: tuple[int | None, ...]  # of its leaves among what was given; None: the next of `kept`
+    dtype: Any  # of the weights in use
 
     @classmethod
-    def of(cls, pullback: Callable[[Array], Any], given: Any) -> "Pullback":
+    def of(cls, pullback: Callable[[Array], Any], given: Any, dtype: Any) -> "Pullback":
         leaves, tree = jax.tree.flatten(pullback)
         known = {id(x): i for i, x in enumerate(jax.tree.leaves(given))}
         places = tuple(known.get(id(x)) for x in leaves)
-        return cls([x for x, i in zip(leaves, places, strict=True) if i is None], tree, places)
+        return cls([x for x, i in zip(leaves, places, strict=True) if i is None], tree, places, dtype)
 
     def __call__(self, given: Any, gradient_GR: Float[Array, "G R"]) -> Any:
-        """d loss / d params from d loss / d log pi; `given`: (params, frozen, batch), the same as in the forward pass."""
+        """d loss / d `given`'s first part from d loss / d log pi; all of `given` is as it was in the forward pass."""
         known, kept = jax.tree.leaves(given), iter(self.kept)
         leaves = [next(kept) if i is None else known[i] for i in self.places]
         return jax.tree.unflatten(self.tree, leaves)(gradient_GR)[0]
+
+
+def in_use(params: Any, dtype: Any) -> Any:
+    """The layers' weights in the dtype that they are computed with, all layers at once.
+
+    A weight's gradient is of that dtype, whoever casts it: cast here, all of them take half of float32's memory.
+    """
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, params)
 
 
 def forward(
@@ -90,15 +101,18 @@ def forward(
         )
         return logprob_BS.reshape(-1)[batch["place"]]
 
+    dtype = nnx.merge(graph, params, frozen).compute_dtype
+    params = in_use(params, dtype)
     logprob_GR, pullback = jax.vjp(logprob, params)
-    return logprob_GR, Pullback.of(pullback, (params, frozen, batch))
+    return logprob_GR, Pullback.of(pullback, (params, frozen, batch), dtype)
 
 
 def backward(
     params: Any, frozen: Any, batch: Microbatch, pullback: Pullback, gradient_GR: Float[Array, "G R"]
 ) -> Any:
     """d loss / d params of the microbatch whose forward pass gave `pullback`."""
-    return pullback((params, frozen, batch), gradient_GR)
+    grads = pullback((in_use(params, pullback.dtype), frozen, batch), gradient_GR)
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads, params)
 
 
 def accumulate(

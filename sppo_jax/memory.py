@@ -53,18 +53,17 @@ class Update:
         saved = self.width * a.layers * a.model  # each layer's input, for every token
         if self.remat != "layer":  # and what attention gave; kernels keep the sums of their softmax, too
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
-        if (
-            self.remat == "products"
-        ):  # those that the backward pass asks for: the last one of a layer only for its norm
+        if self.remat == "products":  # that are asked for: the last one of a layer only by its norm
             each = heads + 2 * a.kv_heads * a.head_dim + 2 * a.mlp
             saved += self.width * a.layers * (each / tensor + a.model * (1 + a.post_norms))
-        working = 2 * self.width * layer / tensor  # one layer's weights in use, the next on their way
-        if not a.lora_rank:
-            working += 4 * layer / tensor  # the gradient of one
-        inner = 2 * self.width * (2 * heads + 2 * a.kv_heads * a.head_dim + 3 * a.mlp) / tensor
-        inner += 6 * self.width * a.model
+        layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
+        # All layers' weights in the compute dtype, and as much for their gradients.
+        lower = 0 if a.lora_rank or self.width == 4 else self.width * layers
+        inner = self.width * ((2 * heads + 2 * a.kv_heads * a.head_dim + 3 * a.mlp) / tensor + 6 * a.model)
         if self.kernel == "xla":
             inner += 2 * 4 * self.longest * a.heads / tensor
+        # A layer's weights, gathered, and its gradients; or else the head.
+        working = 2 * self.width * layer / tensor + tokens * inner
         if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
             head = self.width * a.model * a.vocab / tensor
             head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
@@ -73,9 +72,9 @@ class Update:
             head = ((self.width + 8) * a.model + 3 * 4 * tokens) * columns / tensor + 8 * tokens * a.model
         state = self.state
         return state | {
-            "gradients": (2 if accumulated else 1) * state["optimiser"],
+            "gradients": state["optimiser"] + (state["optimiser"] if accumulated and not lower else lower),
             "saved activations": tokens * saved,
-            "temporaries": working + head + tokens * inner,
+            "temporaries": lower + max(working, head),
         }
 
     def most_tokens(self, limit: float | None) -> int:
