@@ -34,12 +34,12 @@ SETTINGS = (
     (1, False, False), (2, False, False), (2, False, True), (4, False, True), (8, False, True), (1, True, False),
     (8, True, False),
 )  # fmt: skip
-OURS = {"pack": True, "remat": "layer"}
+OURS = {"pack": True, "remat": "attention"}
 # Of ours, each over the first update alone.
 ABLATIONS = {
-    "packed, remat layer": OURS,
+    "packed, remat attention": OURS,
     "one sequence a row, remat layer": {"pack": False, "remat": "layer"},
-    "packed, remat attention": {"pack": True, "remat": "attention"},
+    "packed, remat layer": {"pack": True, "remat": "layer"},
     "one sequence a row, remat attention": {"pack": False, "remat": "attention"},
 }
 TOLERANCE = 1e-3  # of gradients, and of the losses relative to their own

@@ -137,10 +137,9 @@ class Fit:
     schedule_epochs: int = knob(1, "epochs the schedule is laid out for; more than epochs: stopped early")
     global_batch: int = knob(64, "prompts per update, over all devices")
     max_grad_norm: float = knob(0.0, "clip the gradient's global norm; 0: never")
-    remat: Literal["layer", "attention", "products"] = knob(
+    remat: Literal["layer", "attention"] = knob(
         "layer",
-        "the backward pass computes each layer again: all of it; all but attention; or all but attention and the "
-        "matrix products, which takes the most memory",
+        "the backward pass computes each layer again: all of it, or all but attention, which takes memory",
     )
     checkpoint_every: int = knob(50, "updates between checkpoints")
 

@@ -51,11 +51,8 @@ class Update:
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
-        if self.remat != "layer":  # and what attention gave; kernels keep the sums of their softmax, too
+        if self.remat == "attention":  # and what attention gave; kernels keep the sums of their softmax, too
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
-        if self.remat == "products":  # that are asked for: the last one of a layer only by its norm
-            each = heads + 2 * a.kv_heads * a.head_dim + 2 * a.mlp
-            saved += self.width * a.layers * (each / tensor + a.model * (1 + a.post_norms))
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
         # All layers' weights in the compute dtype, and as much for their gradients.
         lower = 0 if a.lora_rank or self.width == 4 else self.width * layers

@@ -29,17 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# What the backward pass computes again: all of a layer but its input; all but its input and what attention gave; or all
-# but these and what the products with weights gave.
-Remat = Literal["layer", "attention", "products"]
-KEPT: dict[Remat, Any] = {
-    "layer": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "products": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    ),
-}
+# What the backward pass computes again: all of a layer but its input, or all but its input and what attention gave.
+Remat = Literal["layer", "attention"]
 LORA_SCALE = 2  # alpha / rank of every adapter
 
 
@@ -106,8 +97,10 @@ class Transformer(nnx.Module):
             return self._block(w, x_BTD, rope, functools.partial(seen, kind)), None
 
         kinds_L = jnp.asarray([self._kind(i) for i in range(self.architecture.layers)])
-        again = jax.checkpoint(layer, policy=KEPT[remat])
-        x_BTD, _ = jax.lax.scan(again, self.embed(tokens_BT), (self.stacked(), kinds_L))
+        kept = jax.checkpoint_policies.save_only_these_names(SAVED) if remat == "attention" else None
+        x_BTD, _ = jax.lax.scan(
+            jax.checkpoint(layer, policy=kept), self.embed(tokens_BT), (self.stacked(), kinds_L)
+        )
         return self._rms_norm(x_BTD, self.norm[...])
 
     def forward(
