@@ -124,8 +124,9 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
         (backward.peak + moments, lies | saved | {"gradients": trained}),
         (update.peak + fixed, lies | {"gradients": trained}),
     ]
-    if accumulate is not None:  # a microbatch's gradients beside their sum, which is updated in place
-        times.append((accumulate.peak + moments, lies | saved | {"gradients": 2 * trained}))
+    if accumulate is not None:  # a microbatch's gradients, in the compute dtype, beside their sum
+        both = trained + trained * jnp.dtype(dtype).itemsize // 4
+        times.append((accumulate.peak + moments, lies | saved | {"gradients": both}))
     peak, held = max(times, key=lambda moment: moment[0])
     kinds = {kind: float(size) for kind, size in held.items() if size}
     kinds["temporaries"] = peak - sum(held.values())

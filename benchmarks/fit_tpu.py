@@ -1,0 +1,101 @@
+"""An update of full sequences, compiled ahead of time for TPU slices on a CPU: memory, cycles, model FLOPs utilisation.
+
+pip install --target TPU --no-deps libtpu==0.0.42.1
+PYTHONPATH=TPU python benchmarks/fit_tpu.py [--json] [--config configs/mistral_7b.yaml] [--slices v5e:4x4/1 v5e:8x8/1 v5e:2x4/4]
+
+64 prompts with two sequences of 1,024 tokens each, nothing of which is padding; SLICE/M: in M microbatches. All weights are
+trained, with float32 masters and RMSProp, on a mesh of `fsdp` alone. No TPU is needed, and nothing is run: memory and
+cycles are the compiler's. Cycles become seconds at the clock of sppo_jax/chips.py, and to these come the collectives that
+nothing is computed beside, at the speed of the links. The compiler tells no cycles of attention's kernels: their seconds
+are shown apart, at the share of the peak that sppo_jax/estimate.py takes them to reach.
+"""
+
+import os
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+import argparse
+import json
+from importlib.metadata import version
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from sppo_jax import aot, config, estimate, memory, setting, sharding
+from sppo_jax.chips import TPUS
+from sppo_jax.dataset import Layout
+from sppo_jax.stage import GIB
+
+PROMPTS, WIDTH = 64, 1024
+
+
+def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
+    """One slice. The programs of an update add up; its peak is that of whichever has the most beside it."""
+    a, chip = setting.architecture(c), TPUS[name.split(":")[0]]
+    mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
+    prompts = PROMPTS // microbatches
+    at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)
+    found = aot.fitted(c, a, mesh, jnp.bfloat16, at)
+    runs = [(found.forward, microbatches), (found.backward, 1), (found.update, 1)]
+    runs += [(found.accumulate, microbatches - 1)] if found.accumulate else []
+    seconds = sum(times * one.cost.cycles for one, times in runs) / chip.cycles
+    waited = sum(
+        times * (one.cost.waited / chip.links + one.cost.collectives * chip.latency) for one, times in runs
+    )
+    tokens = 2 * PROMPTS * WIDTH
+    flops = 6 * memory.parameters(a) * tokens / mesh.size
+    scores = 2 * 2 * PROMPTS * WIDTH**2 * a.layers * a.heads * a.head_dim / mesh.size
+    passes = 4.5 if c.fit.remat == "layer" else 3.5  # forward, again, and a backward pass of 2.5
+    kernels = passes * scores / (estimate.KERNEL * chip.flops)
+    return {
+        "slice": name,
+        "microbatches": microbatches,
+        "peak_gib": found.peak / GIB,
+        "limit_gib": chip.gib,
+        "memory_gib": {kind: size / GIB for kind, size in found.memory.items()},
+        "gigacycles": seconds * chip.cycles / 1e9,
+        "seconds_compiler": seconds,
+        "seconds_collectives": waited,
+        "seconds_kernels": kernels,
+        "sent_gb": sum(times * one.cost.sent for one, times in runs) / 1e9,
+        "mfu_compiler": flops / chip.flops / seconds,
+        "mfu_collectives": flops / chip.flops / (seconds + waited),
+        "mfu_all": flops / chip.flops / (seconds + waited + kernels),
+        "compile_seconds": sum(one.seconds for one, _ in runs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/mistral_7b.yaml")
+    parser.add_argument("--slices", nargs="+", default=["v5e:4x4/1", "v5e:8x8/1", "v5e:2x4/4"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    c = config.load([options.config])
+    rows = []
+    for one in options.slices:
+        name, _, microbatches = one.partition("/")
+        row = measured(c, name, int(microbatches or 1))
+        rows.append(row)
+        print(
+            f"{one}: peak {row['peak_gib']:.2f} of {row['limit_gib']} GiB; {row['gigacycles']:.3f}e9 cycles = "
+            f"{row['seconds_compiler']:.2f} s, collectives {row['seconds_collectives']:.2f} s, kernels "
+            f"{row['seconds_kernels']:.2f} s; MFU {row['mfu_compiler']:.1%} by cycles, {row['mfu_collectives']:.1%} with collectives, "
+            f"{row['mfu_all']:.1%} with kernels too",
+            flush=True,
+        )
+    if options.json:
+        versions = {name: version(name) for name in ("jax", "libtpu")}
+        print(json.dumps({"config": options.config, "versions": versions, "slices": rows}))
+
+
+if __name__ == "__main__":
+    main()
