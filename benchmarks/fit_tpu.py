@@ -38,6 +38,8 @@ PROMPTS, WIDTH = 64, 1024
 def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
     """One slice. The programs of an update add up; its peak is that of whichever has the most beside it."""
     a, chip = setting.architecture(c), TPUS[name.split(":")[0]]
+    if PROMPTS % microbatches or c.model.lora_rank:
+        raise SystemExit(f"{PROMPTS} prompts in {microbatches} microbatches, and all weights: not this")
     mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
     prompts = PROMPTS // microbatches
     at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)

@@ -27,6 +27,7 @@ KERNEL = (
 
 def stages(s: Setting) -> dict[str, Stage]:
     """All of them. Raises DoesNotFit, and BadInput for what no chip could do."""
+    _ = s.kernel  # one that is named and does not serve is no matter of room
     return sampling_stages(s) | {"judge": judge_stage(s)} | fit_stages(s)
 
 
@@ -53,7 +54,8 @@ def fit_stages(s: Setting) -> dict[str, Stage]:
     # out what lies after the query.
     seen = 2 * at.rows * at.width**2 * m / sharding.batch_shards(s.mesh) * (2 if s.kernel == "xla" else 1)
     scores = a.layers * a.heads * a.head_dim * seen / tensor
-    again = 1 if c.fit.remat == "layer" or s.kernel == "xla" else 0  # as in the backward pass
+    spared = c.fit.remat == "attention" and s.kernel in ("splash", "blocked")  # of the others nothing is kept
+    again = 0 if spared else 1
     if s.compiled:
         found = aot.fitted(c, a, s.mesh, s.dtype, at)
         if found.peak > s.limit:

@@ -51,7 +51,12 @@ class Update:
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
-        if self.remat == "attention":  # and what attention gave; kernels keep the sums of their softmax, too
+        saved += (
+            3 * self.width * a.model + 4 * a.model
+        )  # behind the last layer: for its norm, and for the head
+        if (
+            self.remat == "attention" and self.kernel != "cudnn"
+        ):  # and what attention gave, kernels also their softmax's sums
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
         # All layers' weights in the compute dtype, and as much for their gradients.
@@ -64,9 +69,13 @@ class Update:
         if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
             head = self.width * a.model * a.vocab / tensor
             head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
-        else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states in float32
+        else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states' gradient
             columns = min(a.vocab, LOGITS / tokens)
-            head = ((self.width + 8) * a.model + 3 * 4 * tokens) * columns / tensor + 8 * tokens * a.model
+            head = (
+                (self.width + 8) * a.model * columns
+                + 3 * 4 * tokens * columns / tensor
+                + 4 * tokens * a.model
+            )
         state = self.state
         return state | {
             "gradients": state["optimiser"] + (state["optimiser"] if accumulated and not lower else lower),

@@ -135,17 +135,24 @@ def _arguments(words: Sequence[str]) -> tuple[list[str], Asked, list[str]]:
         elif word == "--device":
             devices.append(value)
         elif word == "--count":
-            counts.append(int(_number(word, value)))
+            counts.append(_count(word, value))
         elif word == "--price":
             asked.price = _number(word, value)
         else:
-            asked.lengths = dataclasses.replace(asked.lengths, **{lengths[word]: int(_number(word, value))})
+            asked.lengths = dataclasses.replace(asked.lengths, **{lengths[word]: _count(word, value)})
     if counts and len(counts) != len(devices):
         raise BadInput("--count: give one for each --device")
     asked.slices += [f"{name}:{n}" for name, n in zip(devices, counts or [8] * len(devices), strict=True)]
     if not asked.slices:
         raise BadInput("name a slice: --topology v5e:4x4, or --device h100 --count 8")
     return files, asked, rest
+
+
+def _count(flag: str, value: str) -> int:
+    found = _number(flag, value)
+    if found != int(found):
+        raise BadInput(f"{flag} {value}: needs a whole number")
+    return int(found)
 
 
 def _number(flag: str, value: str) -> float:

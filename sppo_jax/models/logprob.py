@@ -59,33 +59,43 @@ def _token_logprob(
 
     Left to the compiler, every chunk would gather the head and add up its gradient over all devices.
     """
-    mesh, w_DV = model.kernel.mesh, model.head_matrix()
+    mesh = model.kernel.mesh
     if mesh is None or sharding.batch_shards(mesh) == 1:
-        return _chunked(hidden_BTD, label_BT, w_DV, model=model)
-    cut = sharding.batch_part("DV", mesh, w_DV.shape)
-    rows = sharding.batch_part("BT", mesh)
+        return _chunked(hidden_BTD, label_BT, model=model)
+    weight, letters = (model.embedding[...], "VD") if model.head is None else (model.head[...], "DV")
+    cut, rows = sharding.batch_part(letters, mesh, weight.shape), sharding.batch_part("BT", mesh)
+    own = functools.partial(
+        _blocked, vocabulary=letters.index("V"), axis=cut[letters.index("D")], model=model
+    )
     mapped = jax.shard_map(
-        functools.partial(_blocked, axis=cut[0], model=model), mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows,
-        axis_names=set(sharding.BATCH_AXES), check_vma=False,
+        own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, axis_names=set(sharding.BATCH_AXES), check_vma=False
     )  # fmt: skip
-    return mapped(hidden_BTD, label_BT, w_DV)
+    return mapped(hidden_BTD, label_BT, weight)
 
 
-def _blocked(hidden_BTD: Array, label_BT: Array, w_DV: Array, *, axis: Any, model: Transformer) -> Array:
+def _blocked(
+    hidden_BTD: Array, label_BT: Array, weight: Array, *, vocabulary: int, axis: Any, model: Transformer
+) -> Array:
     """log p(label) from the head's columns of one block after the other, each gathered over `axis` if that is not None.
 
-    Neither the whole head nor its gradient ever exists on a device. Block i of N has columns i, N + i, 2N + i, ...: a
-    vocabulary that `tensor` cuts stays cut so.
+    `weight` is the head [D, V] or the embedding [V, D], as the model has it; `vocabulary` says which dimension is V.
+
+    No more of the head than a block is ever gathered, and no more of its gradient. Block i of N has columns i, N + i,
+    2N + i, ...: products over a vocabulary that `tensor` cuts stay cut so, though each device gathers whole blocks.
     """
-    vocab, dtype = w_DV.shape[1], hidden_BTD.dtype
+    vocab, dtype = weight.shape[vocabulary], hidden_BTD.dtype
     count = -(-label_BT.size * vocab // LOGITS)
     # What the blocks add to the hidden states' gradient is added up in float32.
     wide_CD, label_C = hidden_BTD.reshape(label_BT.size, -1).astype(jnp.float32), label_BT.reshape(-1)
-    padded_DV = jnp.pad(w_DV, ((0, 0), (0, -vocab % count)))
-    blocks_NDU = jnp.moveaxis(padded_DV.reshape(len(w_DV), -1, count), 2, 0)
 
     @jax.checkpoint
-    def block(w_DU: Array, i: Array) -> tuple[Array, Array]:
+    def block(i: Array) -> tuple[Array, Array]:
+        # In here, and not once for all blocks: the backward pass would keep a second copy of the device's own columns.
+        more = [(0, -vocab % count if dim == vocabulary else 0) for dim in range(2)]
+        padded = jnp.pad(weight, more)
+        split = (*padded.shape[:vocabulary], -1, count, *padded.shape[vocabulary + 1 :])
+        w_DU = jax.lax.dynamic_index_in_dim(padded.reshape(split), i, vocabulary + 1, keepdims=False)
+        w_DU = w_DU.T if vocabulary == 0 else w_DU
         if axis is not None:
             w_DU = _gathered(w_DU, axis, dtype)
         logits_CU = model.logits(wide_CD.astype(dtype), w_DU)
@@ -94,7 +104,7 @@ def _blocked(hidden_BTD: Array, label_BT: Array, w_DV: Array, *, axis: Any, mode
         picked_C = jnp.take_along_axis(logits_CU, label_C[:, None] // count, axis=-1)[:, 0]
         return jnp.where(label_C % count == i, picked_C, 0.0), jax.nn.logsumexp(logits_CU, axis=-1)
 
-    picked_NC, total_NC = jax.lax.map(lambda xs: block(*xs), (blocks_NDU, jnp.arange(count)))
+    picked_NC, total_NC = jax.lax.map(block, jnp.arange(count))
     return (jnp.sum(picked_NC, axis=0) - jax.nn.logsumexp(total_NC, axis=0)).reshape(label_BT.shape)
 
 
@@ -120,12 +130,12 @@ def chunk_size(vocab: int) -> int:
     return min(CHUNK, max(128, LOGITS // vocab))
 
 
-def _chunked(hidden_BTD: Array, label_BT: Array, w_DV: Array, *, model: Transformer) -> Array:
-    count, size = label_BT.size, chunk_size(w_DV.shape[1])
+def _chunked(hidden_BTD: Array, label_BT: Array, *, model: Transformer) -> Array:
+    count, size = label_BT.size, chunk_size(model.architecture.vocab)
 
     @jax.checkpoint
     def chunk(hidden_CD: Array, label_C: Array) -> Array:
-        logits_CV = model.logits(hidden_CD, w_DV)
+        logits_CV = model.logits(hidden_CD)
         picked_C = jnp.take_along_axis(logits_CV, label_C[:, None], axis=-1)[:, 0]
         return picked_C - jax.nn.logsumexp(logits_CV, axis=-1)
 
