@@ -242,7 +242,7 @@ def test_float32_takes_twice_the_time_and_activations(capsys):
     per_token = [
         x["stages"]["fit"]["memory_gib"]["saved activations"] / x["microbatch_tokens"] for x in (wide, narrow)
     ]
-    assert per_token[0] == pytest.approx(2 * per_token[1])
+    assert per_token[0] == pytest.approx(2 * per_token[1], rel=0.05)
 
 
 def test_eight_bits_and_a_given_cache_are_in_the_samplers_memory(capsys):
