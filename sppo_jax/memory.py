@@ -70,12 +70,8 @@ class Update:
             head = self.width * a.model * a.vocab / tensor
             head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
         else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states' gradient
-            columns = min(a.vocab, LOGITS / tokens)
-            head = (
-                (self.width + 8) * a.model * columns
-                + 3 * 4 * tokens * columns / tensor
-                + 4 * tokens * a.model
-            )
+            columns = min(a.vocab, LOGITS / tokens) / tensor
+            head = (self.width + 8) * a.model * columns + 3 * 4 * tokens * columns + 4 * tokens * a.model
         state = self.state
         return state | {
             "gradients": state["optimiser"] + (state["optimiser"] if accumulated and not lower else lower),

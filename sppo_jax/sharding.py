@@ -101,19 +101,6 @@ def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> Part
     return PartitionSpec(*axes)
 
 
-def batch_part(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:
-    """`spec` over the batch's axes alone: for a shard_map over these, which leaves the others to the compiler."""
-
-    def part(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        return (
-            axis
-            if axis is not None and set((axis,) if isinstance(axis, str) else axis) <= set(BATCH_AXES)
-            else None
-        )
-
-    return PartitionSpec(*map(part, spec(letters, mesh, shape)))
-
-
 def named(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> NamedSharding:
     """`spec` bound to its mesh."""
     return NamedSharding(mesh, spec(letters, mesh, shape))

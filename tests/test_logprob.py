@@ -88,10 +88,10 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [(1, 4, 2), (2, 2, 2), (8, 1, 1)])
-@pytest.mark.parametrize("blocks", [1, 3, 5])
-def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, odd_model, monkeypatch):
-    """102 columns, which 5 blocks do not divide: log-probs and all gradients, against one device without blocks."""
+@pytest.mark.parametrize("axes", [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 2, 4)])
+@pytest.mark.parametrize(("blocks", "tied"), [(1, False), (3, False), (5, False), (5, True)])
+def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, tied, odd_model, monkeypatch):
+    """102 columns, which neither 5 blocks nor 4 devices divide: log-probs and all gradients, against one device without blocks."""
     from flax import nnx
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 102, (16, 20)), jnp.int32)
@@ -107,12 +107,12 @@ def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, odd_model, mon
         return jax.jit(jax.grad(total, has_aux=True))(params)
 
     mesh = sharding.make_mesh(*axes)
-    odd_model.architecture = dataclasses.replace(odd_model.architecture, logit_softcap=30.0)
-    weights = {
-        "embedding": odd_model.embedding[...],
-        "norm": odd_model.norm[...],
-        "head": odd_model.head[...],
-    }
+    odd_model.architecture = dataclasses.replace(odd_model.architecture, logit_softcap=30.0, tied=tied)
+    weights = {"embedding": odd_model.embedding[...], "norm": odd_model.norm[...]}
+    if tied:
+        odd_model.head = None
+    else:
+        weights["head"] = odd_model.head[...]
     weights |= {f"layers.{name}": w for name, w in odd_model.stacked().items()}
     placed = {
         name: jax.device_put(weights[name], x.sharding)

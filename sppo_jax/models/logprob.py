@@ -11,7 +11,7 @@ from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
 
 CHUNK = 1024  # tokens whose logits one device computes at once, at most
-LOGITS = 2**26  # numbers that a device's logits at one time may be
+LOGITS = 2**26  # numbers of the logits that exist at once on the devices that have the same tokens
 
 
 def response_logprob(
@@ -63,49 +63,61 @@ def _token_logprob(
     if mesh is None or sharding.batch_shards(mesh) == 1:
         return _chunked(hidden_BTD, label_BT, model=model)
     weight, letters = (model.embedding[...], "VD") if model.head is None else (model.head[...], "DV")
-    cut, rows = sharding.batch_part(letters, mesh, weight.shape), sharding.batch_part("BT", mesh)
-    own = functools.partial(
-        _blocked, vocabulary=letters.index("V"), axis=cut[letters.index("D")], model=model
-    )
-    mapped = jax.shard_map(
-        own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, axis_names=set(sharding.BATCH_AXES), check_vma=False
-    )  # fmt: skip
-    return mapped(hidden_BTD, label_BT, weight)
+    cut, rows = sharding.spec(letters, mesh, weight.shape), sharding.spec("BT", mesh)
+    v, d = letters.index("V"), letters.index("D")
+    own = functools.partial(_blocked, vocabulary=v, across=cut[v], axis=cut[d], model=model)
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, check_vma=False)
+    # What the blocks, and devices along `tensor`, add to the hidden states' gradient is added up in float32.
+    return mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
 
 
 def _blocked(
-    hidden_BTD: Array, label_BT: Array, weight: Array, *, vocabulary: int, axis: Any, model: Transformer
+    wide_BTD: Array,
+    label_BT: Array,
+    weight: Array,
+    *,
+    vocabulary: int,
+    across: Any,
+    axis: Any,
+    model: Transformer,
 ) -> Array:
-    """log p(label) from the head's columns of one block after the other, each gathered over `axis` if that is not None.
+    """log p(label) from the device's columns of the head, one block after the other; the vocabulary lies `across` devices.
 
-    `weight` is the head [D, V] or the embedding [V, D], as the model has it; `vocabulary` says which dimension is V.
+    `weight` is the device's part of the head [D, V] or of the embedding [V, D], as the model has it; `vocabulary` says
+    which dimension is V. A block is gathered over `axis`; None, of either: that dimension is whole on each device.
 
-    No more of the head than a block is ever gathered, and no more of its gradient. Block i of N has columns i, N + i,
-    2N + i, ...: products over a vocabulary that `tensor` cuts stay cut so, though each device gathers whole blocks.
+    No more of the head than a block is ever gathered, and no more of its gradient.
     """
-    vocab, dtype = weight.shape[vocabulary], hidden_BTD.dtype
-    count = -(-label_BT.size * vocab // LOGITS)
-    # What the blocks add to the hidden states' gradient is added up in float32.
-    wide_CD, label_C = hidden_BTD.reshape(label_BT.size, -1).astype(jnp.float32), label_BT.reshape(-1)
+    vocab, size = weight.shape[vocabulary], label_BT.size
+    columns = -(-vocab // -(-size * vocab * sharding.shards(model.kernel.mesh, across) // LOGITS))
+    count = -(-vocab // columns)
+    wide_CD = wide_BTD.reshape(size, -1)
+    label_C = label_BT.reshape(-1) - (0 if across is None else jax.lax.axis_index(across) * vocab)
 
     @jax.checkpoint
     def block(i: Array) -> tuple[Array, Array]:
         # In here, and not once for all blocks: the backward pass would keep a second copy of the device's own columns.
-        more = [(0, -vocab % count if dim == vocabulary else 0) for dim in range(2)]
-        padded = jnp.pad(weight, more)
-        split = (*padded.shape[:vocabulary], -1, count, *padded.shape[vocabulary + 1 :])
-        w_DU = jax.lax.dynamic_index_in_dim(padded.reshape(split), i, vocabulary + 1, keepdims=False)
+        more = [(0, count * columns - vocab if dim == vocabulary else 0) for dim in range(2)]
+        w_DU = jax.lax.dynamic_slice_in_dim(jnp.pad(weight, more), i * columns, columns, vocabulary)
         w_DU = w_DU.T if vocabulary == 0 else w_DU
         if axis is not None:
-            w_DU = _gathered(w_DU, axis, dtype)
-        logits_CU = model.logits(wide_CD.astype(dtype), w_DU)
-        if vocab % count:
-            logits_CU = jnp.where(jnp.arange(w_DU.shape[1]) * count + i < vocab, logits_CU, -jnp.inf)
-        picked_C = jnp.take_along_axis(logits_CU, label_C[:, None] // count, axis=-1)[:, 0]
-        return jnp.where(label_C % count == i, picked_C, 0.0), jax.nn.logsumexp(logits_CU, axis=-1)
+            w_DU = _gathered(w_DU, axis, model.compute_dtype)
+        logits_CU = model.logits(wide_CD.astype(model.compute_dtype), w_DU)
+        real = jnp.minimum(vocab - i * columns, columns)  # the last block may have fewer
+        if vocab % columns:
+            logits_CU = jnp.where(jnp.arange(columns) < real, logits_CU, -jnp.inf)
+        place_C = label_C - i * columns
+        here_C = (place_C >= 0) & (place_C < real)
+        picked_C = jnp.take_along_axis(logits_CU, jnp.where(here_C, place_C, 0)[:, None], axis=-1)[:, 0]
+        return jnp.where(here_C, picked_C, 0.0), jax.nn.logsumexp(logits_CU, axis=-1)
 
     picked_NC, total_NC = jax.lax.map(block, jnp.arange(count))
-    return (jnp.sum(picked_NC, axis=0) - jax.nn.logsumexp(total_NC, axis=0)).reshape(label_BT.shape)
+    picked_C, total_C = jnp.sum(picked_NC, axis=0), jax.nn.logsumexp(total_NC, axis=0)
+    if across is not None:
+        most_C = jax.lax.pmax(jax.lax.stop_gradient(total_C), across)
+        total_C = most_C + jnp.log(jax.lax.psum(jnp.exp(total_C - most_C), across))
+        picked_C = jax.lax.psum(picked_C, across)
+    return (picked_C - total_C).reshape(label_BT.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
