@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sppo_jax import fit, hub, sampler, sharding
 from sppo_jax.config import Config
 from sppo_jax.dataset import Layout
-from sppo_jax.decoding import PAGE, Programs, bucket
+from sppo_jax.decoding import PAGE, Programs, bucket, replicas
 from sppo_jax.hlo import Cost, Module
 from sppo_jax.models import Architecture, Transformer, attention, hf, lora
 from sppo_jax.pairrm import disentangled, jax_judge, jax_model
@@ -163,7 +163,7 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
     """
     model = abstract_model(config, a, mesh, dtype)
     int8 = config.sampling.quantize == "int8"
-    whole = sharding.sampling_mesh(mesh, sampler.serving_bytes(model, int8), limit)
+    whole = replicas(model, mesh, sampler.serving_bytes(model, int8), limit)
     # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
     processes = whole.size // sharding.own_part(whole).size
     asked = replace(

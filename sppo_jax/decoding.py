@@ -273,6 +273,12 @@ def kernel_of(model: Transformer, mesh: Mesh) -> paged.Kernel:
     return paged.choose(mesh, model.kernel.name, model.architecture, model.compute_dtype)
 
 
+def replicas(model: Transformer, mesh: Mesh, weights: int, limit: int | None) -> Mesh:
+    """The devices of `mesh` as the replicas that sample from `model`, whose `weights` bytes are all of a replica's."""
+    served = paged.served(mesh, model.kernel.name, model.architecture, model.compute_dtype)
+    return sharding.sampling_mesh(mesh, weights, limit, served)
+
+
 def bucket(length: int) -> int:
     """Prompts are padded to a power of two, by their own length alone."""
     size = SMALLEST_BUCKET

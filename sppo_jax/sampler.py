@@ -66,7 +66,7 @@ class Sampler:
         eos: Sequence[int] | None = None,
         longest: int = 0,
     ):
-        """`mesh`: where the model lies; decoding takes its devices as replicas (sharding.sampling_mesh).
+        """`mesh`: where the model lies; decoding takes its devices as replicas (decoding.replicas).
 
         `eos`: ids that end a response; default: those that the tokenizer and its template tell. `longest`: tokens of the
         longest prompt that will be asked, where that is known; otherwise a longer prompt means new programs.
@@ -76,7 +76,7 @@ class Sampler:
         self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
         self._int8 = sampling.quantize == "int8"
         self._limit = _memory(mesh).get("bytes_limit")
-        self._whole = sharding.sampling_mesh(mesh, serving_bytes(model, self._int8), self._limit)
+        self._whole = decoding.replicas(model, mesh, serving_bytes(model, self._int8), self._limit)
         self.mesh = sharding.own_part(self._whole)
         self.replicas = sharding.batch_shards(self.mesh)
         self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)

@@ -6,7 +6,7 @@ V vocabulary, L layers, R rank of an adapter (in training code: responses of a p
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -53,19 +53,23 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list |
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
 
 
-def sampling_mesh(mesh: Mesh, weights: int, limit: int | None) -> Mesh:
+def sampling_mesh(
+    mesh: Mesh, weights: int, limit: int | None, served: Callable[[int], bool] = lambda tensor: True
+) -> Mesh:
     """The devices of `mesh` as data x 1 x tensor, for decoding: replicas that share nothing, each as small as can be.
 
     A replica is a number of devices, at least the mesh's own `tensor`, over which `weights` bytes leave three fifths of
-    the `limit` bytes of each (None: there is no limit) for keys and values. It lies on one process's devices
-    if it fits there, so that none waits for another; else on all.
+    the `limit` bytes of each (None: there is no limit) for keys and values. Those numbers that are `served` by a kernel
+    come before those that are not, and then those that fit on one process's devices, so that none waits for another.
     """
     local = _local(mesh)
-    for count in (local, mesh.size) if local < mesh.size else (local,):
-        for tensor in range(mesh.shape["tensor"], count + 1):
-            if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit):
-                return _in_order(mesh.devices.flat, tensor)
-    return _in_order(mesh.devices.flat, mesh.size)
+    sizes = [
+        tensor
+        for count in ((local, mesh.size) if local < mesh.size else (local,))
+        for tensor in range(mesh.shape["tensor"], count + 1)
+        if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit)
+    ]
+    return _in_order(mesh.devices.flat, next(filter(served, sizes), (*sizes, mesh.size)[0]))
 
 
 def own_part(mesh: Mesh) -> Mesh:

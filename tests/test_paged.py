@@ -238,6 +238,18 @@ def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads
     assert paged.choose(mesh, "xla", a, dtype) == "xla"
 
 
+def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_device):
+    gemma = dataclasses.replace(LAYER, kv_heads=8, head_dim=256)
+
+    def sizes(forced):
+        return list(filter(paged.served(one_device, forced, gemma, jnp.bfloat16), range(1, 17)))
+
+    assert sizes("auto") == list(range(1, 17))  # on a CPU
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
+    assert sizes("auto") == [8]
+    assert sizes("xla") == list(range(1, 17))
+
+
 def kernel_by_its_words(
     q, pages, lengths, table, starts, count, *, sm_scale, sliding_window, soft_cap, **blocks
 ):

@@ -45,21 +45,30 @@ def test_two_processes_sample_what_one_does(policy, tokenizer):
         assert together == {"alone": False, "mesh": [1, 1, 4], "rows": expected}
 
 
+ANY = range(1, 17)
+
+
 class Devices(SimpleNamespace):
     """A mesh's shape, 16 devices on 4 processes, as far as a choice looks at it."""
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "tensor", "expected"),
+    ("gigabytes", "tensor", "served", "expected"),
     [
-        (14.5, 1, (4, 1, 4)),  # Mistral-7B on v5e: 4 chips of a host
-        (6.0, 1, (16, 1, 1)),
-        (6.0, 2, (8, 1, 2)),  # no smaller than the user's own
-        (140.0, 1, (1, 1, 16)),  # not on a host
-        (1000.0, 1, (1, 1, 16)),  # nowhere; the pages will say so
+        (14.5, 1, ANY, (4, 1, 4)),  # Mistral-7B on v5e: 4 chips of a host
+        (6.0, 1, ANY, (16, 1, 1)),
+        (6.0, 2, ANY, (8, 1, 2)),  # no smaller than the user's own
+        (140.0, 1, ANY, (1, 1, 16)),  # not on a host
+        (1000.0, 1, ANY, (1, 1, 16)),  # nowhere; the pages will say so
+        (18.5, 1, {8}, (2, 1, 8)),  # Gemma-2-9B: two hosts, for the kernel's sake
+        (5.2, 1, {4, 8}, (4, 1, 4)),  # Gemma-2-2B
+        (5.2, 1, set(), (16, 1, 1)),  # no kernel serves
+        (18.5, 16, {8}, (1, 1, 16)),  # nor any that the user leaves
     ],
 )
-def test_a_replica_is_as_small_as_leaves_room_for_keys_and_values(monkeypatch, gigabytes, tensor, expected):
+def test_a_replica_is_as_small_as_leaves_room_and_has_a_kernel(
+    monkeypatch, gigabytes, tensor, served, expected
+):
     devices = np.asarray([SimpleNamespace(process_index=i % 4) for i in range(16)]).reshape(
         1, 16 // tensor, tensor
     )
@@ -67,7 +76,7 @@ def test_a_replica_is_as_small_as_leaves_room_for_keys_and_values(monkeypatch, g
         shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor}, size=16, devices=devices,
     )  # fmt: skip
     monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
-    found = sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000)
+    found = sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000, served.__contains__)
     assert found.shape == expected
     if tensor <= expected[2] <= 4:  # a replica's devices are one process's
         assert all(len({d.process_index for d in row}) == 1 for row in found[:, 0])

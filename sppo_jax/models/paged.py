@@ -61,16 +61,26 @@ class Work:
 
 def choose(mesh: Mesh, forced: str, architecture: Architecture, dtype: Any) -> Kernel:
     """The kernel for `mesh`: on TPUs "ragged", where it serves the architecture and `forced` is not "xla"."""
-    on_tpu = sharding.platform(mesh) == "tpu" and forced != "xla"
-    return "ragged" if on_tpu and _serves(mesh, architecture, jnp.dtype(dtype)) else "xla"
+    serves = _on_tpu(mesh, forced) and _serves(mesh.shape["tensor"], architecture, jnp.dtype(dtype))
+    return "ragged" if serves else "xla"
 
 
-def _serves(mesh: Mesh, a: Architecture, dtype: Any) -> bool:
+def served(mesh: Mesh, forced: str, architecture: Architecture, dtype: Any) -> Callable[[int], bool]:
+    """Do replicas of so many devices of `mesh` have the best kernel that there is for them?"""
+    ragged = _on_tpu(mesh, forced)
+    return lambda tensor: not ragged or _serves(tensor, architecture, jnp.dtype(dtype))
+
+
+def _on_tpu(mesh: Mesh, forced: str) -> bool:
+    return sharding.platform(mesh) == "tpu" and forced != "xla"
+
+
+def _serves(tensor: int, a: Architecture, dtype: Any) -> bool:
     """What the kernel of jax 0.10.2 compiles for: whole tiles of heads, and heads of 128 channels.
 
     Of wider ones it takes one alone on a device, in bfloat16: Gemma-2-9B needs `tensor` 8, not 4.
     """
-    heads = _local(mesh, a.kv_heads)
+    heads = _local(tensor, a.kv_heads)
     words = 2 * heads * dtype.itemsize / 4
     tiled = words in (1, 2, 4, 8) or words % 8 == 0
     return tiled and (a.head_dim == 128 or (a.head_dim % 128 == 0 and heads == 1 and dtype.itemsize == 2))
@@ -364,15 +374,14 @@ def _store(pages: Pages, place: tuple[Array, ...], kv: Float[Array, "*rows M C"]
 
 def _spec(letters: str, mesh: Mesh, kv_heads: int) -> PartitionSpec:
     """Heads lie over `tensor` where it divides the kv heads, else whole on every device, queries' heads with them."""
-    if _local(mesh, kv_heads) == kv_heads:
+    if _local(mesh.shape["tensor"], kv_heads) == kv_heads:
         letters = letters.replace("N", ".").replace("H", ".")
     return sharding.spec(letters, mesh)
 
 
-def _local(mesh: Mesh, kv_heads: int) -> int:
+def _local(tensor: int, kv_heads: int) -> int:
     """Kv heads of one device."""
-    pieces = sharding.shards(mesh, sharding.TABLE["N"])
-    return kv_heads if kv_heads % pieces else kv_heads // pieces
+    return kv_heads if kv_heads % tensor else kv_heads // tensor
 
 
 def _pages_spec(mesh: Mesh, kv_heads: int, quantize: bool) -> Pages:
