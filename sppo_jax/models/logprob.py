@@ -65,7 +65,14 @@ def _token_logprob(
     weight, letters = (model.embedding[...], "VD") if model.head is None else (model.head[...], "DV")
     cut, rows = sharding.spec(letters, mesh, weight.shape), sharding.spec("BT", mesh)
     v, d = letters.index("V"), letters.index("D")
-    own = functools.partial(_blocked, vocabulary=v, across=cut[v], axis=cut[d], model=model)
+    own = functools.partial(
+        _blocked,
+        vocabulary=v,
+        across=cut[v],
+        axis=cut[d],
+        model=model,
+        most=LOGITS // sharding.shards(mesh, cut[v]),
+    )
     mapped = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, check_vma=False)
     # What the blocks, and devices along `tensor`, add to the hidden states' gradient is added up in float32.
     return mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
@@ -80,16 +87,18 @@ def _blocked(
     across: Any,
     axis: Any,
     model: Transformer,
+    most: int,
 ) -> Array:
     """log p(label) from the device's columns of the head, one block after the other; the vocabulary lies `across` devices.
 
     `weight` is the device's part of the head [D, V] or of the embedding [V, D], as the model has it; `vocabulary` says
-    which dimension is V. A block is gathered over `axis`; None, of either: that dimension is whole on each device.
+    which dimension is V. A block is gathered over `axis`; None, of either: that dimension is whole on each device. The
+    device's own logits are at most `most` numbers at once.
 
     No more of the head than a block is ever gathered, and no more of its gradient.
     """
     vocab, size = weight.shape[vocabulary], label_BT.size
-    columns = -(-vocab // -(-size * vocab * sharding.shards(model.kernel.mesh, across) // LOGITS))
+    columns = -(-vocab // -(-size * vocab // most))
     count = -(-vocab // columns)
     wide_CD = wide_BTD.reshape(size, -1)
     label_C = label_BT.reshape(-1) - (0 if across is None else jax.lax.axis_index(across) * vocab)
