@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sppo_jax import fit, hub, sampler, sharding
 from sppo_jax.config import Config
 from sppo_jax.dataset import Layout
-from sppo_jax.decoding import PAGE, Programs, bucket, replicas
+from sppo_jax.decoding import PAGE, Programs, bucket, sampling_mesh
 from sppo_jax.hlo import Cost, Module
 from sppo_jax.models import Architecture, Transformer, attention, hf, lora
 from sppo_jax.pairrm import disentangled, jax_judge, jax_model
@@ -163,14 +163,9 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
     """
     model = abstract_model(config, a, mesh, dtype)
     int8 = config.sampling.quantize == "int8"
-    whole = replicas(model, mesh, sampler.serving_bytes(model, int8), limit)
     # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
-    processes = whole.size // sharding.own_part(whole).size
-    asked = replace(
-        config.sampling,
-        slots=config.sampling.slots * processes,
-        cache_tokens=config.sampling.cache_tokens * processes,
-    )
+    whole = sampling_mesh(model, mesh, sampler.serving_bytes(model, int8), limit)
+    asked = sampler.of_processes(config.sampling, whole)
     graph, weights = sampler.abstract(model, whole, int8)
     free = sampler.FILLED * limit - local_bytes(weights) - kept_bytes(config, a, mesh, dtype)
     longest = min(bucket(config.prompts.max_length), a.max_positions)

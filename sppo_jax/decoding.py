@@ -273,8 +273,8 @@ def kernel_of(model: Transformer, mesh: Mesh) -> paged.Kernel:
     return paged.choose(mesh, model.kernel.name, model.architecture, model.compute_dtype)
 
 
-def replicas(model: Transformer, mesh: Mesh, weights: int, limit: int | None) -> Mesh:
-    """The devices of `mesh` as the replicas that sample from `model`, whose `weights` bytes are all of a replica's."""
+def sampling_mesh(model: Transformer, mesh: Mesh, weights: int, limit: int | None) -> Mesh:
+    """The devices of `mesh` as replicas that sample from `model`, which has `weights` bytes in each of them."""
     served = paged.served(mesh, model.kernel.name, model.architecture, model.compute_dtype)
     return sharding.sampling_mesh(mesh, weights, limit, served)
 

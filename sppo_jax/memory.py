@@ -64,13 +64,14 @@ class Update:
         inner = self.width * ((2 * heads + 2 * a.kv_heads * a.head_dim + 3 * a.mlp) / tensor + 6 * a.model)
         if self.kernel == "xla":
             inner += 2 * 4 * self.longest * a.heads / tensor
+        cut = sharding.shards(self.mesh, sharding.spec("DV", self.mesh, (a.model, a.vocab))[1])
         # A layer's weights, gathered, and its gradients; or else the head.
         working = 2 * self.width * layer / tensor + tokens * inner
         if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
-            head = self.width * a.model * a.vocab / tensor
-            head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / tensor
+            head = self.width * a.model * a.vocab / cut
+            head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / cut
         else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states' gradient
-            columns = min(a.vocab, LOGITS / tokens) / tensor
+            columns = min(a.vocab, LOGITS / tokens) / cut
             head = (self.width + 8) * a.model * columns + 3 * 4 * tokens * columns + 4 * tokens * a.model
         state = self.state
         return state | {

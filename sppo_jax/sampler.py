@@ -66,20 +66,21 @@ class Sampler:
         eos: Sequence[int] | None = None,
         longest: int = 0,
     ):
-        """`mesh`: where the model lies; decoding takes its devices as replicas (decoding.replicas).
+        """`mesh`: where the model lies; decoding takes its devices as replicas (decoding.sampling_mesh).
 
         `eos`: ids that end a response; default: those that the tokenizer and its template tell. `longest`: tokens of the
         longest prompt that will be asked, where that is known; otherwise a longer prompt means new programs.
         """
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
-        self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
+        self.tokenizer, self.architecture = tokenizer, model.architecture
         self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
         self._int8 = sampling.quantize == "int8"
         self._limit = _memory(mesh).get("bytes_limit")
-        self._whole = decoding.replicas(model, mesh, serving_bytes(model, self._int8), self._limit)
+        self._whole = decoding.sampling_mesh(model, mesh, serving_bytes(model, self._int8), self._limit)
         self.mesh = sharding.own_part(self._whole)
         self.replicas = sharding.batch_shards(self.mesh)
-        self.stats = Stats(max(1, sampling.slots // self.replicas) * self.replicas)
+        self.sampling = of_processes(sampling, self.mesh)
+        self.stats = Stats(max(1, self.sampling.slots // self.replicas) * self.replicas)
         self._longest = longest
         self.programs: Programs | None = None
         self.pages: list[Any] | None = None
@@ -540,6 +541,12 @@ def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, unstacked)
+
+
+def of_processes(sampling: Sampling, mesh: Mesh) -> Sampling:
+    """`sampling` with the slots and columns of all processes that `mesh` lies on: a configuration has one process's."""
+    n = sharding.processes(mesh)
+    return dataclasses.replace(sampling, slots=n * sampling.slots, cache_tokens=n * sampling.cache_tokens)
 
 
 def serving_bytes(model: Transformer, int8: bool = False) -> int:

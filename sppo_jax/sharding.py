@@ -80,6 +80,11 @@ def own_part(mesh: Mesh) -> Mesh:
     return _in_order([d for row in mine for d in row], mesh.shape["tensor"])
 
 
+def processes(mesh: Mesh) -> int:
+    """How many processes have devices of `mesh`, each the same number."""
+    return mesh.size // _local(mesh)
+
+
 def _local(mesh: Mesh) -> int:
     """This process's devices in a mesh; Mesh.local_mesh wants them to lie together there, and on a torus they may not."""
     return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from sppo_jax import models, sharding, tiny
 from sppo_jax.models import Transformer, hf, logprob
@@ -72,8 +73,6 @@ def test_T37_responses_that_share_a_prefix_are_scored_in_full(theirs, policy):
 
 
 def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
-    from flax import nnx
-
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
     graph, params = nnx.split(policy)
 
@@ -92,8 +91,6 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
 @pytest.mark.parametrize(("blocks", "tied"), [(1, False), (3, False), (5, False), (5, True)])
 def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, tied, odd_model, monkeypatch):
     """102 columns, which neither 5 blocks nor 4 devices divide: log-probs and all gradients, against one device without blocks."""
-    from flax import nnx
-
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 102, (16, 20)), jnp.int32)
     lengths = jnp.full(16, 4), jnp.asarray(np.arange(16) % 8 + 12)
 
@@ -124,6 +121,53 @@ def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, tied, odd_mode
     for found, wanted in zip(*map(jax.tree.leaves, (both(cut), both(odd_model))), strict=True):
         wanted = np.asarray(wanted)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_devices_along_tensor_gather_their_own_columns_and_add_up_in_float32(odd_model, monkeypatch):
+    """Of 102 columns in blocks of 17 and bfloat16 compute: what travels, in the gradient's program."""
+    mesh = sharding.make_mesh(1, 4, 2)
+    a, half = odd_model.architecture, jnp.bfloat16
+    weights = dict(hf.abstract(a, mesh))
+    monkeypatch.setattr(logprob, "LOGITS", 4 * 20 * 34)  # each device has 4 rows of 20 tokens
+    label = jnp.zeros((16, 20), jnp.int32)
+
+    def total(hidden_BTD, head):
+        model = Transformer(a, weights | {"head": head}, half, Kernel("xla", mesh))
+        return jnp.sum(logprob._token_logprob(model, hidden_BTD, label))
+
+    like = jax.ShapeDtypeStruct((16, 20, a.model), half), weights["head"]
+    travels: dict[str, list] = {}
+    for eqn in equations(jax.make_jaxpr(jax.grad(total, (0, 1)))(*like).jaxpr):
+        for name in ("all_gather", "psum", "reduce_scatter", "psum_scatter", "pmax"):
+            if eqn.primitive.name.startswith(name):
+                travels.setdefault(name, []).extend(x.aval for x in eqn.invars)
+    assert {x.shape[-1] for x in travels.pop("all_gather")} == {17}
+    assert {"psum", "reduce_scatter", "pmax"} <= travels.keys()
+    assert {x.dtype for found in travels.values() for x in found} == {jnp.dtype("float32")}
+
+
+def equations(jaxpr):
+    """Of a jaxpr and all within it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+            elif hasattr(inner, "jaxpr"):
+                yield from equations(inner.jaxpr)
+
+
+def test_a_label_beyond_the_vocabulary_has_no_logprob(policy, eight_devices):
+    several = models.load(tiny.path("policy"), mesh=eight_devices)
+    label = jnp.zeros((8, 4), jnp.int32).at[1, 2].set(policy.architecture.vocab)
+    for model in (policy, several):
+        hidden_BTD = jnp.ones((8, 4, policy.architecture.model))
+        found = jax.jit(lambda model, hidden, label: logprob._token_logprob(model, hidden, label))(
+            model, hidden_BTD, label
+        )
+        np.testing.assert_array_equal(np.isnan(found), label > 0)
 
 
 def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy):

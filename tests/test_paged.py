@@ -241,13 +241,15 @@ def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads
 def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_device):
     gemma = dataclasses.replace(LAYER, kv_heads=8, head_dim=256)
 
-    def sizes(forced):
-        return list(filter(paged.served(one_device, forced, gemma, jnp.bfloat16), range(1, 17)))
+    def sizes(forced, a):
+        return list(filter(paged.served(one_device, forced, a, jnp.bfloat16), range(1, 21)))
 
-    assert sizes("auto") == list(range(1, 17))  # on a CPU
+    assert sizes("auto", gemma) == list(range(1, 21))  # on a CPU
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
-    assert sizes("auto") == [8]
-    assert sizes("xla") == list(range(1, 17))
+    assert sizes("auto", gemma) == [8]
+    assert sizes("xla", gemma) == list(range(1, 21))
+    # Llama-2-13B: 10 or 5 heads are no whole tiles, and 16 devices would each hold all 40.
+    assert sizes("auto", dataclasses.replace(LAYER, kv_heads=40, head_dim=128)) == [1, 5, 10, 20]
 
 
 def kernel_by_its_words(

@@ -40,9 +40,10 @@ def test_two_processes_sample_what_one_does(policy, tokenizer):
     found = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in said]
     one = Sampler(policy, tokenizer, Sampling(responses=2, max_new_tokens=10, slots=8))
     expected = [row.response_ids for row in one.generate(PROMPTS, seed=0)]
-    for rank, (apart, together) in enumerate(found):
-        assert apart == {"alone": True, "mesh": [2, 1, 1], "rows": expected[rank::2]}
-        assert together == {"alone": False, "mesh": [1, 1, 4], "rows": expected}
+    for rank, (apart, together, served) in enumerate(found):
+        assert apart == {"alone": True, "mesh": [2, 1, 1], "slots": 8, "rows": expected[rank::2]}
+        assert together == {"alone": False, "mesh": [1, 1, 4], "slots": 16, "rows": expected}
+        assert served == together
 
 
 ANY = range(1, 17)

@@ -11,7 +11,9 @@ from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
 
 CHUNK = 1024  # tokens whose logits one device computes at once, at most
-LOGITS = 2**26  # numbers of the logits that exist at once on the devices that have the same tokens
+LOGITS = (
+    2**26
+)  # numbers of the logits that exist at once on devices that have the same tokens and other columns
 
 
 def response_logprob(
@@ -75,7 +77,10 @@ def _token_logprob(
     )
     mapped = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, check_vma=False)
     # What the blocks, and devices along `tensor`, add to the hidden states' gradient is added up in float32.
-    return mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
+    found_BT = mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
+    return jnp.where(
+        label_BT < weight.shape[v], found_BT, jnp.nan
+    )  # on no device: as one device alone has it
 
 
 def _blocked(
@@ -89,11 +94,11 @@ def _blocked(
     model: Transformer,
     most: int,
 ) -> Array:
-    """log p(label) from the device's columns of the head, one block after the other; the vocabulary lies `across` devices.
+    """log p(label) from the device's columns of the head, one block after the other.
 
     `weight` is the device's part of the head [D, V] or of the embedding [V, D], as the model has it; `vocabulary` says
-    which dimension is V. A block is gathered over `axis`; None, of either: that dimension is whole on each device. The
-    device's own logits are at most `most` numbers at once.
+    which dimension is V, which the mesh axis `across` cuts. A block is gathered over `axis`, which cuts D; None, of either:
+    that dimension is whole on each device. The device's own logits are at most `most` numbers at once.
 
     No more of the head than a block is ever gathered, and no more of its gradient.
     """
@@ -123,8 +128,8 @@ def _blocked(
     picked_NC, total_NC = jax.lax.map(block, jnp.arange(count))
     picked_C, total_C = jnp.sum(picked_NC, axis=0), jax.nn.logsumexp(total_NC, axis=0)
     if across is not None:
-        most_C = jax.lax.pmax(jax.lax.stop_gradient(total_C), across)
-        total_C = most_C + jnp.log(jax.lax.psum(jnp.exp(total_C - most_C), across))
+        largest_C = jax.lax.pmax(jax.lax.stop_gradient(total_C), across)
+        total_C = largest_C + jnp.log(jax.lax.psum(jnp.exp(total_C - largest_C), across))
         picked_C = jax.lax.psum(picked_C, across)
     return (picked_C - total_C).reshape(label_BT.shape)
 

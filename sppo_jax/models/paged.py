@@ -66,9 +66,13 @@ def choose(mesh: Mesh, forced: str, architecture: Architecture, dtype: Any) -> K
 
 
 def served(mesh: Mesh, forced: str, architecture: Architecture, dtype: Any) -> Callable[[int], bool]:
-    """Do replicas of so many devices of `mesh` have the best kernel that there is for them?"""
+    """For which numbers of devices of `mesh` do replicas have the best kernel that there is for them, and heads of their own?"""
     ragged = _on_tpu(mesh, forced)
-    return lambda tensor: not ragged or _serves(tensor, architecture, jnp.dtype(dtype))
+
+    def serves(tensor: int) -> bool:
+        return architecture.kv_heads % tensor == 0 and _serves(tensor, architecture, jnp.dtype(dtype))
+
+    return lambda tensor: not ragged or serves(tensor)
 
 
 def _on_tpu(mesh: Mesh, forced: str) -> bool:
@@ -78,7 +82,7 @@ def _on_tpu(mesh: Mesh, forced: str) -> bool:
 def _serves(tensor: int, a: Architecture, dtype: Any) -> bool:
     """What the kernel of jax 0.10.2 compiles for: whole tiles of heads, and heads of 128 channels.
 
-    Of wider ones it takes one alone on a device, in bfloat16: Gemma-2-9B needs `tensor` 8, not 4.
+    Of wider ones it takes one alone on a device, in bfloat16: Gemma-2-9B needs replicas of 8 devices, not 4.
     """
     heads = _local(tensor, a.kv_heads)
     words = 2 * heads * dtype.itemsize / 4
