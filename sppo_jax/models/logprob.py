@@ -78,9 +78,8 @@ def _token_logprob(
     mapped = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, check_vma=False)
     # What the blocks, and devices along `tensor`, add to the hidden states' gradient is added up in float32.
     found_BT = mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
-    return jnp.where(
-        label_BT < weight.shape[v], found_BT, jnp.nan
-    )  # on no device: as one device alone has it
+    # A label that no device has is no number, as on one device.
+    return jnp.where(label_BT < weight.shape[v], found_BT, jnp.nan)
 
 
 def _blocked(
