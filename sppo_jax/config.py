@@ -73,7 +73,7 @@ class Sampling:
     slots: int = knob(320, "responses decoded at once, over all devices of a process")
     cache_tokens: int = knob(
         0,
-        "tokens whose keys and values are kept while sampling, over all devices; 0: what slots can need, or what fits",
+        "tokens whose keys and values are kept while sampling, over all devices of a process; 0: what slots can need, or what fits",
     )
     quantize: Literal["none", "int8"] = knob(
         "none",
