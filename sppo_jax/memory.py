@@ -51,12 +51,9 @@ class Update:
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
-        saved += (
-            3 * self.width * a.model + 4 * a.model
-        )  # behind the last layer: for its norm, and for the head
-        if (
-            self.remat == "attention" and self.kernel != "cudnn"
-        ):  # and what attention gave, kernels also their softmax's sums
+        saved += (3 * self.width + 4) * a.model  # behind the last layer: for its norm, and for the head
+        # And what attention gave, kernels also their softmax's sums.
+        if self.remat == "attention" and self.kernel != "cudnn":
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
         # All layers' weights in the compute dtype, and as much for their gradients.

@@ -53,9 +53,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list |
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
 
 
-def sampling_mesh(
-    mesh: Mesh, weights: int, limit: int | None, served: Callable[[int], bool] = lambda tensor: True
-) -> Mesh:
+def sampling_mesh(mesh: Mesh, weights: int, limit: int | None, served: Callable[[int], bool]) -> Mesh:
     """The devices of `mesh` as data x 1 x tensor, for decoding: replicas that share nothing, each as small as can be.
 
     A replica is a number of devices, at least the mesh's own `tensor`, over which `weights` bytes leave three fifths of

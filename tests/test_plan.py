@@ -196,6 +196,18 @@ def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
     assert scores["temporaries"] - plain["temporaries"] == 16_384 * 2560 * 32 * 4 * 2
 
 
+# A column has weights and, three times, the logits of 128 tokens; a gathered one also its gradient.
+@pytest.mark.parametrize(("fsdp", "column"), [(1, 2 * 4096 + 3 * 4 * 128), (4, (2 + 8) * 4096 + 3 * 4 * 128)])
+def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabulary(fsdp, column):
+    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    a, mesh = setting.architecture(c), sharding.make_mesh(1, fsdp, 2, devices=jax.devices()[: 2 * fsdp])
+    even, odd = (
+        update_of(c, 1, a=dataclasses.replace(a, vocab=vocab), mesh=mesh).kinds(128, accumulated=False)
+        for vocab in (400_000, 400_001)
+    )
+    assert odd["temporaries"] - even["temporaries"] == pytest.approx(200_000 * column, rel=1e-4)
+
+
 def test_adapters_alone_have_masters_moments_and_gradients():
     """The formula against the shapes of what would be trained."""
     c = config.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])

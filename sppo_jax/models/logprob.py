@@ -11,9 +11,7 @@ from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
 
 CHUNK = 1024  # tokens whose logits one device computes at once, at most
-LOGITS = (
-    2**26
-)  # numbers of the logits that exist at once on devices that have the same tokens and other columns
+LOGITS = 2**26  # numbers that logits are at once, on devices with the same tokens and other columns
 
 
 def response_logprob(
