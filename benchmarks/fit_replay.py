@@ -89,9 +89,9 @@ class Data:
 
 
 def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
-    from sppo_jax import dataset
+    from sppo_jax.training import batches
 
-    return dataset.Batches(
+    return batches.Batches(
         pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, most_tokens=most_tokens, pack=pack
     )
 
@@ -137,8 +137,9 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     """Reference log-probs, then all updates. What compiles does so before, on two microbatches of a model that is dropped."""
     data = Data.read(task)
     with Watch() as imports:
-        from sppo_jax import fit, memory, models, pairs, sharding
+        from sppo_jax import fit, models, pairs, sharding
         from sppo_jax.config import Fit
+        from sppo_jax.training import memory
 
         compiled = compilations()
     rows, mesh = data.pairs(), one_device()

@@ -27,23 +27,25 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from sppo_jax import aot, config, estimate, memory, setting, sharding
-from sppo_jax.chips import TPUS
-from sppo_jax.dataset import Layout
-from sppo_jax.stage import GIB
+from sppo_jax import config, sharding
+from sppo_jax.plan import compiled, stages, target
+from sppo_jax.plan.chips import TPUS
+from sppo_jax.plan.cost import GIB
+from sppo_jax.training import memory
+from sppo_jax.training.batches import Layout
 
 PROMPTS, WIDTH = 64, 1024
 
 
 def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
     """One slice. The programs of an update add up; its peak is that of whichever has the most beside it."""
-    a, chip = setting.architecture(c), TPUS[name.split(":")[0]]
+    a, chip = target.architecture(c), TPUS[name.split(":")[0]]
     if PROMPTS % microbatches or c.model.lora_rank:
         raise SystemExit(f"{PROMPTS} prompts in {microbatches} microbatches, and all weights: not this")
     mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
     prompts = PROMPTS // microbatches
     at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)
-    found = aot.fitted(c, a, mesh, jnp.bfloat16, at)
+    found = compiled.fitted(c, a, mesh, jnp.bfloat16, at)
     runs = [(found.forward, microbatches), (found.backward, 1), (found.update, 1)]
     runs += [(found.accumulate, microbatches - 1)] if found.accumulate else []
     seconds = sum(times * one.cost.cycles for one, times in runs) / chip.cycles
@@ -54,7 +56,7 @@ def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
     flops = 6 * memory.parameters(a) * tokens / mesh.size
     scores = 2 * 2 * PROMPTS * WIDTH**2 * a.layers * a.heads * a.head_dim / mesh.size
     passes = 4.5 if c.fit.remat == "layer" else 3.5  # forward, again, and a backward pass of 2.5
-    kernels = passes * scores / (estimate.KERNEL * chip.flops)
+    kernels = passes * scores / (stages.KERNEL * chip.flops)
     return {
         "slice": name,
         "microbatches": microbatches,

@@ -21,7 +21,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from sppo_jax import export, models, tiny
+from sppo_jax import export, models
+from sppo_jax.hub import names
 from sppo_jax.tiny import world
 
 TASK = {
@@ -78,7 +79,7 @@ def _log_softmax(model: Any, tokens: jax.Array) -> jax.Array:
 def questions(count: int) -> list[dict[str, Any]]:
     rng = random.Random(0)
     rows = []
-    for line in (tiny.path("prompts/heldout.jsonl")).read_text().splitlines()[:count]:
+    for line in (names.path("prompts/heldout.jsonl")).read_text().splitlines()[:count]:
         prompt = json.loads(line)["prompt"]
         answers = [world.sample_response(prompt, rng) for _ in range(4)]
         gold = int(np.argmax([world.quality(prompt, answer) for answer in answers]))
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", type=Path, default=tiny.path("policy"), help="Hugging Face directory")
+    parser.add_argument("--policy", type=Path, default=names.path("policy"), help="Hugging Face directory")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()

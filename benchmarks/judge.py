@@ -97,10 +97,10 @@ def _spread(name: str, dimensions: int) -> float:
 
 def texts(folder: Path, count: int) -> None:
     """folder/texts.json: prompts, responses, and how long the pairs are."""
-    from sppo_jax.pairrm import layout, pairing
+    from sppo_jax.pairrm import comparisons, files
     from sppo_jax.pairrm.format import Formatter
 
-    formatter = Formatter.of(layout.read(folder / "hf"))
+    formatter = Formatter.of(files.read(folder / "hf"))
     golden = json.loads((GOLDEN / "golden.json").read_text())
     every = [*golden["sources"], *(text for row in golden["candidates"] for text in row)]
     words = sorted({word for text in every for word in text.split() if word.isascii() and word.isalpha()})
@@ -117,7 +117,7 @@ def texts(folder: Path, count: int) -> None:
     responses = [[text(*RESPONSE) for _ in range(K)] for _ in prompts]
     for n in range(math.ceil(REPEATED * K * count)):  # over the prompts in turn
         responses[n % count][K - 1 - n // count] = responses[n % count][0]
-    works = pairing.distinct(pairing.read(formatter, prompts, responses))
+    works = comparisons.distinct(comparisons.read(formatter, prompts, responses))
     found = {
         "prompts": prompts,
         "responses": responses,
@@ -188,15 +188,15 @@ def on_mesh(folder: Path, threads: int) -> dict[str, Any]:
     import jax
 
     from sppo_jax import pairrm
-    from sppo_jax.pairrm import jax_judge, layout, pairing
+    from sppo_jax.pairrm import comparisons, files, mesh_judge
     from sppo_jax.pairrm.format import Formatter
 
     prompts, responses = read_texts(folder)
-    formatter = Formatter.of(layout.read(folder / "hf"))
+    formatter = Formatter.of(files.read(folder / "hf"))
     lengths = {}
-    for work in pairing.distinct(pairing.read(formatter, prompts, responses)):
+    for work in comparisons.distinct(comparisons.read(formatter, prompts, responses)):
         n, i, j = work.cells[0]
-        lengths[jax_judge.bucket(len(work.pair), jax.default_backend())] = (prompts[n], [responses[n][i], responses[n][j]])  # fmt: skip
+        lengths[mesh_judge.bucket(len(work.pair), jax.default_backend())] = (prompts[n], [responses[n][i], responses[n][j]])  # fmt: skip
     found = ours(pairrm.load(folder / "hf", "jax"), folder, [*lengths.values()], resource.RUSAGE_SELF)
     return found | {"programs": len(lengths)}
 

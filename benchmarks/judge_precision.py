@@ -24,8 +24,9 @@ import torch
 from flax import nnx
 from safetensors.numpy import save_file
 
-from sppo_jax import sharding, tiny
-from sppo_jax.pairrm import jax_judge, jax_model, layout, pairing, torch_model
+from sppo_jax import sharding
+from sppo_jax.hub import names
+from sppo_jax.pairrm import comparisons, files, jax_model, mesh_judge, torch_model
 from sppo_jax.pairrm.format import Formatter, Pair
 from sppo_jax.tiny.build_pairrm import held_out_pairs
 
@@ -42,7 +43,7 @@ class RoundedDepth(jax_model.PairRM):
         return super()._norm(x, weight_D, bias_D).astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def networks(checkpoint: layout.Checkpoint) -> dict[str, jax_model.PairRM]:
+def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     wide = jax_model.load(checkpoint, mesh, jnp.float32)
     half = jax_model.load(checkpoint, mesh, jnp.bfloat16)
@@ -62,13 +63,13 @@ def networks(checkpoint: layout.Checkpoint) -> dict[str, jax_model.PairRM]:
 
 
 def batch(pairs: list[Pair], size: int) -> tuple[jax.Array, ...]:
-    works = [pairing.Work(pair, []) for pair in pairs]
-    return tuple(jnp.asarray(x) for x in jax_judge.padded(works, size, len(pairs)))
+    works = [comparisons.Work(pair, []) for pair in pairs]
+    return tuple(jnp.asarray(x) for x in mesh_judge.padded(works, size, len(pairs)))
 
 
 def embedded(number: int) -> list[dict[str, Any]]:
     """Logits of both orders of `number` pairs of held-out answers."""
-    checkpoint = layout.read(tiny.path("pairrm"))
+    checkpoint = files.read(names.path("pairrm"))
     formatter = Formatter.of(checkpoint)
     segments = [formatter.prompt(p, [y, z]) for p, y, z in held_out_pairs("wide", number, 7)]
     pairs = [s.pair(i, 1 - i) for i in (0, 1) for s in segments]
@@ -102,16 +103,16 @@ def embedded(number: int) -> list[dict[str, Any]]:
     return rows
 
 
-def large(directory: Path, layers: int) -> layout.Checkpoint:
+def large(directory: Path, layers: int) -> files.Checkpoint:
     """Random weights of the real width, in the layout of a checkpoint, under the embedded judge's vocabulary."""
-    small = layout.read(tiny.path("pairrm"))
+    small = files.read(names.path("pairrm"))
     config = small.config | LARGE | {"num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_bytes(small.tokenizer.read_bytes())
     rng = np.random.default_rng(0)
     weights = {}
     for tensor in jax_model.table(
-        jax_model.Deberta.of(layout.Checkpoint(directory, config, directory, directory))
+        jax_model.Deberta.of(files.Checkpoint(directory, config, directory, directory))
     ):
         for name in tensor.names(layers):
             x = rng.standard_normal(tensor.shape, np.float32)
@@ -123,7 +124,7 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
                 x /= np.sqrt(x.shape[1], dtype=np.float32)
             weights[name] = x
     save_file(weights, directory / "model.safetensors")
-    return layout.read(directory)
+    return files.read(directory)
 
 
 @functools.partial(jax.jit, static_argnums=0)

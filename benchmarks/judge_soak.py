@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sppo_jax import tiny
-from sppo_jax.pairrm import layout, process
-from sppo_jax.pairrm.client import Patience, SidecarJudge
+from sppo_jax.hub import names
+from sppo_jax.pairrm import child, files
+from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 5
@@ -129,7 +129,7 @@ def judged(
     """Results of each prompt [n][times], what was told of restarts, which faults came, and seconds."""
     told: list[str] = []
     results: list[list[np.ndarray]] = [[] for _ in prompts]
-    checkpoint = layout.read(tiny.path("pairrm"))
+    checkpoint = files.read(names.path("pairrm"))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "plan"
@@ -170,7 +170,7 @@ def main() -> None:
         from sppo_jax.pairrm import torch_model  # noqa: F401
 
         replaced = {name: getattr(subprocess, name) for name in ("PIPE", "TimeoutExpired")}
-        process.subprocess = types.SimpleNamespace(Popen=Forked, **replaced)  # type: ignore[assignment]
+        child.subprocess = types.SimpleNamespace(Popen=Forked, **replaced)  # type: ignore[assignment]
     rng = random.Random(args.seed)
     prompts, responses = texts(rng, args.prompts)
     undisturbed, told, _, quiet = judged(prompts, responses, [])

@@ -31,9 +31,9 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh
 
 from sppo_jax import sharding
-from sppo_jax.pairrm import disentangled
-from sppo_jax.pairrm.jax_judge import forward
+from sppo_jax.pairrm import deberta_attention
 from sppo_jax.pairrm.jax_model import Deberta, PairRM, shapes
+from sppo_jax.pairrm.mesh_judge import forward
 
 LARGE = Deberta(
     vocab=128_005, model=1024, heads=16, mlp=4096, layers=24, buckets=256, farthest=512, norm_eps=1e-7
@@ -99,7 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=sorted(disentangled.FORMS))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=sorted(deberta_attention.FORMS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
     parser.add_argument("--skip-whole", action="store_true", help="leave out the network of 24 layers")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

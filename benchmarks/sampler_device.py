@@ -23,7 +23,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.models import Architecture, Transformer, hf
 from sppo_jax.models.architecture import Rope
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler.engine import Sampler
 
 MISTRAL = Architecture(
     vocab=32_000, model=4096, mlp=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, norm_eps=1e-5,

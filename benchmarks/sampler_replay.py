@@ -114,11 +114,12 @@ def compilations() -> list[float]:
 
 
 def engine(folder: str, slots: int, most: int, cache_tokens: int = 0) -> Any:
-    from sppo_jax import models, tiny
+    from sppo_jax import models
     from sppo_jax.config import Sampling
-    from sppo_jax.sampler import Sampler
+    from sppo_jax.hub import names
+    from sppo_jax.sampler.engine import Sampler
 
-    model = models.load(tiny.path("policy") if folder == "embedded" else Path(folder))
+    model = models.load(names.path("policy") if folder == "embedded" else Path(folder))
     sampling = Sampling(responses=K, max_new_tokens=most, slots=slots, cache_tokens=cache_tokens)
     sampler = Sampler(model, NoText(), sampling, eos=())
     del model

@@ -32,12 +32,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from sppo_jax import sampler, sharding
-from sppo_jax.decoding import STEPS, Programs, Shape
-from sppo_jax.hlo import Module
-from sppo_jax.models import Architecture, Transformer, attention, hf, paged
+from sppo_jax import sharding
+from sppo_jax.models import Architecture, Transformer, attention, hf
 from sppo_jax.models.architecture import Rope
-from sppo_jax.models.paged import PAGE
+from sppo_jax.plan.hlo import Module
+from sppo_jax.sampler import engine, paging
+from sppo_jax.sampler.paging import PAGE
+from sppo_jax.sampler.programs import STEPS, Programs, Shape
 
 MISTRAL = Architecture(
     vocab=32_000, model=4096, mlp=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, norm_eps=1e-5,
@@ -64,13 +65,13 @@ def replicas(topology: str) -> Mesh:
 
 
 def programs(
-    mesh: Mesh, slots: int, tokens: int, kernel: paged.Kernel, a: Architecture = MISTRAL
+    mesh: Mesh, slots: int, tokens: int, kernel: paging.Kernel, a: Architecture = MISTRAL
 ) -> Programs:
     """The sampler's programs for `slots` and a pool of `tokens` on each replica."""
     model = Transformer(
         a, dict(hf.abstract(a, mesh)), jnp.bfloat16, attention.choose("auto", mesh, a, jnp.bfloat16)
     )
-    graph, weights = sampler.abstract(model, mesh)
+    graph, weights = engine.abstract(model, mesh)
     count = sharding.batch_shards(mesh)
     shape = Shape(
         slots=slots * count,
@@ -102,7 +103,7 @@ def decoding(p: Programs) -> dict[str, Any]:
     a, slots = p.model.architecture, p.shape.slots // p.replicas
     turns = {
         r"^jit\(decode\)/while$": STEPS,
-        "live_pages": math.ceil(slots * (LIVE / PAGE + 0.5) / paged.GROUP),
+        "live_pages": math.ceil(slots * (LIVE / PAGE + 0.5) / paging.GROUP),
         "while/body": ROUNDS,
     }
     cost = Module(program.as_text(), turns).cost()
@@ -112,7 +113,7 @@ def decoding(p: Programs) -> dict[str, Any]:
     found["links_ms"] = 1e3 * (cost.sent / LINKS + cost.collectives * LATENCY) / STEPS
     found["attention_ms"] = 0.0  # of the XLA form the cycles tell
     if p.kernel == "ragged":  # reads whole blocks
-        columns = slots * (LIVE + paged.PAGES_PER_BLOCK * PAGE / 2)
+        columns = slots * (LIVE + paging.PAGES_PER_BLOCK * PAGE / 2)
         found["attention_ms"] = 1e3 * columns * a.layers * _column(p) / MEMORY / REACHED
     # Weights are fetched while products run, so the slower of the two counts.
     step = max(found["cycles_ms"], found["weights_ms"]) + found["links_ms"] + found["attention_ms"]

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppo_jax import hub
-from sppo_jax.errors import BadInput, call, printable
-from sppo_jax.flags import Flags
+from sppo_jax import command
+from sppo_jax.command import Flags, call, printable
+from sppo_jax.errors import BadInput
 
 if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
-    from sppo_jax.sampler import Sampler
+    from sppo_jax.sampler.engine import Sampler
 
 RESET, QUIT = "/reset", "/quit"
 LONGEST_ANSWER = 512  # tokens, where the policy's context has room for twice as much
@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> None:
 class Conversation:
     """What was said, and the policy that answers. Each answer is a function of it, the seed and how many went before."""
 
-    def __init__(self, sampler: "Sampler", seed: int, tell: Callable[[str], None] = hub.say):
+    def __init__(self, sampler: "Sampler", seed: int, tell: Callable[[str], None] = command.say):
         self.sampler, self.seed, self.tell = sampler, seed, tell
         self.history: list[Message] = []
         self.answered = 0
@@ -97,10 +97,10 @@ class Conversation:
         """Ids of the longest end of the conversation that leaves room for an answer, and how many messages it is
         short of; no ids where there is none. Messages go in pairs: templates want a user's first.
         """
-        from sppo_jax import tokens
+        from sppo_jax.text import chat_template
 
         for dropped in range(0, len(said), 2):
-            ids = tokens.conversation(self.sampler.tokenizer, said[dropped:])
+            ids = chat_template.conversation(self.sampler.tokenizer, said[dropped:])
             if len(ids) <= self._room():
                 return ids, dropped
         return [], 0
@@ -115,16 +115,18 @@ def _sampler(args: Any) -> "Sampler":
     import jax
     import jax.numpy as jnp
 
-    from sppo_jax import compilation, sharding, tiny, tokens
+    from sppo_jax import compilation, sharding
     from sppo_jax.config import Sampling
+    from sppo_jax.hub import names
     from sppo_jax.models import hf
-    from sppo_jax.sampler import Sampler
+    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.text import chat_template
 
     compilation.keep_programs()
-    directory = tiny.fetch(args.policy).directory
+    directory = names.fetch(args.policy).directory
     architecture = hf.read_architecture(directory)
-    tokenizer = tokens.load_tokenizer(directory)
-    eos = tokens.eos_ids(directory, tokenizer, architecture.vocab)
+    tokenizer = chat_template.load_tokenizer(directory)
+    eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
     longest = args.max_new_tokens or min(LONGEST_ANSWER, architecture.max_positions // 2)
     if longest >= architecture.max_positions:
         raise BadInput(
@@ -155,7 +157,7 @@ def _lines() -> Iterator[str]:
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys in `input`
-        hub.say(f"{RESET} forgets the conversation, {QUIT} ends it")
+        command.say(f"{RESET} forgets the conversation, {QUIT} ends it")
     first = True
     while True:
         try:
@@ -166,7 +168,7 @@ def _lines() -> Iterator[str]:
             return
         if line:
             if terminal and line != RESET:
-                hub.say(
+                command.say(
                     "thinking (the first answer compiles the model, which takes a while) …"
                     if first
                     else "thinking …"

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppo_jax import hub
-from sppo_jax.errors import BadInput, call
-from sppo_jax.flags import Flags
+from sppo_jax import command
+from sppo_jax.command import Flags, call
+from sppo_jax.errors import BadInput
+from sppo_jax.hub import repositories
 
 if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
     from jax.sharding import Mesh
 
     from sppo_jax.config import Config
     from sppo_jax.models.transformer import Transformer
-    from sppo_jax.rundir import RunDir
+    from sppo_jax.run.directory import RunDir
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,18 +37,21 @@ def export(
     """
     from safetensors import SafetensorError
 
+    from sppo_jax import files
+    from sppo_jax.files import replacing
     from sppo_jax.models import hf
-    from sppo_jax.rundir import replacing
 
     _check_room(model, to, dtype)
     try:
         with replacing(to) as part:
             part.mkdir()
             hf.save(model, part, dtype=dtype)
-            config = hf.read_json(base / "config.json")
+            config = files.read_json(base / "config.json")
             config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in (file for pattern in hub.BESIDE for file in base.glob(pattern) if file.is_file()):
+            for file in (
+                file for pattern in repositories.BESIDE for file in base.glob(pattern) if file.is_file()
+            ):
                 shutil.copyfile(file, part / file.name)
             if card is not None:
                 (part / "README.md").write_text(card, encoding="utf-8")
@@ -79,7 +83,7 @@ def main(words: Sequence[str]) -> None:
         raise BadInput("--run and --iteration go together")
     if args.run is None and not args.push:
         raise BadInput("nothing to do: give --run and --iteration, or --push")
-    if args.push and hub.parse(args.push)[1] is not None:
+    if args.push and repositories.parse(args.push)[1] is not None:
         raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
     if args.run is not None:
         _from_run(Path(args.run), args.iteration, to, args.dtype)
@@ -89,10 +93,12 @@ def main(words: Sequence[str]) -> None:
 
 
 def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
-    from sppo_jax import card, sharding, tiny
     from sppo_jax import config as configuration
+    from sppo_jax import sharding
+    from sppo_jax.hub import names
     from sppo_jax.models import hf
-    from sppo_jax.rundir import BASE, RunDir
+    from sppo_jax.report import model_card
+    from sppo_jax.run.directory import BASE, RunDir
 
     run = RunDir(root)
     if not run.config.is_file():
@@ -102,12 +108,12 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     if t not in (there := _iterations(run)):
         shown = ", ".join(str(i) for i in there)
         raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
-    base = tiny.fetch(config.model.path, card.revision(run)).directory
+    base = names.fetch(config.model.path, model_card.revision(run)).directory
     import jax
 
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
     model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
-    described = None if t == BASE else card.text(run, t)
+    described = None if t == BASE else model_card.text(run, t)
     export(model, base, to.absolute(), dtype=dtype or own_dtype(base), card=described)
 
 
@@ -119,9 +125,9 @@ def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -
     """
     from flax import nnx
 
-    from sppo_jax import checkpoint
     from sppo_jax.models import hf, lora
     from sppo_jax.models.transformer import Adapter, Transformer
+    from sppo_jax.training import checkpoint
 
     finished, rank = run.export(t).exists(), config.model.lora_rank
     if (finished and rank) or not checkpoint.begun(run.checkpoints(t)):
@@ -138,7 +144,7 @@ def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -
         step = saved.latest()
         assert step is not None
         if not finished:
-            hub.say(f"iteration {t} is unfinished: this is its policy after update {step}")
+            command.say(f"iteration {t} is unfinished: this is its policy after update {step}")
         return nnx.merge(graph, saved.restore_params(step, trained), *frozen)
 
 
@@ -146,9 +152,10 @@ def own_dtype(directory: Path) -> str:
     """What a checkpoint's config.json says, else the dtype of its first tensor; float32, which holds all, for others."""
     from safetensors import SafetensorError, safe_open
 
+    from sppo_jax import files
     from sppo_jax.models import hf
 
-    config = hf.read_json(directory / "config.json")
+    config = files.read_json(directory / "config.json")
     said = config.get("dtype") or config.get("torch_dtype")
     if said is None:
         file = hf.weight_files(directory)[0]
@@ -165,8 +172,8 @@ def own_dtype(directory: Path) -> str:
 
 def _iterations(run: "RunDir") -> list[int]:
     """Those whose policy is on disk, whole or in the middle of its training."""
-    from sppo_jax import checkpoint
-    from sppo_jax.rundir import BASE
+    from sppo_jax.run.directory import BASE
+    from sppo_jax.training import checkpoint
 
     trained = (t for t in run.iterations() if t != BASE)
     return [BASE, *(t for t in trained if run.export(t).exists() or checkpoint.begun(run.checkpoints(t)))]
@@ -209,12 +216,13 @@ def _check_room(model: "Transformer", to: Path, dtype: str) -> None:
 
 def _push(directory: Path, repo: str, private: bool) -> None:
     """Upload a complete export. The last step, so that its failure loses nothing."""
+    from sppo_jax import files
     from sppo_jax.models import hf
 
-    hf.read_json(directory / "config.json")
+    files.read_json(directory / "config.json")
     hf.weight_files(directory)
     try:
-        print(hub.push(directory, repo, private=private))
+        print(repositories.push(directory, repo, private=private))
     except BadInput as error:
         again = f"python -m sppo_jax.export --to {shlex.quote(str(directory))} --push {repo}{' --private' if private else ''}"
         raise BadInput(f"{error}; the checkpoint is safe in {directory}; to push it again: {again}") from None

@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sppo_jax import losses, sharding
-from sppo_jax.checkpoint import Checkpoints
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics
 from sppo_jax.models import hf, lora
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.attention import choose
 from sppo_jax.models.logprob import packed_logprob
 from sppo_jax.models.transformer import Adapter, Remat, Transformer
-from sppo_jax.optim import make_optimizer, schedule
-from sppo_jax.profiling import Profiler
+from sppo_jax.run.metrics import Metrics
+from sppo_jax.training.checkpoint import Checkpoints
+from sppo_jax.training.optimizer import make_optimizer, schedule
+from sppo_jax.training.profiling import Profiler
 
 Batch = dict[str, Any]  # arrays of sppo_jax.dataset
 Microbatch = dict[str, Any]  # the same without their first dimension

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from sppo_jax import evaluate, judge, pairs, records, rundir
+from sppo_jax import evaluate, files, judge, pairs, records
 from sppo_jax.errors import BadInput
-from sppo_jax.metrics import from_totals
 from sppo_jax.records import Pair, Responses
-from sppo_jax.rundir import BASE
+from sppo_jax.run.directory import BASE
+from sppo_jax.run.metrics import from_totals
 from sppo_jax.session import Session
 
 
@@ -24,7 +24,7 @@ def answer(session: Session, t: int) -> list[Responses]:
                 responses=2 if t == BASE else 1,
                 on_progress=session.metrics.chunks(advance),
             )
-        with rundir.replacing(path) as part:
+        with files.replacing(path) as part:
             records.write(part, Responses, found, made_from)
     answers = records.read(path, Responses, made_from)
     if [row.prompt_id for row in answers] != [prompt.prompt_id for prompt in session.sets.heldout]:
@@ -58,7 +58,7 @@ def probe(session: Session, t: int) -> list[Pair]:
         if not selected:
             raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
         filled = pairs.with_reference(selected, session.logprobs(t - 1, selected, t))
-        with rundir.replacing(path) as part:
+        with files.replacing(path) as part:
             records.write(part, Pair, filled, made_from)
     return records.read(path, Pair, made_from)
 
@@ -102,8 +102,8 @@ def measure(session: Session, t: int, probed: list[Pair]) -> None:
             "win_rate": zero,
             "length": evaluate.lengths(base),
         }
-        rundir.write_json(session.run.evaluation(BASE), at_base)
-    rundir.write_json(session.run.evaluation(t), found)
+        files.write_json(session.run.evaluation(BASE), at_base)
+    files.write_json(session.run.evaluation(t), found)
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     session.metrics.scalars(t, "evaluate", 0, **flat, **found["log_ratio"], **found["length"])
     shown = ", ".join(f"{name.removeprefix('win_rate_')} {rate:.3f}" for name, rate in flat.items())

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sppo_jax import records, rundir, sources
+from sppo_jax import files, records
+from sppo_jax.command import Flags, call
 from sppo_jax.config import Config
-from sppo_jax.errors import BadInput, call
-from sppo_jax.flags import Flags
+from sppo_jax.errors import BadInput
 from sppo_jax.records import Pair, prompt_id
-from sppo_jax.rundir import RunDir
-from sppo_jax.sources import Source
+from sppo_jax.run.directory import RunDir
+from sppo_jax.text import rows
+from sppo_jax.text.rows import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
 SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
@@ -35,12 +36,15 @@ def read(
     two answers, probabilities that are none. Reference log-probs are NaN until stage 5 fills them in.
     Raises BadInput when the source cannot be read or leaves no pairs.
     """
-    from sppo_jax.tokens import chat_prompt, written_ids  # imports jax, which writing a file does not need
+    from sppo_jax.text.chat_template import (
+        chat_prompt,
+        written_ids,
+    )  # imports jax, which writing a file does not need
 
     source = Source("pairs.source", config.pairs.source, config.pairs.split).at(t)
     counts: Counter[str] = Counter()
     pairs: dict[int, Pair] = {}
-    for row in sources.rows(source, COLUMNS):
+    for row in rows.rows(source, COLUMNS):
         counts["rows"] += 1
         found = _texts(row)
         if isinstance(found, str):
@@ -77,7 +81,7 @@ def write(pairs: Sequence[Pair], path: Path) -> None:
     columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with rundir.replacing(path) as part:
+        with files.replacing(path) as part:
             pq.write_table(pa.table(columns, schema=SCHEMA), part)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
@@ -98,11 +102,11 @@ def main(words: Sequence[str]) -> None:
     print(f"{len(pairs)} pairs written to {given.to}")
 
 
-def _texts(row: sources.Row | None) -> tuple[str, str, str] | str:
+def _texts(row: rows.Row | None) -> tuple[str, str, str] | str:
     """(prompt, chosen, rejected), or why not."""
     if row is None:
         return "not_json"
-    chosen, rejected = (sources.messages(row.get(name)) for name in COLUMNS[:2])
+    chosen, rejected = (rows.messages(row.get(name)) for name in COLUMNS[:2])
     if chosen is None or rejected is None:
         return "no_text"
     if any([role for role, _ in turns] != ["user", "assistant"] for turns in (chosen, rejected)):
@@ -117,7 +121,7 @@ def _texts(row: sources.Row | None) -> tuple[str, str, str] | str:
         return "empty_chosen"
     if better == worse:
         return "identical"
-    return (text, better, worse) if all(map(sources.is_unicode, (text, better, worse))) else "not_unicode"
+    return (text, better, worse) if all(map(rows.is_unicode, (text, better, worse))) else "not_unicode"
 
 
 def _is_probability(value: Any) -> bool:

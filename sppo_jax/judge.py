@@ -15,12 +15,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from sppo_jax import config as configuration
-from sppo_jax import pairrm, preferences, records, tiny
+from sppo_jax import pairrm, preferences, records
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics
+from sppo_jax.hub import names
 from sppo_jax.records import Preferences, Responses
-from sppo_jax.rundir import RunDir
-from sppo_jax.shards import Kept, Shards, mine, wait_for_all
+from sppo_jax.run.directory import RunDir
+from sppo_jax.run.metrics import Metrics
+from sppo_jax.run.shards import Kept, Shards, mine, wait_for_all
 
 POLL_SECONDS = 0.2  # between looks at those who stop us, while only the judge is at work
 
@@ -112,7 +113,7 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
         raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
     embedded = judge.path.startswith(configuration.EMBEDDED)
     opened = pairrm.load(
-        tiny.resolve(judge.path) if embedded else judge.path,
+        names.resolve(judge.path) if embedded else judge.path,
         judge.backend,
         python=judge.python,
         limits=pairrm.Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens),

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sppo_jax import config as configuration
-from sppo_jax.errors import BadInput, call
+from sppo_jax.command import call
+from sppo_jax.errors import BadInput
 
 
 def main(words: Sequence[str]) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from sppo_jax import sources
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
-from sppo_jax.sources import Source
-from sppo_jax.tokens import chat_prompt
+from sppo_jax.text import rows
+from sppo_jax.text.chat_template import chat_prompt
+from sppo_jax.text.rows import Source
 
 CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too long without being tokenised
 
@@ -67,7 +67,7 @@ def heldout_source(config: Config) -> Source:
     source = Source("prompts.heldout", config.prompts.heldout, config.prompts.heldout_split)
     if source.by_iteration:
         raise BadInput(
-            f"{source}: the held-out prompts are the same for every iteration, so {sources.PLACEHOLDER} cannot be in "
+            f"{source}: the held-out prompts are the same for every iteration, so {rows.PLACEHOLDER} cannot be in "
             "their name or split; join splits with +"
         )
     return source
@@ -79,7 +79,7 @@ def _distinct(
     """Texts of a source that no set before it holds, in the source's order."""
     count: Counter[str] = Counter()
     texts = []
-    for row in sources.rows(source, [column]):
+    for row in rows.rows(source, [column]):
         text = None if row is None else _instruction(row.get(column))
         if row is None:
             count["not_json"] += 1
@@ -87,7 +87,7 @@ def _distinct(
             count["no_text"] += 1
         elif not text.strip():
             count["empty"] += 1
-        elif not sources.is_unicode(text):
+        elif not rows.is_unicode(text):
             count["not_unicode"] += 1
         elif (identity := prompt_id(text)) in seen:
             count["repeated" if seen[identity] == name else f"in_{seen[identity].replace(' ', '_')}"] += 1
@@ -103,7 +103,7 @@ def _instruction(value: Any) -> str | None:
     """A text as it is; of a conversation, the message it begins with if that is the user's."""
     if isinstance(value, str):
         return value
-    conversation = sources.messages(value)
+    conversation = rows.messages(value)
     return conversation[0][1] if conversation and conversation[0][0] == "user" else None
 
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import jax
 
 from sppo_jax.errors import BadInput
-from sppo_jax.metrics import Metrics
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.rundir import RunDir
-from sppo_jax.sampler import Sampler, Stats
-from sppo_jax.shards import Shards, anywhere, as_first_says, mine, wait_for_all
+from sppo_jax.run.directory import RunDir
+from sppo_jax.run.metrics import Metrics
+from sppo_jax.run.shards import Shards, anywhere, as_first_says, mine, wait_for_all
+from sppo_jax.sampler.engine import Sampler, Stats
 
 
 class Follower(Protocol):

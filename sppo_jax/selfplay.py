@@ -3,24 +3,14 @@
 import contextlib
 from collections.abc import Callable
 
-from sppo_jax import (
-    card,
-    checkpoint,
-    export,
-    fit,
-    heldout,
-    judge,
-    pairs,
-    records,
-    report,
-    respond,
-    rundir,
-)
+from sppo_jax import export, files, fit, heldout, judge, pairs, records, respond
 from sppo_jax.errors import BadInput
 from sppo_jax.models import Transformer
-from sppo_jax.profiling import Profiler
 from sppo_jax.records import Pair
+from sppo_jax.report import model_card, page
 from sppo_jax.session import Session
+from sppo_jax.training import checkpoint
+from sppo_jax.training.profiling import Profiler
 
 
 def play(session: Session) -> None:
@@ -31,11 +21,11 @@ def play(session: Session) -> None:
     for t in range(1, session.config.iterations + 1):
         if not run.evaluation(t).exists():
             iterate(session, t)
-            report.write(run)
+            page.write(run)
         if run.export(t).exists():
-            card.write(run, t)
-    report.write(run)  # once more, for a run that ended between its last evaluation and its report
-    session.metrics.say(report.table(run))
+            model_card.write(run, t)
+    page.write(run)  # once more, for a run that ended between its last evaluation and its report
+    session.metrics.say(page.table(run))
     session.metrics.say(f"report: {run.report}")
 
 
@@ -132,13 +122,13 @@ def _pairs(
         again = pairs.with_reference(found, session.logprobs(t - 1, found, t))
         if again == found:
             return found
-        with rundir.replacing(path) as part:
+        with files.replacing(path) as part:
             records.write(part, Pair, again, made_from)
     else:
         session.metrics.poll()
         selected = select()
         filled = pairs.with_reference(selected, session.logprobs(t - 1, selected, t))
-        with rundir.replacing(path) as part:
+        with files.replacing(path) as part:
             records.write(part, Pair, filled, made_from)
     return records.read(path, Pair, made_from)
 

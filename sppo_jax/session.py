@@ -12,30 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppo_jax import (
-    card,
-    dataset,
-    fit,
-    hub,
-    interchange,
-    judge,
-    memory,
-    prompts,
-    records,
-    rundir,
-    sharding,
-    tiny,
-    tokens,
-)
 from sppo_jax import config as configuration
+from sppo_jax import files, fit, interchange, judge, prompts, records, sharding
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
-from sppo_jax.metrics import Metrics
+from sppo_jax.hub import names, repositories
 from sppo_jax.models import Transformer, hf, lora
 from sppo_jax.models.attention import choose
 from sppo_jax.records import Pair, Prompt
-from sppo_jax.rundir import BASE, RunDir
-from sppo_jax.sampler import Sampler
+from sppo_jax.report import model_card
+from sppo_jax.run import directory
+from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.run.metrics import Metrics
+from sppo_jax.sampler.engine import Sampler
+from sppo_jax.text import chat_template
+from sppo_jax.training import batches, memory
 
 PACKAGES = (
     "sppo_jax",
@@ -67,8 +58,8 @@ class Session:
         self.architecture = dataclasses.replace(
             hf.read_architecture(self.base), lora_rank=config.model.lora_rank
         )
-        self.tokenizer = tokens.load_tokenizer(self.base)
-        self.eos = tokens.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
+        self.tokenizer = chat_template.load_tokenizer(self.base)
+        self.eos = chat_template.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = self._compute_dtype()
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None  # kept for its programs, whatever policy is in it
@@ -118,7 +109,7 @@ class Session:
 
     def write_adapter(self, t: int) -> None:
         """The adapters after iteration t as a PEFT directory, for serving beside the base and for resuming."""
-        with rundir.replacing(self.run.adapter(t)) as part:
+        with files.replacing(self.run.adapter(t)) as part:
             part.mkdir()
             lora.save(self.policy(t), part, self.source.name, self.source.revision)
 
@@ -170,13 +161,13 @@ class Session:
             self.config.model.attention,
         )
 
-    def batches(self, pairs: Sequence[Pair], t: int) -> dataset.Batches:
+    def batches(self, pairs: Sequence[Pair], t: int) -> batches.Batches:
         c = self.config
         kernel = choose(c.model.attention, self.mesh, self.architecture, self.compute_dtype).name
         width = self.compute_dtype.itemsize
         longest = max(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
         update = memory.Update(self.architecture, self.mesh, width, kernel, c.fit.remat, longest)
-        return dataset.Batches(
+        return batches.Batches(
             pairs,
             global_batch=c.fit.global_batch,
             epochs=c.fit.epochs,
@@ -203,7 +194,7 @@ class Session:
 
     def as_judged(self, text: str) -> str:
         """An instruction as the judge reads it."""
-        return tokens.chat_text(self.tokenizer, text) if self.config.judge.prompt == "chat" else text
+        return chat_template.chat_text(self.tokenizer, text) if self.config.judge.prompt == "chat" else text
 
     def trained_on(self, t: int) -> str:
         """What iteration t starts from besides its policy, as the manifest names it."""
@@ -212,7 +203,7 @@ class Session:
     def made_from(self, t: int, prompts: str) -> dict[str, str]:
         """What a file is made from: the policy after iteration t, and `prompts` as the manifest names them."""
         if t not in self._hashes:
-            self._hashes[t] = rundir.sha256(hf.weight_files(self.run.export(t)))
+            self._hashes[t] = files.sha256(hf.weight_files(self.run.export(t)))
         return {
             "policy": self._hashes[t],
             "judge": self.inputs["judge"],
@@ -237,7 +228,7 @@ class Session:
     def write_manifest(self) -> None:
         """What the run is made of; OUT is ours from here on. Raises BadInput if OUT was begun with other files."""
         if self.run.manifest.exists():
-            before = hf.read_json(self.run.manifest).get("sha256")
+            before = files.read_json(self.run.manifest).get("sha256")
             if not isinstance(before, dict):
                 raise BadInput(f"{self.run.manifest}: damaged; delete it and run again")
             other = sorted(name for name in before if self.inputs.get(name, before[name]) != before[name])
@@ -260,8 +251,8 @@ class Session:
             "sha256": self.inputs,
             "prompts": self.sets.counts,
         }
-        rundir.claim(self.run, self.config)
-        rundir.write_json(self.run.manifest, manifest)
+        directory.claim(self.run, self.config)
+        files.write_json(self.run.manifest, manifest)
 
     def _given(self) -> list[list[Pair]]:
         """Each iteration's pairs where pairs.source names them, to train on instead of playing."""
@@ -278,20 +269,20 @@ class Session:
             found.append(pairs)
         return found
 
-    def _source(self) -> hub.Snapshot:
+    def _source(self) -> repositories.Snapshot:
         """The base policy on disk; from the hub, the commit that the run was begun with."""
-        pinned = card.revision(self.run) if self.run.manifest.exists() else None
-        return tiny.fetch(self.config.model.path, pinned, tell=self.metrics.say)
+        pinned = model_card.revision(self.run) if self.run.manifest.exists() else None
+        return names.fetch(self.config.model.path, pinned, tell=self.metrics.say)
 
     def _inputs(self) -> dict[str, str]:
         def texts(prompts: Sequence[Prompt]) -> str:
-            return rundir.sha256_text("\0".join(prompt.text for prompt in prompts))
+            return files.sha256_text("\0".join(prompt.text for prompt in prompts))
 
-        names = (*hub.TOKENIZER_FILES, "generation_config.json")
-        files = [self.base / name for name in names if (self.base / name).is_file()]
+        names = (*repositories.TOKENIZER_FILES, "generation_config.json")
+        found = [self.base / name for name in names if (self.base / name).is_file()]
         return {
-            "base_weights": rundir.sha256([*hf.weight_files(self.base), self.base / "config.json"]),
-            "tokenizer": rundir.sha256(files),
+            "base_weights": files.sha256([*hf.weight_files(self.base), self.base / "config.json"]),
+            "tokenizer": files.sha256(found),
             "judge": self.judge.identity,
             "prompts_heldout": texts(self.sets.heldout),
             **{f"prompts_{t}": texts(prompts) for t, prompts in enumerate(self.sets.train, 1)},
@@ -302,7 +293,7 @@ class Session:
         knobs = configuration.flat(self.config)
         fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
         fixed["model.compute_dtype"] = str(self.compute_dtype)  # what auto came to
-        return rundir.sha256_text(json.dumps(fixed, sort_keys=True))
+        return files.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def _compute_dtype(self) -> Any:
         name = self.config.model.compute_dtype
@@ -332,9 +323,9 @@ def opened(config: Config) -> Iterator[Session]:
     """Claim OUT, start the judge's process before any device is touched, and open every input."""
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
     with contextlib.ExitStack() as stack:
-        judge_ = judge.open_judge(config.judge, card.judge_sources(RunDir(config.out)))
+        judge_ = judge.open_judge(config.judge, model_card.judge_sources(RunDir(config.out)))
         stack.callback(judge_.close)
-        run = stack.enter_context(rundir.opened(config))
+        run = stack.enter_context(directory.opened(config))
         metrics = stack.enter_context(Metrics(run))
         judge_.tell(metrics.say)
         stack.enter_context(metrics.stopping_on_sigterm())

@@ -15,18 +15,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from jaxtyping import install_import_hook
 
+from tests import typechecker  # noqa: F401 (the hook below finds it by name)
+
 hook = install_import_hook(
-    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.next_token", "sppo_jax.losses", "sppo_jax.fit"]
-    + ["sppo_jax.pairrm.jax_model", "sppo_jax.pairrm.disentangled"],
-    "beartype.beartype",
+    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.training", "sppo_jax.losses", "sppo_jax.fit"]
+    + ["sppo_jax.pairrm.jax_model", "sppo_jax.pairrm.deberta_attention"],
+    "tests.typechecker.check",
 )
 
 import jax
 import pytest
 
-from sppo_jax import sharding, tiny, tokens
+from sppo_jax import sharding
+from sppo_jax.hub import names
 from sppo_jax.models import hf
 from sppo_jax.models.architecture import Architecture, Rope
+from sppo_jax.text import chat_template
 
 # Awkward on purpose: grouped queries, a window shorter than the texts, head_dim != D / H, an untied head.
 ODD = Architecture(
@@ -37,13 +41,13 @@ ODD = Architecture(
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return tokens.load_tokenizer(tiny.path("policy"))
+    return chat_template.load_tokenizer(names.path("policy"))
 
 
 @pytest.fixture(scope="session")
 def policy():
     """The embedded policy on one device."""
-    return hf.load(tiny.path("policy"))
+    return hf.load(names.path("policy"))
 
 
 @pytest.fixture(scope="session")

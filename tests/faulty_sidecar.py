@@ -67,10 +67,10 @@ def die(number: int) -> None:
     time.sleep(60)  # it arrives in a moment
 
 
-def faulty(wire: Any, faults: Faults) -> type:
+def faulty(protocol: Any, faults: Faults) -> type:
     """Replies to which the faults happen that befall the stream."""
 
-    class Faulty(wire.Replies):  # type: ignore[misc]
+    class Faulty(protocol.Replies):  # type: ignore[misc]
         def send(self, message: dict[str, Any]) -> None:
             kind = faults.due(model=False) if "logits" in message else None
             if kind is None:
@@ -82,7 +82,7 @@ def faulty(wire: Any, faults: Faults) -> type:
             elif kind in WRONG:
                 super().send(WRONG[kind](message))
             else:
-                self._befall(kind, wire.encode(message))
+                self._befall(kind, protocol.encode(message))
             time.sleep(30)  # only one fault to a process, which is ended for it
             os._exit(4)  # it was not: no test is to wait for ever
 
@@ -124,9 +124,9 @@ def checksum(prompt: str, first: str, second: str) -> float:
     return (zlib.crc32(text.encode()) % 4001 - 2000) / 128
 
 
-def stand_in(wire: Any, faults: Faults) -> None:
-    wire.stay_with_parent()
-    replies = faulty(wire, faults)(wire.private_stdout())
+def stand_in(protocol: Any, faults: Faults) -> None:
+    protocol.stay_with_parent()
+    replies = faulty(protocol, faults)(protocol.private_stdout())
     replies.send({"ready": True, "device": "abacus"})
     for message in replies.requests(sys.stdin.buffer):
         if any(POISON in prompt for prompt in message["prompts"]):
@@ -148,7 +148,7 @@ def real(faults: Faults, arguments: list[str]) -> int:
     import numpy as np
     import torch
 
-    from sppo_jax.pairrm import sidecar, torch_model, wire
+    from sppo_jax.pairrm import protocol, sidecar, torch_model
 
     logits = torch_model.PairRM.logits
 
@@ -167,8 +167,8 @@ def real(faults: Faults, arguments: list[str]) -> int:
         return logits(model, pairs)
 
     torch_model.PairRM.logits = befallen  # type: ignore[method-assign,assignment]
-    wire.Replies = faulty(wire, faults)  # type: ignore[misc]
-    wire.BEAT_SECONDS = 0.1
+    protocol.Replies = faulty(protocol, faults)  # type: ignore[misc]
+    protocol.BEAT_SECONDS = 0.1
     return sidecar.main(arguments)
 
 
@@ -177,13 +177,13 @@ def main() -> int:
     if which == "real":
         return real(Faults(plan), arguments)
     # By its file, as a program in an interpreter without this package would.
-    spec = importlib.util.spec_from_file_location("wire", ROOT / "sppo_jax" / "pairrm" / "wire.py")
+    spec = importlib.util.spec_from_file_location("protocol", ROOT / "sppo_jax" / "pairrm" / "protocol.py")
     assert spec is not None
     assert spec.loader is not None
-    wire = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wire)
-    wire.BEAT_SECONDS = float(arguments[0]) if arguments else 0.05  # type: ignore[attr-defined]
-    stand_in(wire, Faults(plan))
+    protocol = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(protocol)
+    protocol.BEAT_SECONDS = float(arguments[0]) if arguments else 0.05  # type: ignore[attr-defined]
+    stand_in(protocol, Faults(plan))
     return 0
 
 

@@ -16,18 +16,20 @@ def main(port: str, rank: int) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=60)
-    from sppo_jax import models, sharding, tiny, tokens
+    from sppo_jax import models, sharding
     from sppo_jax.config import Sampling
-    from sppo_jax.models import paged
-    from sppo_jax.sampler import Sampler
+    from sppo_jax.hub import names
+    from sppo_jax.sampler import paging
+    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.text import chat_template
 
-    tokenizer = tokens.load_tokenizer(tiny.path("policy"))
+    tokenizer = chat_template.load_tokenizer(names.path("policy"))
     sampling = Sampling(responses=2, max_new_tokens=10, slots=8)
     # A replica on each device; one over all, of both processes; the same for a kernel's sake, the weights cut otherwise.
     for tensor, wanted in ((1, range(5)), (4, range(5)), (1, [4])):
-        paged.served = lambda *_, wanted=wanted: wanted.__contains__
+        paging.served = lambda *_, wanted=wanted: wanted.__contains__
         mesh = sharding.make_mesh(1, -1, tensor)
-        sampler = Sampler(models.load(tiny.path("policy"), mesh=mesh), tokenizer, sampling, mesh)
+        sampler = Sampler(models.load(names.path("policy"), mesh=mesh), tokenizer, sampling, mesh)
         asked = PROMPTS[rank::2] if sampler.alone else PROMPTS
         rows = [row.response_ids for row in sampler.generate(asked, seed=0)]
         found = {

@@ -8,9 +8,9 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from sppo_jax import shards
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.sampler import Stats
+from sppo_jax.run import shards
+from sppo_jax.sampler.engine import Stats
 
 PROMPTS = [Prompt(f"Question {n}?", [1, 2, 3 + n]) for n in range(7)]
 K = 3

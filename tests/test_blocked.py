@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sppo_jax import sharding
-from sppo_jax.models import attention, blocked
+from sppo_jax.models import attention, cpu_attention
 from sppo_jax.models.attention import Kernel
 from tests.test_attention import assert_close, padded, seen_and_gradients
 
@@ -84,9 +84,9 @@ def test_bfloat16_is_as_good_as_dense(one_device):
 
 @pytest.mark.parametrize("window", [None, 1, 65, 130])
 def test_only_blocks_that_share_a_sequence_are_computed(window):
-    size, (rows, length) = blocked.BLOCK, PACKED.shape
+    size, (rows, length) = cpu_attention.BLOCK, PACKED.shape
     wide = jnp.pad(PACKED, ((0, 0), (0, -length % size)))
-    first = np.asarray(blocked.first_blocks(wide, window))
+    first = np.asarray(cpu_attention.first_blocks(wide, window))
     seen = np.asarray(attention.causal_mask(wide, window))
     cut = seen.reshape(rows, first.shape[1], size, first.shape[1], size).any(axis=(2, 4))
     for b in range(rows):
@@ -121,7 +121,7 @@ def test_short_rows_are_computed_at_once(one_device):
         of = attention.whole(rows, [None], Kernel("blocked", one_device))
         return "while" in str(jax.make_jaxpr(lambda x: of(0, x, x, x))(heads))
 
-    assert (loops(2 * blocked.BLOCK), loops(2 * blocked.BLOCK + 1)) == (False, True)
+    assert (loops(2 * cpu_attention.BLOCK), loops(2 * cpu_attention.BLOCK + 1)) == (False, True)
 
 
 def test_padding_is_finite(one_device):

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
-from sppo_jax import chat, tiny, tokens
+from sppo_jax import chat
 from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.records import Responses
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler.engine import Sampler
+from sppo_jax.text import chat_template
 
-POLICY = str(tiny.path("policy"))
+POLICY = str(names.path("policy"))
 FIRST, SECOND = "Where can I find the fox?", "And what does the bear eat?"
 
 
@@ -46,7 +48,7 @@ def greedy(messages, eos, longest):
 def test_a_pipe_gets_transformers_greedy_answers_over_two_turns_and_reset_forgets(tokenizer, policy):
     lines = f"{FIRST}\n\n{SECOND}\n/reset\n{FIRST}\n/quit\n{SECOND}\n"
     out, err = talk(lines, "--temperature", "0", "--max-new-tokens", "40")  # on eight devices, as all tests
-    eos = tokens.eos_ids(tiny.path("policy"), tokenizer, policy.architecture.vocab)
+    eos = chat_template.eos_ids(names.path("policy"), tokenizer, policy.architecture.vocab)
     said = [{"role": "user", "content": FIRST}]
     one = greedy(said, eos, 40)
     said += [{"role": "assistant", "content": one}, {"role": "user", "content": SECOND}]
@@ -114,7 +116,7 @@ def test_the_oldest_turns_are_dropped_when_a_conversation_grows_too_long(make, t
     kept = conversation.history
     assert kept[0]["role"] == "user"
     assert [m["content"] for m in kept[::2]] == [f"{FIRST} {i}" for i in range(12 - len(kept) // 2, 12)]
-    assert parrot.asked[-1] == tokens.conversation(tokenizer, kept[:-1])
+    assert parrot.asked[-1] == chat_template.conversation(tokenizer, kept[:-1])
 
 
 def test_a_message_that_is_too_long_alone_is_told_and_forgotten(make, tokenizer, policy):

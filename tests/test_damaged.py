@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sppo_jax import errors, main, models, tiny
+from sppo_jax import command, main, models
+from sppo_jax.hub import names
 from sppo_jax.models import hf
 from tests.small_game import words
 
@@ -23,11 +24,11 @@ jax.monitoring.register_event_duration_secs_listener(
 def several_files(tmp_path_factory):
     """The embedded policy as several files with an index."""
     directory = tmp_path_factory.mktemp("policy") / "several"
-    shutil.copytree(tiny.path("policy"), directory)
+    shutil.copytree(names.path("policy"), directory)
     (directory / "model.safetensors").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "SHARD_BYTES", 800_000)
-        models.save(models.load(tiny.path("policy")), directory)
+        models.save(models.load(names.path("policy")), directory)
     assert len(list(directory.glob("*.safetensors"))) > 3
     return directory
 
@@ -97,7 +98,7 @@ def test_a_damaged_model_is_one_line_before_anything_is_compiled(
     monkeypatch.setattr("sys.argv", ["sppo_jax.main", *words(out, model__path=policy)])
     COMPILED.clear()
     with pytest.raises(SystemExit) as ended:
-        errors.call(main.main)
+        command.call(main.main)
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -122,7 +123,7 @@ def test_what_files_spell_does_not_command_the_terminal(several_files, tmp_path,
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
     with pytest.raises(SystemExit):
-        errors.call(main.main)
+        command.call(main.main)
     told = capsys.readouterr().err
     assert "\x1b" not in told
     assert "\\x1b[2J" in told
@@ -134,7 +135,7 @@ def test_whoever_closes_our_output_gets_no_traceback(capfd):
 
     before = os.dup(1)
     try:
-        errors.call(entry)
+        command.call(entry)
     finally:
         os.dup2(before, 1)
     assert capfd.readouterr().err == ""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from sppo_jax import main, rundir
+from sppo_jax import files, main
 from sppo_jax.errors import BadInput
 from tests.small_game import digest, words
 
@@ -71,9 +71,9 @@ def test_published_pairs_are_trained_on_instead_of_playing(played, tmp_path, cap
         weights[0]["lm_head.weight"], weights[1]["lm_head.weight"]
     )  # other ends, other ids
     moved = load_file(tmp_path / "run/iter_1/export/model.safetensors")["lm_head.weight"]
-    from sppo_jax import tiny
+    from sppo_jax.hub import names
 
-    assert not np.array_equal(moved, load_file(tiny.path("policy") / "model.safetensors")["lm_head.weight"])
+    assert not np.array_equal(moved, load_file(names.path("policy") / "model.safetensors")["lm_head.weight"])
     main.main(given)
     assert "expected initial loss" not in capsys.readouterr().out  # complete: nothing is done twice
 
@@ -84,10 +84,11 @@ def test_given_pairs_with_ids_beyond_the_vocabulary_are_told_at_once(tmp_path):
 
     from transformers import AutoTokenizer
 
-    from sppo_jax import interchange, tiny
+    from sppo_jax import interchange
+    from sppo_jax.hub import names
     from sppo_jax.records import Pair
 
-    policy = shutil.copytree(tiny.path("policy"), tmp_path / "policy")
+    policy = shutil.copytree(names.path("policy"), tmp_path / "policy")
     grown = AutoTokenizer.from_pretrained(policy)
     grown.add_tokens(["foxtrotting"])
     grown.save_pretrained(policy)
@@ -438,9 +439,9 @@ def model(tmp_path):
     """A copy of the embedded policy to damage."""
     import shutil
 
-    from sppo_jax import tiny
+    from sppo_jax.hub import names
 
-    return shutil.copytree(tiny.path("policy"), tmp_path / "model")
+    return shutil.copytree(names.path("policy"), tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -494,10 +495,10 @@ def test_another_configuration_or_other_weights_in_the_same_directory_are_refuse
         main.main(words(played, iterations=2, fit__eta=5))
     manifest = json.loads((played / "manifest.json").read_text())
     changed = manifest | {"sha256": manifest["sha256"] | {"base_weights": "0" * 64}}
-    rundir.write_json(played / "manifest.json", changed)
+    files.write_json(played / "manifest.json", changed)
     with pytest.raises(BadInput, match="base_weights differ"):
         main.main(words(played, iterations=2))
-    rundir.write_json(played / "manifest.json", manifest)
+    files.write_json(played / "manifest.json", manifest)
 
 
 def test_help_lists_every_knob(capsys):

@@ -17,13 +17,16 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from sppo_jax import card, checkpoint, export, rundir, sharding, tiny
 from sppo_jax import config as configuration
+from sppo_jax import export, files, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.fit import TrainState
+from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Adapter
-from sppo_jax.rundir import RunDir
+from sppo_jax.report import model_card
+from sppo_jax.run.directory import RunDir
+from sppo_jax.training import checkpoint
 from tests import hub_stub
 
 MANIFEST = {
@@ -54,7 +57,7 @@ def begin(tmp_path):
         run = RunDir(tmp_path / "out")
         run.root.mkdir()
         run.config.write_text(configuration.dump(configuration.load([], ["--out", str(run.root), *flags])))
-        rundir.write_json(run.manifest, MANIFEST | manifest)
+        files.write_json(run.manifest, MANIFEST | manifest)
         return run
 
     return begin
@@ -63,7 +66,7 @@ def begin(tmp_path):
 @pytest.fixture(scope="module")
 def trained():
     """A policy over 4 x 2 devices that is not the base any more."""
-    model = hf.load(tiny.path("policy"), mesh=sharding.make_mesh(1, 4, 2))
+    model = hf.load(names.path("policy"), mesh=sharding.make_mesh(1, 4, 2))
     for i, (name, param) in enumerate(sorted(model.layers.items())):
         if "norm" not in name:
             param[...] = param[...] * (1 + 1e-3 * (i + 1))
@@ -103,7 +106,7 @@ def test_a_checkpoint_becomes_what_the_policy_was_on_another_mesh(begin, trained
     wanted.mkdir()
     hf.save(trained, wanted)
     assert same(weights(to), weights(wanted))
-    assert not same(weights(to), weights(tiny.path("policy")))
+    assert not same(weights(to), weights(names.path("policy")))
     assert sorted(p.relative_to(run.root) for p in run.root.rglob("*")) == before
     assert sorted(p.name for p in to.parent.iterdir()) == ["exported"]
 
@@ -116,7 +119,7 @@ def test_a_finished_iteration_is_its_last_checkpoint_and_transformers_reads_it(
 
     run, to = begin(), tmp_path / "exported"
     save(run, 1, 2, trained)
-    export.export(trained, tiny.path("policy"), run.export(1))
+    export.export(trained, names.path("policy"), run.export(1))
     export.main(command(run, to))
     assert capsys.readouterr().err == ""
     assert same(weights(to), weights(run.export(1)))
@@ -124,12 +127,12 @@ def test_a_finished_iteration_is_its_last_checkpoint_and_transformers_reads_it(
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(to)(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(trained(jax.numpy.array([ids])), logits, atol=1e-4)
-    assert (to / "README.md").read_text() == card.text(run, 1)
+    assert (to / "README.md").read_text() == model_card.text(run, 1)
 
 
 def test_without_checkpoints_the_runs_own_export_is_what_there_is(begin, trained, tmp_path):
     run, to = begin(), tmp_path / "exported"
-    export.export(trained, tiny.path("policy"), run.export(1))
+    export.export(trained, names.path("policy"), run.export(1))
     export.main(command(run, to))
     assert same(weights(to), weights(run.export(1)))
 
@@ -138,16 +141,16 @@ def test_adapters_are_merged_from_a_checkpoint_and_from_a_finished_iterations_ex
     begin, trained, tmp_path
 ):
     run, mesh = begin("--model.lora_rank", "2"), sharding.make_mesh(1, 4, 2)
-    adapted = lora.attach(hf.load(tiny.path("policy"), mesh=mesh), 2, jax.random.key(1), mesh)
+    adapted = lora.attach(hf.load(names.path("policy"), mesh=mesh), 2, jax.random.key(1), mesh)
     adapted.layers["q_lora_b"][...] = adapted.layers["q_lora_b"][...] + 0.01
     save(run, 1, 3, adapted)
     wanted = tmp_path / "wanted"
     wanted.mkdir()
     hf.save(adapted, wanted)
     export.main(command(run, tmp_path / "early"))
-    assert not same(weights(wanted), weights(tiny.path("policy")))
+    assert not same(weights(wanted), weights(names.path("policy")))
     assert same(weights(tmp_path / "early"), weights(wanted))
-    export.export(trained, tiny.path("policy"), run.export(1))
+    export.export(trained, names.path("policy"), run.export(1))
     export.main(command(run, tmp_path / "late"))
     assert same(weights(tmp_path / "late"), weights(run.export(1)))
 
@@ -155,14 +158,14 @@ def test_adapters_are_merged_from_a_checkpoint_and_from_a_finished_iterations_ex
 def test_iteration_0_is_the_base_itself(begin, tmp_path):
     run, to = begin(), tmp_path / "exported"
     export.main(command(run, to, t=0))
-    assert same(weights(to), weights(tiny.path("policy")))
+    assert same(weights(to), weights(names.path("policy")))
     assert not (to / "README.md").exists()
 
 
 @pytest.fixture
 def brain(tmp_path):
     """The embedded policy as checkpoints are published: bfloat16, said by torch_dtype, with files of all kinds."""
-    base = shutil.copytree(tiny.path("policy"), tmp_path / "brain")
+    base = shutil.copytree(names.path("policy"), tmp_path / "brain")
     found = {name: x.astype(jax.numpy.bfloat16) for name, x in weights(base).items()}
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
@@ -229,7 +232,7 @@ def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, br
 def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, said):
     monkeypatch.chdir(tmp_path)
     run = begin()
-    export.export(policy, tiny.path("policy"), run.export(1))
+    export.export(policy, names.path("policy"), run.export(1))
     run.iteration(2).mkdir()  # begun, and nothing to export yet
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
@@ -245,7 +248,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(policy, tmp_path
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 3_000_000))
     monkeypatch.setattr(hf, "save", None)
     with pytest.raises(BadInput, match=r"to: 0\.00374 GB to write, 0\.003 GB free; make room"):
-        export.export(policy, tiny.path("policy"), tmp_path / "a/to")
+        export.export(policy, names.path("policy"), tmp_path / "a/to")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,12 +257,12 @@ def test_a_disk_that_fills_up_midway_leaves_what_was_there(policy, tmp_path, mon
         (directory / "model.safetensors").write_bytes(b"half")
         raise OSError(28, os.strerror(28))
 
-    export.export(policy, tiny.path("policy"), tmp_path / "to")
+    export.export(policy, names.path("policy"), tmp_path / "to")
     monkeypatch.setattr(hf, "save", full)
     with pytest.raises(BadInput, match="to: cannot be written: No space left on device"):
-        export.export(policy, tiny.path("policy"), tmp_path / "to", card="new")
+        export.export(policy, names.path("policy"), tmp_path / "to", card="new")
     assert [p.name for p in tmp_path.iterdir()] == ["to"]
-    assert same(weights(tmp_path / "to"), weights(tiny.path("policy")))
+    assert same(weights(tmp_path / "to"), weights(names.path("policy")))
     assert not (tmp_path / "to/README.md").exists()
 
 
@@ -284,7 +287,7 @@ def push(hub, tmp_path, *words, **env):
 
 def test_a_push_that_fails_loses_nothing_and_its_own_words_push_again(begin, policy, tmp_path):
     to = tmp_path / "to dir"
-    export.export(policy, tiny.path("policy"), to, card="# Card")
+    export.export(policy, names.path("policy"), to, card="# Card")
     files = {p.name: p.read_bytes() for p in to.iterdir()}
     with hub_stub.serving() as hub:
         hub.push_status = 401
@@ -326,9 +329,9 @@ def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
         "--sampling.temperature", "0.7", "--judge.path", "owner/PairRM", "--fit.eta", "1000",
         model={"name": "owner/base", "revision": "f" * 40},
     )  # fmt: skip
-    rundir.write_json(run.evaluation(0), evaluated(0, base=RATE))
-    rundir.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
-    text = card.text(run, 1)
+    files.write_json(run.evaluation(0), evaluated(0, base=RATE))
+    files.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
+    text = model_card.text(run, 1)
     assert front(text) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -337,7 +340,7 @@ def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
         "datasets": ["owner/prompts"],
         "tags": ["sppo", "self-play", "preference-optimization", "jax"],
     }
-    assert card.revision(run) == "f" * 40
+    assert model_card.revision(run) == "f" * 40
     plain = text.replace("\\", "")
     for words in (
         f"owner/base at revision {'f' * 40}", "c0ffee", "hf:owner/prompts (heldout 6, iteration 1 128)",
@@ -353,13 +356,13 @@ def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
 def test_the_card_does_without_evaluations_and_is_replaced_when_they_come(begin):
     run = begin()
     run.export(1).mkdir(parents=True)
-    card.write(run, 1)
+    model_card.write(run, 1)
     assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
-    rundir.write_json(run.evaluation(0), evaluated(0, base=RATE))
-    card.write(run, 1)
+    files.write_json(run.evaluation(0), evaluated(0, base=RATE))
+    model_card.write(run, 1)
     assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
-    rundir.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
-    card.write(run, 1)
+    files.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
+    model_card.write(run, 1)
     assert "not measured yet" not in (run.export(1) / "README.md").read_text()
     assert [p.name for p in run.export(1).iterdir()] == ["README.md"]
 
@@ -370,7 +373,7 @@ def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
         "--model.path", f"{home}/my-model", "--judge.path", f"{home}/judge", "--prompts.source", f"jsonl:{home}/p.jsonl",
         "--prompts.heldout", f"jsonl:{home}/h.jsonl",
     )  # fmt: skip
-    text = card.text(run, 1)
+    text = model_card.text(run, 1)
     for word in ("jane", "secret", str(tmp_path), str(run.root)):
         assert word not in text
     assert "base_model" not in front(text)
@@ -385,7 +388,7 @@ def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
 
 def test_the_cards_command_gives_the_runs_configuration(begin):
     run = begin("--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b")
-    words = re.search(r"python -m sppo_jax\.main (.*?)\n```", card.text(run, 1), re.DOTALL)[1]
+    words = re.search(r"python -m sppo_jax\.main (.*?)\n```", model_card.text(run, 1), re.DOTALL)[1]
     again = configuration.load([], shlex.split(words.replace("\\\n", "")))
     assert configuration.changed_keys(configuration.load([run.config]), again) == []
 
@@ -393,7 +396,7 @@ def test_the_cards_command_gives_the_runs_configuration(begin):
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
 def test_names_from_outside_stay_text(begin, name):
     run = begin("--model.path", name, "--prompts.source", f"hf:{name}", versions={name: name})
-    text = card.text(run, 1)
+    text = model_card.text(run, 1)
     assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     assert not re.search(r"<script>|[^\\][`]|[^\\]\]\(|\x1b|^b", prose, re.MULTILINE)
@@ -406,7 +409,7 @@ def test_a_damaged_manifest_is_named(begin, text):
     run = begin()
     run.manifest.write_text(text)
     with pytest.raises(BadInput, match=r"manifest\.json"):
-        card.text(run, 1)
+        model_card.text(run, 1)
 
 
 def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
@@ -414,7 +417,7 @@ def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
         "--pairs.source", "hf:owner/pairs:config@main", "--iterations", "1",
         prompts={"given pairs 1": {"kept": 99, "rows": 120}, "heldout": {"kept": 6}},
     )  # fmt: skip
-    text = card.text(run, 1)
+    text = model_card.text(run, 1)
     assert front(text)["datasets"] == ["owner/pairs"]
     assert "given pairs 1 99" in text
     for word in ("plays against itself", "Sampling", "Responses per prompt", "embedded:prompts/train"):
@@ -423,9 +426,9 @@ def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
 
 def test_a_damaged_evaluation_is_named(begin):
     run = begin()
-    rundir.write_json(run.evaluation(1), {"iteration": 1})
+    files.write_json(run.evaluation(1), {"iteration": 1})
     with pytest.raises(BadInput, match=r"eval\.json: damaged"):
-        card.text(run, 1)
+        model_card.text(run, 1)
 
 
 def test_a_link_is_not_written_through(begin, tmp_path):

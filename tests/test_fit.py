@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import aot, dataset, fit, models, pairs, preferences, sharding, tiny
-from sppo_jax.checkpoint import Checkpoints
+from sppo_jax import fit, models, pairs, preferences, sharding
 from sppo_jax.config import Fit
-from sppo_jax.dataset import Layout
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics
+from sppo_jax.hub import names
 from sppo_jax.models import hf
+from sppo_jax.plan import compiled
 from sppo_jax.records import Preferences, Responses
-from sppo_jax.rundir import RunDir
+from sppo_jax.run.directory import RunDir
+from sppo_jax.run.metrics import Metrics
+from sppo_jax.training.batches import Batches, Layout, steps_per_epoch
+from sppo_jax.training.checkpoint import Checkpoints
 from tests.conftest import ODD
 
 SETTINGS = Fit(eta=10.0, learning_rate=2e-5, epochs=2, schedule_epochs=2, global_batch=4, max_grad_norm=1.0)
@@ -42,14 +44,14 @@ def pairs_of(n, how="best_worst", k=3, seed=0, eta=10.0, longest=14):
 
 def prepare(rows, settings, mesh, dtype=jnp.float32, most_tokens=None, pack=True):
     """(model, pairs with reference, batches, programs) on a mesh."""
-    model = models.load(tiny.path("policy"), mesh=mesh, dtype=dtype)
-    steps = dataset.steps_per_epoch(rows, settings.global_batch)
+    model = models.load(names.path("policy"), mesh=mesh, dtype=dtype)
+    steps = steps_per_epoch(rows, settings.global_batch)
     programs = fit.make_programs(model.architecture, model.compute_dtype, mesh, settings, steps)
     of = {"global_batch": settings.global_batch, "seed": 0, "iteration": 1, "epochs": settings.epochs}
     of |= {"shards": sharding.batch_shards(mesh), "most_tokens": most_tokens, "pack": pack}
-    ref = fit.logprobs(model, dataset.Batches(rows, **of), len(rows), programs, mesh)
+    ref = fit.logprobs(model, Batches(rows, **of), len(rows), programs, mesh)
     filled = pairs.with_reference(rows, ref)
-    return model, filled, dataset.Batches(filled, **of), programs
+    return model, filled, Batches(filled, **of), programs
 
 
 def steps_of(batches, model, programs, mesh, count=None):
@@ -314,12 +316,12 @@ def plain():
 )  # fmt: skip
 def test_gradients_equal_a_plain_reference(plain, mesh, most, pack, remat, request, monkeypatch):
     """Packed or not, in microbatches or not, on one device or eight, whatever is computed again, small chunks and blocks."""
-    from sppo_jax.models import blocked, logprob
+    from sppo_jax.models import cpu_attention, logprob
 
     settings, rows, expected = plain("best_worst", "sppo")
     monkeypatch.setattr(logprob, "CHUNK", 40)
     monkeypatch.setattr(logprob, "LOGITS", 40 * 512)
-    monkeypatch.setattr(blocked, "BLOCK", 16)
+    monkeypatch.setattr(cpu_attention, "BLOCK", 16)
     fit.make_programs.cache_clear()  # of programs traced with other sizes
     check_gradients(
         dataclasses.replace(settings, remat=remat), rows, expected, request.getfixturevalue(mesh), most, pack
@@ -343,7 +345,7 @@ def test_what_the_backward_pass_is_kept_holds_no_weights(sizes, tied, dtype, mon
     monkeypatch.setattr(logprob, "LOGITS", tokens * a.vocab // 4)  # four blocks
     model = Transformer(a, dict(hf.abstract(a, mesh)), dtype, Kernel("blocked", mesh))
     graph, params, frozen = fit.split(model)
-    batch = aot.microbatch(mesh, Layout(1, 4, rows, 7, 1, 1.0), 2)
+    batch = compiled.microbatch(mesh, Layout(1, 4, rows, 7, 1, 1.0), 2)
     forward = functools.partial(fit.forward, graph=graph, remat="layer")
     _, pullback = jax.eval_shape(forward, params, frozen, batch)
     assert len(pullback.kept) > 1
@@ -360,9 +362,9 @@ def test_gradients_of_other_losses_and_of_all_k_equal_a_plain_reference(plain, h
 
 
 def check_gradients(settings, rows, expected, mesh, most, pack):
-    model = models.load(tiny.path("policy"), mesh=mesh)
+    model = models.load(names.path("policy"), mesh=mesh)
     programs = fit.make_programs(model.architecture, model.compute_dtype, mesh, settings, 1)
-    batches = dataset.Batches(
+    batches = Batches(
         rows, global_batch=6, epochs=1, seed=0, iteration=1,
         shards=sharding.batch_shards(mesh), most_tokens=most, pack=pack,
     )  # fmt: skip
@@ -378,7 +380,7 @@ def check_gradients(settings, rows, expected, mesh, most, pack):
 
 
 def test_the_updates_that_are_asked_for_are_recorded_for_xprof(tmp_path):
-    from sppo_jax.profiling import Profiler
+    from sppo_jax.training.profiling import Profiler
 
     def recorded(directory, count, updates):
         with Profiler(directory, count) as profiler:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sppo_jax import hlo
+from sppo_jax.plan import hlo
 
 
 @pytest.mark.parametrize(

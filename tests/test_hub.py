@@ -3,26 +3,27 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from sppo_jax import hub as sppo_hub
-from sppo_jax import tiny
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names, repositories
 from tests import hub_stub
 from tests.small_game import words
 
 PROGRAM = """
 import json, sys
-from sppo_jax import errors, hub
+from sppo_jax import command
+from sppo_jax.hub import repositories
 def entry(words):
     if words[0] == "late":  # the environment changes after huggingface_hub has read it
         import os, huggingface_hub.constants
         os.environ |= {"HF_HUB_OFFLINE": "1"}
         words = words[1:]
-    found = hub.fetch(*words)
+    found = repositories.fetch(*words)
     print(json.dumps([str(found.directory), found.name, found.revision]))
-errors.call(entry)
+command.call(entry)
 """
 
 
@@ -34,7 +35,7 @@ def hub():
 
 @pytest.fixture
 def files():
-    return {path.name: path.read_bytes() for path in tiny.path("policy").iterdir()}
+    return {path.name: path.read_bytes() for path in names.path("policy").iterdir()}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def ask(hub, tmp_path):
         assert done.returncode == code, done.stderr
         if code == 0:
             directory, name, revision = json.loads(done.stdout)
-            return sppo_hub.Path(directory), name, revision, done.stderr
+            return Path(directory), name, revision, done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: ")
         assert "Traceback" not in done.stderr
@@ -194,8 +195,12 @@ def test_a_repository_of_pickles_says_how_to_convert_it(hub, files, ask):
 def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/tiny").mkdir(parents=True)
-    found = sppo_hub.fetch("owner/tiny")
-    assert (found.directory, found.name, found.revision) == (sppo_hub.Path("owner/tiny"), "owner/tiny", None)
+    found = repositories.fetch("owner/tiny")
+    assert (found.directory, found.name, found.revision) == (
+        Path("owner/tiny"),
+        "owner/tiny",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,10 +209,10 @@ def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no name is a directory by chance
-    monkeypatch.setattr(sppo_hub, "_endpoint", lambda: "http://127.0.0.1:9")
-    monkeypatch.setattr(sppo_hub, "_offline", lambda: False)
+    monkeypatch.setattr(repositories, "_endpoint", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(repositories, "_offline", lambda: False)
     with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
-        sppo_hub.fetch(name)
+        repositories.fetch(name)
 
 
 def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, interchange, records, tokens
+from sppo_jax import config, interchange, records
 from sppo_jax.errors import BadInput
 from sppo_jax.interchange import COLUMNS
 from sppo_jax.records import Pair, prompt_id
+from sppo_jax.text import chat_template
 
 EOS = (2,)
 ROWS = [
@@ -80,8 +81,10 @@ def test_the_official_codes_pairs_are_ours(official, tokenizer):
         assert (pair.chosen, pair.rejected) == (turns(prompt, better), turns(prompt, worse))
         assert (pair.chosen_probs, pair.chosen_probs_win, pair.chosen_probs_lose) == (won, win, lose)
         assert pair.prompt_id == prompt_id(prompt)
-        assert pair.prompt_ids == tokens.chat_prompt(tokenizer, prompt).ids
-        assert pair.response_ids == [tokens.written_ids(tokenizer, text, EOS) for text in (better, worse)]
+        assert pair.prompt_ids == chat_template.chat_prompt(tokenizer, prompt).ids
+        assert pair.response_ids == [
+            chat_template.written_ids(tokenizer, text, EOS) for text in (better, worse)
+        ]
         assert all(
             ids.index(2) == len(ids) - 1 for ids in pair.response_ids
         )  # </s> ends it and is nowhere else
@@ -195,7 +198,7 @@ def test_a_pair_may_fill_the_models_positions_and_no_more(tmp_path, tokenizer):
 
 def test_a_prompt_may_have_max_length_tokens_and_no_more(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row()))
-    length = len(tokens.chat_prompt(tokenizer, "Q?").ids)
+    length = len(chat_template.chat_prompt(tokenizer, "Q?").ids)
     assert read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length}")[1]["kept"] == 1
     with pytest.raises(BadInput, match="'too_long': 1"):
         read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length - 1}")

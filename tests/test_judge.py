@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo_jax import config, judge, main, preferences, report, respond, shards, tiny
+from sppo_jax import config, judge, main, preferences, respond
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics, read
-from sppo_jax.pairrm import layout
-from sppo_jax.rundir import RunDir
+from sppo_jax.hub import names
+from sppo_jax.pairrm import files
+from sppo_jax.report import page
+from sppo_jax.run import shards
+from sppo_jax.run.directory import RunDir
+from sppo_jax.run.metrics import Metrics, read
 from tests.small_game import words
 from tests.stand_ins import PROMPTS, Counting, K, Pod, Streaming, answer
 
@@ -36,7 +39,7 @@ def one_device(monkeypatch):
 
 
 def test_the_documented_conversion_is_the_one_that_errors_name():
-    assert layout.CONVERT in DOCS.read_text()
+    assert files.CONVERT in DOCS.read_text()
 
 
 @pytest.fixture
@@ -73,11 +76,11 @@ def test_the_documented_reward_model_gives_bradley_terry_matrices(tmp_path, exam
 
     torch.manual_seed(0)
     made = AutoModelForSequenceClassification.from_config(
-        AutoConfig.from_pretrained(tiny.path("policy"), num_labels=1, pad_token_id=0)
+        AutoConfig.from_pretrained(names.path("policy"), num_labels=1, pad_token_id=0)
     )
     torch.nn.init.normal_(made.score.weight, std=3)
     made.save_pretrained(tmp_path / "reward")
-    AutoTokenizer.from_pretrained(tiny.path("policy")).save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(names.path("policy")).save_pretrained(tmp_path / "reward")
     monkeypatch.setenv("REWARD_MODEL", str(tmp_path / "reward"))
     example("my_reward_model.py")
     opened = judge.from_attribute("judge.backend", "my_reward_model:judge")
@@ -171,12 +174,12 @@ def test_a_game_judged_on_the_mesh_has_the_logits_of_the_process(tmp_path):
 def test_devices_without_room_for_the_judge_are_one_line(monkeypatch):
     import jax
 
-    from sppo_jax.pairrm import jax_judge
+    from sppo_jax.pairrm import mesh_judge
 
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(jax_judge.JaxJudge, "_dispatch", full)
+    monkeypatch.setattr(mesh_judge.JaxJudge, "_dispatch", full)
     settings = config.load(overrides=["--judge.backend", "jax"])
     with pytest.raises(BadInput, match=r"no room .* lower judge.total_tokens"):
         judge.open_judge(settings.judge).compare(["Who?"], [["I", "you"]])
@@ -198,9 +201,9 @@ def test_a_judge_of_the_hub_keeps_its_commit_though_main_moves_on(backend, tmp_p
 
     def fetch(name, *, pinned, tell):
         asked.append((name, dict(pinned)))
-        return dataclasses.replace(layout.read(tiny.path("pairrm")), sources={"owner/judge": "c" * 40})
+        return dataclasses.replace(files.read(names.path("pairrm")), sources={"owner/judge": "c" * 40})
 
-    monkeypatch.setattr(layout, "fetch", fetch)
+    monkeypatch.setattr(files, "fetch", fetch)
     flags = {"judge__backend": backend, "judge__path": "owner/judge", "iterations": 1}
     main.main(words(tmp_path / "run", **flags))
     assert json.loads((tmp_path / "run/manifest.json").read_text())["judge"]["sources"] == {
@@ -398,7 +401,7 @@ def test_a_judge_on_the_mesh_waits_for_the_sampler_and_takes_whole_shards(play, 
     texts = [prompt.text for prompt in PROMPTS]
     assert backend.calls == [texts[:3], texts[3:6], texts[6:]]
     assert "judged" not in capsys.readouterr().out
-    from sppo_jax.pairrm.jax_judge import JaxJudge
+    from sppo_jax.pairrm.mesh_judge import JaxJudge
 
     assert JaxJudge.on_mesh
 
@@ -435,7 +438,7 @@ def test_on_a_pod_each_process_judges_its_shards_but_on_the_mesh_all_do(tmp_path
 
 
 def test_progress_of_what_is_left_to_the_judge_counts_what_is_done(play, capsys, monkeypatch):
-    from sppo_jax import metrics as metrics_
+    from sppo_jax.run import metrics as metrics_
 
     monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(judge, "POLL_SECONDS", 0.01)
@@ -468,19 +471,19 @@ def entropy(logit: float) -> float:
 
 
 def test_a_report_of_a_run_without_judgements_has_no_table_of_them():
-    assert report.judged_rows([{"stage": "fit", "iteration": 1, "step": 0}]) == []
+    assert page.judged_rows([{"stage": "fit", "iteration": 1, "step": 0}]) == []
 
 
 def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
-    from sppo_jax import card
+    from sppo_jax.report import model_card
 
     run = RunDir(tmp_path)
-    assert card.judge_sources(run) == {}
+    assert model_card.judge_sources(run) == {}
     run.manifest.write_text(json.dumps({"judge": {"sources": {"owner/judge": "c" * 40}}}))
-    assert card.judge_sources(run) == {"owner/judge": "c" * 40}
+    assert model_card.judge_sources(run) == {"owner/judge": "c" * 40}
     run.manifest.write_text(json.dumps({"judge": ["not", "an", "object"]}))
     with pytest.raises(BadInput, match="damaged"):
-        card.judge_sources(run)
+        model_card.judge_sources(run)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import DebertaV2Config, DebertaV2Model
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import Limits, SidecarJudge, layout, original, wire
+from sppo_jax.pairrm import Limits, SidecarJudge, files, llm_blender, protocol
 
 GOLDEN = Path(__file__).parent / "golden" / "pairrm"
 TEXTS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text())
@@ -88,7 +88,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def ranker(to: Path) -> layout.Checkpoint:
+def ranker(to: Path) -> files.Checkpoint:
     """The golden model in the ranker's layout, with a backbone of random weights, which PairRM's replace."""
     shutil.copytree(GOLDEN / "backbone", to / "backbone", dirs_exist_ok=True)
     config = DebertaV2Config(**json.loads((to / "backbone" / "config.json").read_text()))
@@ -97,12 +97,12 @@ def ranker(to: Path) -> layout.Checkpoint:
     (to / "pairrm").mkdir()
     shutil.copy(GOLDEN / "pairrm" / "config.json", to / "pairrm")
     shutil.copy(GOLDEN / "pairrm_hf" / "model.safetensors", to / "pairrm")
-    return layout.read(to / "pairrm", to / "backbone")
+    return files.read(to / "pairrm", to / "backbone")
 
 
 def test_the_programs_answers_are_the_originals_matrices(tmp_path: Path, stand_in: Path) -> None:
     checkpoint = ranker(tmp_path)
-    command = original.command(sys.executable, checkpoint, threads=1)
+    command = llm_blender.command(sys.executable, checkpoint, threads=1)
     prompts, responses = ["a", "b"], [["x", "yy", "zzz"], ["", "y", "four"]]
     seen: list[tuple[int, int]] = []
     with SidecarJudge(checkpoint, command=command) as judge:
@@ -117,11 +117,11 @@ def test_the_programs_answers_are_the_originals_matrices(tmp_path: Path, stand_i
 def conversation(command: list[str], *requests: dict[str, Any]) -> list[dict[str, Any]]:
     """What the program says to `requests`, its signs of life left out."""
     said = subprocess.run(
-        command, input=b"".join(map(wire.encode, requests)), capture_output=True, timeout=60, check=False
+        command, input=b"".join(map(protocol.encode, requests)), capture_output=True, timeout=60, check=False
     )
     received, frames = bytearray(said.stdout), []
     while received:
-        frame = wire.take_frame(received)
+        frame = protocol.take_frame(received)
         assert frame is not None, received
         frames.append(frame)
     return [frame for frame in frames if "alive" not in frame]
@@ -130,7 +130,7 @@ def conversation(command: list[str], *requests: dict[str, Any]) -> list[dict[str
 def test_the_program_speaks_the_protocol_and_survives_what_the_original_raises(
     tmp_path: Path, stand_in: Path
 ) -> None:
-    command = original.command(sys.executable, ranker(tmp_path), 1)
+    command = llm_blender.command(sys.executable, ranker(tmp_path), 1)
     two = [["x", "yy"]]
     frames = conversation(
         command,
@@ -153,7 +153,7 @@ def test_the_program_speaks_the_protocol_and_survives_what_the_original_raises(
 
 
 def test_the_hf_layout_is_answered_pair_by_pair(stand_in: Path) -> None:
-    command = original.command(sys.executable, layout.read(GOLDEN / "pairrm_hf"), 1)
+    command = llm_blender.command(sys.executable, files.read(GOLDEN / "pairrm_hf"), 1)
     frames = conversation(
         command,
         {"id": 1, "prompts": ["a"], "responses": [["x", "yy"]]},
@@ -174,7 +174,7 @@ def test_the_hf_layout_is_answered_pair_by_pair(stand_in: Path) -> None:
 def test_a_ranker_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, stand_in: Path) -> None:
     (tmp_path / "broken").mkdir()
     checkpoint = ranker(tmp_path / "broken")
-    command = original.command(sys.executable, checkpoint, 1)
+    command = llm_blender.command(sys.executable, checkpoint, 1)
     with (
         SidecarJudge(checkpoint, command=command) as judge,
         pytest.raises(BadInput, match=r"cannot load this PairRM: ValueError: no such ranker"),
@@ -186,10 +186,10 @@ def test_what_is_missing_is_said_and_how_to_get_it(tmp_path: Path, stand_in: Pat
     checkpoint = ranker(tmp_path)
     for python in ("", str(tmp_path / "nowhere"), str(GOLDEN)):
         with pytest.raises(BadInput, match=r"judge\.python=.*requirements-llm-blender\.txt"):
-            original.command(python, checkpoint, 1)
+            llm_blender.command(python, checkpoint, 1)
     shutil.rmtree(stand_in / "llm_blender")
     with (
-        SidecarJudge(checkpoint, command=original.command(sys.executable, checkpoint, 1)) as judge,
+        SidecarJudge(checkpoint, command=llm_blender.command(sys.executable, checkpoint, 1)) as judge,
         pytest.raises(BadInput, match=r"no llm-blender that works.*requirements-llm-blender\.txt") as caught,
     ):
         judge.compare(["a"], [["x", "y"]])
@@ -198,26 +198,26 @@ def test_what_is_missing_is_said_and_how_to_get_it(tmp_path: Path, stand_in: Pat
 
 def test_limits_are_passed_on_or_refused(tmp_path: Path, stand_in: Path) -> None:
     checkpoint = ranker(tmp_path)
-    command = original.command(sys.executable, checkpoint, 1, Limits(source=100))
+    command = llm_blender.command(sys.executable, checkpoint, 1, Limits(source=100))
     assert command[-4:] == ["--source", "100", "--candidate", "412"]
     with pytest.raises(BadInput, match=r"set the judge's total limit to 0 or 924, not 2000"):
-        original.command(sys.executable, checkpoint, 1, Limits(source=100, total=2000))
+        llm_blender.command(sys.executable, checkpoint, 1, Limits(source=100, total=2000))
 
 
 def test_backbone_without_weights_is_left_to_the_original(tmp_path: Path) -> None:
     checkpoint = ranker(tmp_path)
-    command = original.command(sys.executable, checkpoint)
+    command = llm_blender.command(sys.executable, checkpoint)
     assert command[command.index("--backbone") + 1] == str(checkpoint.backbone)
     assert checkpoint.backbone is not None
     (checkpoint.backbone / "model.safetensors").unlink()
-    assert "--backbone" not in original.command(sys.executable, checkpoint)
-    assert "--backbone" not in original.command(sys.executable, replace(checkpoint, backbone=None))
+    assert "--backbone" not in llm_blender.command(sys.executable, checkpoint)
+    assert "--backbone" not in llm_blender.command(sys.executable, replace(checkpoint, backbone=None))
 
 
 def test_backbone_whose_path_misleads_the_original_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dolphin").mkdir()
     with pytest.raises(BadInput, match=r"'phi' is in its name; move it elsewhere"):
-        original.command(sys.executable, ranker(tmp_path / "dolphin"))
+        llm_blender.command(sys.executable, ranker(tmp_path / "dolphin"))
 
 
 @pytest.mark.parametrize("with_weights", [True, False])
@@ -234,14 +234,14 @@ def test_ranker_that_is_another_models_is_refused(
     if not with_weights:  # as a backbone from the hub, which llm-blender fetches by that name
         checkpoint = replace(checkpoint, backbone=None)
     with pytest.raises(BadInput, match=rf"is in its {key} '{name}'; only a DeBERTa"):
-        original.command(sys.executable, checkpoint)
+        llm_blender.command(sys.executable, checkpoint)
 
 
 def test_weights_that_were_not_hashed_are_refused(tmp_path: Path) -> None:
     checkpoint = ranker(tmp_path)
     (checkpoint.directory / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(BadInput, match=r"would load .*pytorch_model\.bin', not model\.safetensors"):
-        original.command(sys.executable, checkpoint)
+        llm_blender.command(sys.executable, checkpoint)
 
 
 def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) 
     site, theirs = tmp_path / "site-packages", tmp_path / "theirs"
     (site / "sppo_jax" / "pairrm").mkdir(parents=True)
     for name in ("original.py", "wire.py"):
-        shutil.copy(Path(original.__file__).with_name(name), site / "sppo_jax" / "pairrm")
+        shutil.copy(Path(llm_blender.__file__).with_name(name), site / "sppo_jax" / "pairrm")
     (site / "llm_blender").mkdir()
     (site / "llm_blender" / "__init__.py").write_text("raise RuntimeError('ours')")
     theirs.mkdir()
@@ -282,13 +282,13 @@ def test_the_original_gives_the_golden_logits(which: str, tmp_path: Path) -> Non
         (hf / "tokenizer_config.json").write_text(
             json.dumps(tokens | {"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm"})
         )
-        checkpoint = layout.read(hf)
+        checkpoint = files.read(hf)
     with np.load(GOLDEN / "golden.npz") as stored:
         golden = dict(stored)
     for name in ("full_b1", "special_b1", "short_b1"):
         case = TEXTS["cases"][name]
         limits = Limits(case["source_max_length"], case["candidate_max_length"])
-        command = original.command(PYTHON, checkpoint, 1, limits)
+        command = llm_blender.command(PYTHON, checkpoint, 1, limits)
         prompts = [TEXTS["sources"][e] for e in case["examples"]]
         responses = [TEXTS["candidates"][e] for e in case["examples"]]
         if which == "hf":  # whose way does not replace "[SEP]", as the ranker's does

@@ -9,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from sppo_jax import models, sharding, tiny
+from sppo_jax import models, sharding
+from sppo_jax.hub import names
 from sppo_jax.models import Transformer, hf, logprob
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.logprob import response_logprob
@@ -22,7 +23,7 @@ ANSWERS = [[60, 70, 2], [60, 71, 72, 73, 80, 2], [500, 501, 502, 503]]
 def theirs():
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny.path("policy"), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(names.path("policy"), dtype=torch.float32).eval()
 
 
 def brute_force(theirs, prompt, answer):
@@ -171,7 +172,7 @@ def equations(jaxpr):
 
 
 def test_a_label_beyond_the_vocabulary_has_no_logprob(policy, eight_devices):
-    several = models.load(tiny.path("policy"), mesh=eight_devices)
+    several = models.load(names.path("policy"), mesh=eight_devices)
     label = jnp.zeros((8, 4), jnp.int32).at[1, 2].set(policy.architecture.vocab)
     for model in (policy, several):
         hidden_BTD = jnp.ones((8, 4, policy.architecture.model))
@@ -199,7 +200,7 @@ def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy)
 
 
 def test_T39_logprobs_stay_float32_and_below_zero_in_bfloat16_compute(policy):
-    half = models.load(tiny.path("policy"), dtype=jnp.bfloat16)
+    half = models.load(names.path("policy"), dtype=jnp.bfloat16)
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
     args = batch(pairs, 32)
     ours = response_logprob(half, *args)
@@ -228,9 +229,9 @@ def test_padding_and_batch_mates_do_not_change_a_logprob(policy):
 
 
 def test_the_table_covers_every_tensor_of_the_checkpoint():
-    architecture = hf.read_architecture(tiny.path("policy"))
+    architecture = hf.read_architecture(names.path("policy"))
     ours = {name for t in hf.table(architecture) for name in t.names(architecture)}
     from safetensors import safe_open
 
-    with safe_open(tiny.path("policy") / "model.safetensors", "numpy") as tensors:
+    with safe_open(names.path("policy") / "model.safetensors", "numpy") as tensors:
         assert set(tensors.keys()) == ours

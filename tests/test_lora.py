@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import export, fit, main, models, sharding, tiny
+from sppo_jax import export, fit, main, models, sharding
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from tests import test_fit
 from tests.small_game import words
@@ -175,16 +176,16 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
     described = json.loads((run / "iter_2/adapter" / lora.CONFIG).read_text())
     assert (described["base_model_name_or_path"], described["r"]) == ("embedded:policy", 4)
     mesh = sharding.make_mesh(1, 1, 1, devices=devices[:1])
-    model = lora.load(models.load(tiny.path("policy")), run / "iter_2/adapter", mesh)
+    model = lora.load(models.load(names.path("policy")), run / "iter_2/adapter", mesh)
     table = {t.path: t for t in hf.table(model.architecture)}
     exported = models.load(run / "iter_2/export").layers["gate"][...]
     ours = [entry.read() for entry in hf.entries(model, table["layers.gate"], np.dtype(np.float32))]
     np.testing.assert_allclose(np.stack([x.T for x in ours]), np.asarray(exported), atol=1e-7)
-    assert np.abs(np.asarray(exported - models.load(tiny.path("policy")).layers["gate"][...])).max() > 1e-4
+    assert np.abs(np.asarray(exported - models.load(names.path("policy")).layers["gate"][...])).max() > 1e-4
     tokens = np.arange(3, 20)[None]
     theirs = AutoModelForCausalLM.from_pretrained(run / "iter_2/export").eval()
     peft = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny.path("policy")).eval(), run / "iter_2/adapter"
+        AutoModelForCausalLM.from_pretrained(names.path("policy")).eval(), run / "iter_2/adapter"
     )
     with torch.no_grad():
         expected, found = (m(torch.tensor(tokens)).logits.numpy() for m in (theirs, peft))
@@ -213,7 +214,7 @@ def test_adapters_stopped_in_the_middle_of_training_go_on_to_the_same_bits(tmp_p
 def test_frozen_weights_lose_nothing_of_what_the_files_hold(stored, kept, tmp_path, monkeypatch):
     """Under bfloat16 compute: kept as bfloat16 where that is all there is, else exports would be rounded."""
     base = tmp_path / "base"
-    export.export(models.load(tiny.path("policy")), tiny.path("policy"), base, dtype=stored)
+    export.export(models.load(names.path("policy")), names.path("policy"), base, dtype=stored)
     seen = []
 
     def attach(model, rank, key, mesh):

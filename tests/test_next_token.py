@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sppo_jax import sharding
-from sppo_jax.next_token import exponential, in_top_k, next_token
+from sppo_jax.sampler.next_token import exponential, in_top_k, next_token
 
 draw = jax.jit(next_token, static_argnames=("temperature", "top_p", "top_k"))
 

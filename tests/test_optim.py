@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sppo_jax.config import Fit
-from sppo_jax.optim import make_optimizer, schedule
+from sppo_jax.training.optimizer import make_optimizer, schedule
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sppo_jax import sharding
-from sppo_jax.models import attention, paged
-from sppo_jax.models.paged import PAGE
+from sppo_jax.models import attention
+from sppo_jax.sampler import paging
+from sppo_jax.sampler.paging import PAGE
 from tests.conftest import ODD
 
 SLOTS, WIDTH, POOL = 32, 4, 136  # pages of one replica; several groups of live ones
@@ -48,22 +49,22 @@ def random_batch(seed, replicas=1, a=LAYER):
     return Batch(draw(SLOTS, a.heads, a.head_dim), keys, values, position, table, np.ones(SLOTS, bool))
 
 
-fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paged.fill, paged.copy))
-work = jax.jit(paged.work, static_argnames=("window", "mesh"))
+fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paging.fill, paging.copy))
+work = jax.jit(paging.work, static_argnames=("window", "mesh"))
 
 
 @functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "kernel", "mesh"))
 def fill_and_attend(pages, q, keys, values, position, table, active, *, window, softcap, scale, kernel, mesh):
     rows = jnp.arange(len(position))
-    pages = paged.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
-    work = paged.work(position, active, table, window, mesh)
+    pages = paging.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
+    work = paging.work(position, active, table, window, mesh)
     k, v = keys[rows, position], values[rows, position]
-    return paged.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh)
+    return paging.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh)
 
 
 def attend(mesh, batch, *, a=LAYER, quantize=False, pages=None, kernel="xla", **options):
     """Prefill the columns before `position`, then one decode step at it: output [B, H, C], and pages."""
-    pages = paged.empty(POOL, a, jnp.float32, mesh, quantize=quantize) if pages is None else pages
+    pages = paging.empty(POOL, a, jnp.float32, mesh, quantize=quantize) if pages is None else pages
     options = {"window": None, "softcap": None, "scale": None, "kernel": kernel, "mesh": mesh} | options
     out, pages = fill_and_attend(pages, *vars(batch).values(), **options)
     return np.asarray(out), jax.tree.map(np.asarray, pages)
@@ -88,7 +89,7 @@ def test_ragged_lengths_equal_dense_attention(one_device, options):
 def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(
-        paged, "GROUP", 48
+        paging, "GROUP", 48
     )  # several groups; and a window of its own, so that it is compiled anew
     batch = random_batch(0)
     out, _ = attend(one_device, batch, window=200)
@@ -105,7 +106,7 @@ def test_a_window_visits_only_its_pages(one_device):
 
 def test_prefill_lands_in_its_own_pages_alone(one_device):
     batch = random_batch(1)
-    before = jax.tree.map(lambda x: jnp.full_like(x, 7), paged.empty(POOL, LAYER, jnp.float32, one_device))
+    before = jax.tree.map(lambda x: jnp.full_like(x, 7), paging.empty(POOL, LAYER, jnp.float32, one_device))
     length = np.tile(np.array([0, 1, 63, 64, 65, 200, 256, 0], np.int32), SLOTS // 8)
     after = fill(before, batch.keys, batch.values, batch.table, length, mesh=one_device)
     expected = np.full_like(before.values, 7)
@@ -119,7 +120,7 @@ def test_prefill_lands_in_its_own_pages_alone(one_device):
 
 def test_a_prompt_shorter_than_a_page_is_stored_too(one_device):
     batch = random_batch(2)
-    pages = paged.empty(POOL, LAYER, jnp.float32, one_device)
+    pages = paging.empty(POOL, LAYER, jnp.float32, one_device)
     length = np.full(SLOTS, 20, np.int32)
     short = fill(pages, batch.keys[:, :32], batch.values[:, :32], batch.table[:, :1], length, mesh=one_device)
     whole = fill(pages, batch.keys, batch.values, batch.table, length, mesh=one_device)
@@ -144,7 +145,7 @@ def test_slots_that_are_not_active_write_nothing_and_stay_finite(one_device):
     batch.active[2:6] = False
     batch.table[2], batch.table[3], batch.table[4] = -1, POOL + 5, batch.table[0]
     batch.position[5] = LONGEST + 3  # beyond the table
-    pages = paged.empty(POOL, LAYER, jnp.float32, one_device)
+    pages = paging.empty(POOL, LAYER, jnp.float32, one_device)
     out, pages = attend(one_device, batch, pages=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages))
     assert np.isfinite(out).all()
     live = batch[batch.active]
@@ -194,7 +195,7 @@ def test_eight_devices_give_the_same_bits(one_device, kv_heads):
     batch = random_batch(6, replicas=4, a=a)
     single = dataclasses.replace(batch, table=np.arange(SLOTS * WIDTH, dtype=np.int32).reshape(SLOTS, WIDTH))
     out, _ = attend(one_device, single, a=a, window=90)
-    pages = paged.empty(POOL, a, jnp.float32, mesh)
+    pages = paging.empty(POOL, a, jnp.float32, mesh)
     assert pages.values.sharding.shard_shape(pages.values.shape) == (
         POOL,
         PAGE,
@@ -207,12 +208,12 @@ def test_eight_devices_give_the_same_bits(one_device, kv_heads):
 
 def test_pages_are_what_their_shapes_and_bytes_say(eight_devices):
     for quantize in (False, True):
-        like = paged.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
-        pages = paged.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
+        like = paging.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
+        pages = paging.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
         for x, y in zip(jax.tree.leaves(pages), jax.tree.leaves(like), strict=True):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
         total = sum(x.nbytes for x in jax.tree.leaves(pages)) * LAYER.layers
-        assert total == 5 * 4 * paged.bytes_per_page(LAYER, jnp.bfloat16, quantize)
+        assert total == 5 * 4 * paging.bytes_per_page(LAYER, jnp.bfloat16, quantize)
 
 
 @pytest.mark.parametrize(
@@ -232,17 +233,17 @@ def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads
     """As benchmarks/sampler_tpu.py found with libtpu 0.0.42."""
     mesh = sharding.make_mesh(8 // tensor, 1, tensor)
     a = dataclasses.replace(LAYER, kv_heads=kv_heads, head_dim=head_dim)
-    assert paged.choose(mesh, "auto", a, dtype) == "xla"
+    assert paging.choose(mesh, "auto", a, dtype) == "xla"
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
-    assert paged.choose(mesh, "auto", a, dtype) == kernel
-    assert paged.choose(mesh, "xla", a, dtype) == "xla"
+    assert paging.choose(mesh, "auto", a, dtype) == kernel
+    assert paging.choose(mesh, "xla", a, dtype) == "xla"
 
 
 def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_device):
     gemma = dataclasses.replace(LAYER, kv_heads=8, head_dim=256)
 
     def sizes(forced, a):
-        return list(filter(paged.served(one_device, forced, a, jnp.bfloat16), range(1, 21)))
+        return list(filter(paging.served(one_device, forced, a, jnp.bfloat16), range(1, 21)))
 
     assert sizes("auto", gemma) == list(range(1, 21))  # on a CPU
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
@@ -268,7 +269,7 @@ def kernel_by_its_words(
 
 @pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 3.0, "scale": 0.5}])
 def test_the_tpu_kernel_is_given_what_it_should_see(one_device, monkeypatch, options):
-    monkeypatch.setattr(paged, "ragged_paged_attention", kernel_by_its_words)
+    monkeypatch.setattr(paging, "ragged_paged_attention", kernel_by_its_words)
     batch = random_batch(8)
     batch.active[5:9] = False
     batch.table[5:9] = -1

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from sppo_jax import pairrm, preferences
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout, pairing, torch_model
+from sppo_jax.pairrm import comparisons, files, torch_model
 from sppo_jax.pairrm.format import Formatter, Limits
 
 GOLDEN = Path(__file__).parent / "golden" / "pairrm"
@@ -42,32 +42,32 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def ranker(tmp_path_factory: pytest.TempPathFactory) -> layout.Checkpoint:
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> files.Checkpoint:
     """The same network in the layout of llm-blender/PairRM, whose tokenizer is its backbone's spm.model."""
     directory = tmp_path_factory.mktemp("ranker")
     config = (GOLDEN / "pairrm/config.json").read_text().replace("@BACKBONE@", str(GOLDEN / "backbone"))
     (directory / "config.json").write_text(config)
     shutil.copy(MODEL / "model.safetensors", directory)
-    return layout.read(directory)
+    return files.read(directory)
 
 
 @pytest.fixture(scope="module")
 def model() -> torch_model.PairRM:
-    return torch_model.load(layout.read(MODEL))
+    return torch_model.load(files.read(MODEL))
 
 
 @pytest.fixture(scope="module")
 def formatter() -> Formatter:
-    return Formatter.of(layout.read(MODEL))
+    return Formatter.of(files.read(MODEL))
 
 
 def case(
-    name: str, checkpoint: layout.Checkpoint | None = None
+    name: str, checkpoint: files.Checkpoint | None = None
 ) -> tuple[Formatter, list[str], list[list[str]]]:
     """The formatter of a golden case, reading control tokens as the reference does, its prompts and responses."""
     limits = TEXTS["cases"][name]
     formatter = Formatter.of(
-        checkpoint or layout.read(MODEL),
+        checkpoint or files.read(MODEL),
         Limits(limits["source_max_length"], limits["candidate_max_length"]),
         neutralise=False,
     )
@@ -80,15 +80,15 @@ def in_process(
 ) -> np.ndarray:
     """Logits [n, K, K] in this process, in batches of at most so many tokens."""
     logits = np.zeros((len(prompts), len(responses[0]), len(responses[0])), np.float32)
-    for batch in pairing.batches(pairing.plan(formatter, prompts, responses), tokens):
-        pairing.scatter(logits, batch, model.logits([work.pair for work in batch]))
+    for batch in comparisons.batches(comparisons.plan(formatter, prompts, responses), tokens):
+        comparisons.scatter(logits, batch, model.logits([work.pair for work in batch]))
     return logits
 
 
 @pytest.fixture(scope="module")
 def brief() -> Formatter:
     """With limits that keep the network's share of a test small."""
-    return Formatter.of(layout.read(MODEL), Limits(40, 20))
+    return Formatter.of(files.read(MODEL), Limits(40, 20))
 
 
 def antisymmetric(logits: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ def antisymmetric(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_token_ids_equal_the_reference_in_both_layouts(name: str, ranker: layout.Checkpoint) -> None:
+def test_token_ids_equal_the_reference_in_both_layouts(name: str, ranker: files.Checkpoint) -> None:
     for checkpoint in (None, ranker):
         formatter, prompts, responses = case(name, checkpoint)
         for n, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
@@ -116,7 +116,7 @@ def test_logits_equal_the_reference(
 
 @pytest.mark.parametrize("name", ["short_b1", "special_b1"])
 def test_logits_of_the_ranker_layout_equal_the_reference(
-    name: str, ranker: layout.Checkpoint, arrays: dict[str, np.ndarray]
+    name: str, ranker: files.Checkpoint, arrays: dict[str, np.ndarray]
 ) -> None:
     logits = in_process(torch_model.load(ranker), *case(name, ranker))
     np.testing.assert_allclose(logits, arrays[f"{name}/logits"], rtol=0, atol=TOLERANCE)
@@ -141,7 +141,7 @@ def test_score_does_not_depend_on_batch_mates(
 
 @pytest.mark.parametrize("total", [0, 95])
 def test_truncation_budget_belongs_to_the_prompt(total: int) -> None:
-    formatter = Formatter.of(layout.read(MODEL), Limits(48, 16, total))
+    formatter = Formatter.of(files.read(MODEL), Limits(48, 16, total))
     total = total or 48 + 2 * 16
     assert formatter.limits == Limits(48, 16, total)
     text = "the model compares two answers " * 40
@@ -153,9 +153,9 @@ def test_truncation_budget_belongs_to_the_prompt(total: int) -> None:
 
 
 def test_limits_come_from_the_argument_then_the_checkpoint_then_the_original(
-    ranker: layout.Checkpoint,
+    ranker: files.Checkpoint,
 ) -> None:
-    assert Formatter.of(layout.read(MODEL)).limits == Limits(1224, 412, 2048)
+    assert Formatter.of(files.read(MODEL)).limits == Limits(1224, 412, 2048)
     own = replace(ranker, config={**ranker.config, "source_maxlength": 100, "candidate_maxlength": 50})
     assert Formatter.of(own).limits == Limits(100, 50, 200)
     assert Formatter.of(own, Limits(candidate=60)).limits == Limits(100, 60, 220)
@@ -171,7 +171,7 @@ def test_limits_come_from_the_argument_then_the_checkpoint_then_the_original(
 
 
 def test_texts_of_which_only_a_part_is_read_are_marked() -> None:
-    formatter = Formatter.of(layout.read(MODEL), Limits(20, 20))
+    formatter = Formatter.of(files.read(MODEL), Limits(20, 20))
     word = "model "
     room = 20 - 3  # [CLS], prefix, [SEP]
     assert len(formatter.body(word * room)) == room
@@ -257,8 +257,8 @@ def test_any_text_gets_finite_scores_and_antisymmetric_preferences(
 
 
 def test_equal_responses_are_scored_once(formatter: Formatter) -> None:
-    assert len(pairing.plan(formatter, ["x"], [["a", "b", "c", "d", "e"]])) == 20
-    works = pairing.plan(formatter, ["x"], [["a", "a", "a", "b"]])
+    assert len(comparisons.plan(formatter, ["x"], [["a", "b", "c", "d", "e"]])) == 20
+    works = comparisons.plan(formatter, ["x"], [["a", "a", "a", "b"]])
     assert len(works) == 3  # a-a, a-b, b-a
     assert sorted(cell for work in works for cell in work.cells) == [
         (0, i, j) for i in range(4) for j in range(4) if i != j
@@ -267,8 +267,8 @@ def test_equal_responses_are_scored_once(formatter: Formatter) -> None:
 
 def test_batches_stay_within_their_tokens(formatter: Formatter) -> None:
     _, prompts, responses = case("full_b1")
-    works = pairing.plan(formatter, prompts, responses)
-    batches = list(pairing.batches(works, 300))
+    works = comparisons.plan(formatter, prompts, responses)
+    batches = list(comparisons.batches(works, 300))
     assert sorted(id(work) for batch in batches for work in batch) == sorted(map(id, works))
     assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= 300 for batch in batches)
 
@@ -295,7 +295,7 @@ def test_weights_must_fit_exactly(tmp_path: Path, change: dict[str, Any], compla
     weights = {**load_file(MODEL / "model.safetensors"), **change}
     save_file({k: v for k, v in weights.items() if v is not None}, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match=complaint):
-        torch_model.load(layout.read(tmp_path))
+        torch_model.load(files.read(tmp_path))
 
 
 @pytest.mark.skipif(

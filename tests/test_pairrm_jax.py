@@ -21,20 +21,20 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import disentangled, jax_judge, jax_model, layout, pairing, torch_model
+from sppo_jax.pairrm import comparisons, deberta_attention, files, jax_model, mesh_judge, torch_model
 from sppo_jax.pairrm.format import Formatter, Limits
-from sppo_jax.pairrm.jax_judge import JaxJudge
+from sppo_jax.pairrm.mesh_judge import JaxJudge
 from tests.test_pairrm import CASES, GOLDEN, MODEL, TEXTS, TOLERANCE, case
 
-CHECKPOINT = layout.read(MODEL)
-SHIPPED = dict(jax_judge.BUCKETS)
+CHECKPOINT = files.read(MODEL)
+SHIPPED = dict(mesh_judge.BUCKETS)
 HERE = ("heads", "gather", "shift", "pallas_interpreted")  # the forms that a CPU can run
 
 
 @pytest.fixture(autouse=True)
 def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs per mesh, not seven: compiling is what these tests cost."""
-    monkeypatch.setitem(jax_judge.BUCKETS, "cpu", (128, 640))
+    monkeypatch.setitem(mesh_judge.BUCKETS, "cpu", (128, 640))
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,14 @@ def judge(name: str, mesh: Mesh, **options: Any) -> JaxJudge:
 def test_table_rows_equal_those_of_transformers(
     buckets: int, farthest: int, arrays: dict[str, np.ndarray]
 ) -> None:
-    rows = disentangled.table_rows(2047, buckets, farthest)
+    rows = deberta_attention.table_rows(2047, buckets, farthest)
     distance = torch.arange(-2047, 2048)
     theirs = make_log_bucket_position(distance, buckets, farthest).long().numpy()
     np.testing.assert_array_equal(rows, np.clip(theirs + buckets, 0, 2 * buckets - 1))
     for name, sizes in (("debug/bucket_tiny", (16, 64)), ("debug/bucket_large", (256, 512))):
         if sizes == (buckets, farthest):
             distance, bucket = arrays[name].T
-            rows = disentangled.table_rows(int(distance[-1]), buckets, farthest)
+            rows = deberta_attention.table_rows(int(distance[-1]), buckets, farthest)
             np.testing.assert_array_equal(rows, np.clip(bucket + buckets, 0, 2 * buckets - 1))
 
 
@@ -88,7 +88,7 @@ def test_form_of_attention_follows_the_devices() -> None:
         ("tpu", "TPU v6 lite", "pallas"),
     ):
         mesh = Mesh(np.array([Device(platform, kind)], object), ("data",))
-        assert disentangled.form_of(mesh) == form, kind
+        assert deberta_attention.form_of(mesh) == form, kind
 
 
 @pytest.mark.parametrize("length", [40, 256])
@@ -98,7 +98,7 @@ def test_every_form_of_attention_is_the_formula(length: int) -> None:
     q, k, v = rng.standard_normal((3, 2, length, heads, channels), np.float32)
     keys, queries = rng.standard_normal((2, 2 * buckets, heads, channels), np.float32)
     n = np.array([length, length - 37], np.int32)
-    rows = disentangled.table_rows(length, buckets, 2 * buckets)
+    rows = deberta_attention.table_rows(length, buckets, 2 * buckets)
 
     at = np.arange(length)
     row = rows[at[:, None] - at + length]
@@ -110,7 +110,7 @@ def test_every_form_of_attention_is_the_formula(length: int) -> None:
 
     arguments = [jnp.asarray(x) for x in (q, k, v, keys, queries, n)]
     for form in HERE:
-        found = jax.jit(functools.partial(disentangled.attend, rows=rows, form=form))(*arguments)
+        found = jax.jit(functools.partial(deberta_attention.attend, rows=rows, form=form))(*arguments)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5, err_msg=form)
 
 
@@ -130,7 +130,7 @@ def test_hidden_states_of_every_layer_equal_the_reference(
 
 def test_logits_of_the_network_equal_the_reference(arrays: dict[str, np.ndarray], one_device: Mesh) -> None:
     network = jax_model.load(CHECKPOINT, one_device, jnp.float32)
-    works = pairing.in_order(pairing.plan(*case("short_b1")))
+    works = comparisons.in_order(comparisons.plan(*case("short_b1")))
     wanted = arrays["short_b1/logits"]
     for work in (works[0], works[-1]):  # alone, without padding
         pair = work.pair
@@ -164,7 +164,7 @@ def test_every_device_scores_pairs_of_its_own(eight_devices: Mesh) -> None:
 
         opened._forward = noted
         opened.compare(["x"], [["a", "b", "c"]])
-    full = 8 * jax_judge.rows(128, "cpu")
+    full = 8 * mesh_judge.rows(128, "cpu")
     assert [x.shape for x in seen] == [(full, 128), (full,), (full, 3), (full,)]
     for x in seen:
         shards = x.addressable_shards
@@ -179,7 +179,7 @@ def test_both_layouts_and_the_kernel_give_the_reference_logits(
     (tmp_path / "config.json").write_text(config)
     shutil.copy(MODEL / "model.safetensors", tmp_path)
     _, prompts, responses = case("full_b1")
-    with JaxJudge(layout.read(tmp_path), mesh=one_device, form="pallas_interpreted") as opened:
+    with JaxJudge(files.read(tmp_path), mesh=one_device, form="pallas_interpreted") as opened:
         found = opened.compare(prompts[:1], [responses[0][:2]])
     np.testing.assert_allclose(found, arrays["full_b1/logits"][:1, :2, :2], rtol=0, atol=TOLERANCE)
 
@@ -197,8 +197,8 @@ def test_score_does_not_depend_on_batch_order_or_bucket(
         order = [3, 1, 4, 0, 2]
         mixed = opened.compare(prompts[::-1], [[row[k] for k in order] for row in responses[::-1]])
         np.testing.assert_allclose(mixed[::-1], whole[:, order][:, :, order], rtol=0, atol=1e-5)
-    monkeypatch.setitem(jax_judge.BUCKETS, "cpu", (256, 640))
-    monkeypatch.setitem(jax_judge.DEVICE_TOKENS, "cpu", 2000)
+    monkeypatch.setitem(mesh_judge.BUCKETS, "cpu", (256, 640))
+    monkeypatch.setitem(mesh_judge.DEVICE_TOKENS, "cpu", 2000)
     with JaxJudge(CHECKPOINT, mesh=eight_devices) as opened:
         np.testing.assert_allclose(opened.compare(prompts, responses), whole, rtol=0, atol=1e-5)
 
@@ -208,8 +208,8 @@ def test_one_program_per_bucket_whatever_is_left_over(eight_devices: Mesh) -> No
     seen: list[tuple[int, int]] = []
     with JaxJudge(CHECKPOINT, mesh=eight_devices) as opened:
         whole = opened.compare(prompts, responses, lambda *step: seen.append(step))
-        works = pairing.plan(opened._formatter, prompts, responses)
-        used = {size for size, _ in jax_judge.batches(works, "cpu", 8)}
+        works = comparisons.plan(opened._formatter, prompts, responses)
+        used = {size for size, _ in mesh_judge.batches(works, "cpu", 8)}
         assert opened._forward._cache_size() == len(used)
         opened.compare(prompts[:3], [row[:2] for row in responses[:3]])
         program = opened._forward
@@ -226,28 +226,28 @@ def test_one_program_per_bucket_whatever_is_left_over(eight_devices: Mesh) -> No
 
 def test_batches_hold_every_pair_once_in_few_shapes() -> None:
     _, prompts, responses = case("full_b1")
-    works = pairing.plan(Formatter.of(CHECKPOINT), prompts, responses)
+    works = comparisons.plan(Formatter.of(CHECKPOINT), prompts, responses)
     for platform in ("cpu", "tpu"):
-        found = list(jax_judge.batches(works, platform, 4))
+        found = list(mesh_judge.batches(works, platform, 4))
         assert sorted(id(work) for _, batch in found for work in batch) == sorted(map(id, works))
         for size, batch in found:
             assert len(batch[0].pair) <= size
-            assert len(batch) <= 4 * jax_judge.rows(size, platform)
-            full = 4 * jax_judge.rows(size, platform)
-            ids, lengths, marks = jax_judge.padded(batch, size, full)
+            assert len(batch) <= 4 * mesh_judge.rows(size, platform)
+            full = 4 * mesh_judge.rows(size, platform)
+            ids, lengths, marks = mesh_judge.padded(batch, size, full)
             assert (ids.shape, lengths.shape, marks.shape) == ((full, size), (full,), (full, 3))
-        assert all(len(batch) == 4 * jax_judge.rows(size, platform) for size, batch in found[:-1])
+        assert all(len(batch) == 4 * mesh_judge.rows(size, platform) for size, batch in found[:-1])
 
 
 def test_bucket_is_the_smallest_that_fits() -> None:
     for platform, shipped in (
         ("cpu", SHIPPED["cpu"]),
-        ("tpu", jax_judge._BUCKETS),
-        ("gpu", jax_judge._BUCKETS),
+        ("tpu", mesh_judge._BUCKETS),
+        ("gpu", mesh_judge._BUCKETS),
     ):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(jax_judge, "BUCKETS", SHIPPED)
-            found = {length: jax_judge.bucket(length, platform) for length in range(1, 4000)}
+            patched.setattr(mesh_judge, "BUCKETS", SHIPPED)
+            found = {length: mesh_judge.bucket(length, platform) for length in range(1, 4000)}
         assert list(shipped) == sorted(set(shipped))
         assert shipped[-1] == 2048  # what the checkpoint's own limits make of the longest texts
         assert all(found[size] == size for size in shipped)
@@ -258,7 +258,7 @@ def test_bucket_is_the_smallest_that_fits() -> None:
         assert (found[2049], found[2560], found[2561]) == (2560, 2560, 3072)
         assert all(a <= b for a, b in itertools.pairwise(found.values()))
         if platform != "cpu":
-            assert not any(size % disentangled.BLOCK for size in found.values())
+            assert not any(size % deberta_attention.BLOCK for size in found.values())
 
 
 def test_nothing_is_asked_of_devices_before_compare(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +288,12 @@ def test_numbers_of_responses_at_the_edge_and_what_is_cut(one_device: Mesh) -> N
     assert equal[0, 0, 2] == equal[0, 1, 2]
 
 
-def changed(directory: Path, change: dict[str, Any]) -> layout.Checkpoint:
+def changed(directory: Path, change: dict[str, Any]) -> files.Checkpoint:
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(MODEL / name, directory)
     weights = {**load_file(MODEL / "model.safetensors"), **change}
     save_file({k: v for k, v in weights.items() if v is not None}, directory / "model.safetensors")
-    return layout.read(directory)
+    return files.read(directory)
 
 
 def test_weights_must_fit_exactly_and_as_in_torch(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_bfloat16_is_near_and_float32_is_multiplied_in_float32(
     ) == products  # fmt: skip
 
 
-def large(directory: Path, layers: int) -> layout.Checkpoint:
+def large(directory: Path, layers: int) -> files.Checkpoint:
     """Random weights as wide as DeBERTa-v3-large, under a small vocabulary; scaled so that every layer matters."""
     config = json.loads((MODEL / "config.json").read_text()) | {
         "vocab_size": 773, "hidden_size": 1024, "num_attention_heads": 16, "attention_head_size": 64, "intermediate_size": 4096,
@@ -346,7 +346,7 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
     shutil.copy(MODEL / "tokenizer.json", directory)
     rng = np.random.default_rng(0)
     sizes = jax_model.Deberta.of(
-        layout.Checkpoint(directory, config | {"max_relative_positions": -1}, directory, directory)
+        files.Checkpoint(directory, config | {"max_relative_positions": -1}, directory, directory)
     )
     weights = {}
     for tensor in jax_model.table(sizes):
@@ -360,11 +360,11 @@ def large(directory: Path, layers: int) -> layout.Checkpoint:
                 x /= np.sqrt(x.shape[1], dtype=np.float32)
             weights[name] = 200 * x if tensor.path == "head_out" else x  # or the logit would be 3e-4
     save_file(weights, directory / "model.safetensors")
-    return layout.read(directory)
+    return files.read(directory)
 
 
 @pytest.fixture
-def real_size(tmp_path: Path) -> Iterator[layout.Checkpoint]:
+def real_size(tmp_path: Path) -> Iterator[files.Checkpoint]:
     """24 layers, whose 1.2 GB do not stay behind in pytest's directory."""
     try:
         yield large(tmp_path, 24)
@@ -372,7 +372,7 @@ def real_size(tmp_path: Path) -> Iterator[layout.Checkpoint]:
         (tmp_path / "model.safetensors").unlink(missing_ok=True)
 
 
-def test_the_real_size_equals_torch(real_size: layout.Checkpoint, one_device: Mesh) -> None:
+def test_the_real_size_equals_torch(real_size: files.Checkpoint, one_device: Mesh) -> None:
     checkpoint = real_size
     theirs = torch_model.load(checkpoint)
     pair = Formatter.of(checkpoint).pair("why? " * 40, "so it is " * 18, "the river crosses the city " * 6)
@@ -383,7 +383,7 @@ def test_the_real_size_equals_torch(real_size: layout.Checkpoint, one_device: Me
     del theirs
     network = jax_model.load(checkpoint, one_device, jnp.float32)
     ids, lengths, marks = (
-        jnp.asarray(x) for x in jax_judge.padded([pairing.Work(pair, [(0, 0, 1)])], 384, 1)
+        jnp.asarray(x) for x in mesh_judge.padded([comparisons.Work(pair, [(0, 0, 1)])], 384, 1)
     )
     graph, weights = nnx.split(network)  # weights are arguments: as constants the compiler would copy them
     hidden = jax.jit(lambda w, i, n: nnx.merge(graph, w).hidden(i, n)[0])(weights, ids, lengths)

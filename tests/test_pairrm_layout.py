@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout, tokenizer
+from sppo_jax.pairrm import files, tokenizer
 from sppo_jax.pairrm.format import Formatter
 from tests import hub_stub
 from tests.test_pairrm import CONTROL, GOLDEN, MODEL, TEXTS, texts
@@ -39,7 +39,7 @@ def ranker(tmp_path: Path) -> Path:
     shutil.copytree(BACKBONE, directory / "deberta")
     config = (GOLDEN / "pairrm/config.json").read_text().replace("@BACKBONE@", "deberta")
     (directory / "config.json").write_text(config)
-    shutil.copy(MODEL / layout.WEIGHTS, directory)
+    shutil.copy(MODEL / files.WEIGHTS, directory)
     return directory
 
 
@@ -61,7 +61,7 @@ def edit(directory: Path, **changes: Any) -> None:
 def test_a_ranker_takes_options_and_tokenizer_from_its_backbone_and_the_vocabulary_from_its_weights(
     ranker: Path,
 ) -> None:
-    found, complete = layout.read(ranker), layout.read(MODEL)
+    found, complete = files.read(ranker), files.read(MODEL)
     assert json.loads((BACKBONE / "config.json").read_text())["vocab_size"] == 800
     assert found.config["vocab_size"] == 773
     assert (found.backbone, complete.backbone) == (ranker / "deberta", None)
@@ -69,54 +69,54 @@ def test_a_ranker_takes_options_and_tokenizer_from_its_backbone_and_the_vocabula
     assert (found.config["source_maxlength"], found.config["candidate_maxlength"]) == (1224, 412)
     for key in ("hidden_size", "position_buckets", "layer_norm_eps", "pos_att_type", "n_tasks", "drop_out"):
         assert found.config[key] == complete.config[key], key
-    again = layout.read(found.directory, found.backbone)
+    again = files.read(found.directory, found.backbone)
     assert again == found
     assert again.identity == found.identity
 
 
 def test_a_rankers_own_tokenizer_comes_before_its_backbones(ranker: Path) -> None:
     shutil.copy(SPM, ranker)
-    assert layout.read(ranker).tokenizer == ranker / "spm.model"
+    assert files.read(ranker).tokenizer == ranker / "spm.model"
     shutil.copy(MODEL / "tokenizer.json", ranker)
-    assert layout.read(ranker).tokenizer == ranker / "tokenizer.json"
+    assert files.read(ranker).tokenizer == ranker / "tokenizer.json"
 
 
 def test_a_backbone_is_looked_for_beside_the_ranker_then_here(ranker: Path, monkeypatch: Any) -> None:
     edit(ranker, model_name="elsewhere/base")
     with pytest.raises(BadInput, match="needs its backbone 'elsewhere/base'"):
-        layout.read(ranker)
+        files.read(ranker)
     monkeypatch.chdir(ranker.parent)
     shutil.copytree(BACKBONE, "elsewhere/base")
-    assert layout.read("ranker").backbone == ranker.parent / "elsewhere/base"
+    assert files.read("ranker").backbone == ranker.parent / "elsewhere/base"
     shutil.copytree(BACKBONE, ranker / "elsewhere/base")
-    assert layout.read("ranker").backbone == ranker / "elsewhere/base"
+    assert files.read("ranker").backbone == ranker / "elsewhere/base"
 
 
 def test_spm_model_serves_where_there_is_no_tokenizer_json(hf: Path) -> None:
     (hf / "tokenizer.json").unlink()
     shutil.copy(SPM, hf)
-    assert layout.read(hf).tokenizer == hf / "spm.model"
-    assert Formatter.of(layout.read(hf)).pair("a", "b", "c").ids.tolist()[:2] == [1, 769]
+    assert files.read(hf).tokenizer == hf / "spm.model"
+    assert Formatter.of(files.read(hf)).pair("a", "b", "c").ids.tolist()[:2] == [1, 769]
 
 
 def test_identity_is_of_what_scores_and_not_of_where_it_lies(ranker: Path, hf: Path) -> None:
     for directory in (ranker, hf):
-        before = layout.read(directory).identity
+        before = files.read(directory).identity
         moved = directory.rename(directory.with_name("moved"))
         edit(moved, cache_dir="/somewhere", transformers_version="9")
-        assert layout.read(moved).identity == before
+        assert files.read(moved).identity == before
         changed = {before}
-        for file in (layout.read(moved).tokenizer, moved / layout.WEIGHTS):
+        for file in (files.read(moved).tokenizer, moved / files.WEIGHTS):
             data = file.read_bytes()
             file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-            changed.add(layout.read(moved).identity)
+            changed.add(files.read(moved).identity)
             file.write_bytes(data)
-        base = layout.read(moved).backbone or moved
+        base = files.read(moved).backbone or moved
         edit(base, position_buckets=32)
-        changed.add(layout.read(moved).identity)
+        changed.add(files.read(moved).identity)
         edit(base, position_buckets=16)
         edit(moved, source_maxlength=1000)
-        changed.add(layout.read(moved).identity)
+        changed.add(files.read(moved).identity)
         assert len(changed) == 5
         moved.rename(directory)
 
@@ -158,7 +158,7 @@ def test_what_the_network_does_not_have_is_refused_by_name(
     for directory, described in ((hf, hf), (ranker, ranker / "deberta")):
         edit(described, **change)
         with pytest.raises(BadInput, match=said) as caught:
-            layout.read(directory)
+            files.read(directory)
         assert str(described / "config.json") in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -176,52 +176,52 @@ def test_what_the_network_does_not_have_is_refused_by_name(
 def test_other_rankers_are_refused_by_name(ranker: Path, change: dict[str, Any], said: str) -> None:
     edit(ranker, **change)
     with pytest.raises(BadInput, match=said):
-        layout.read(ranker)
+        files.read(ranker)
 
 
 def test_options_as_deberta_v3_publishes_them_are_read(hf: Path) -> None:
-    before = layout.read(hf)
+    before = files.read(hf)
     edit(hf, pos_att_type="p2c|c2p", n_tasks=None)
-    assert layout.read(hf).config["pos_att_type"] == ["c2p", "p2c"]
-    assert layout.read(hf).identity == before.identity
+    assert files.read(hf).config["pos_att_type"] == ["c2p", "p2c"]
+    assert files.read(hf).identity == before.identity
 
 
 def test_files_that_do_not_belong_together_are_refused(hf: Path) -> None:
     edit(hf, vocab_size=800)
     with pytest.raises(BadInput, match=r"773 tokens of 32 numbers, config.json asks for 800 of 32"):
-        layout.read(hf)
-    weights = load_file(hf / layout.WEIGHTS)
-    weights[layout.EMBEDDING] = weights[layout.EMBEDDING][:772]
-    save_file(weights, hf / layout.WEIGHTS)
+        files.read(hf)
+    weights = load_file(hf / files.WEIGHTS)
+    weights[files.EMBEDDING] = weights[files.EMBEDDING][:772]
+    save_file(weights, hf / files.WEIGHTS)
     edit(hf, vocab_size=772)
     with pytest.raises(BadInput, match="ids up to 772, but the network only 772 tokens"):
-        Formatter.of(layout.read(hf))
+        Formatter.of(files.read(hf))
     edit(hf, cand1_prefix_id=771)
     with pytest.raises(BadInput, match=r"cand1_prefix_id 771, but the tokenizer gives '<\|candidate1\|>'"):
-        Formatter.of(layout.read(hf))
+        Formatter.of(files.read(hf))
 
 
 def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no directory"):
-        layout.read(tmp_path / "nowhere")
+        files.read(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"lacks config.json"):
-        layout.read(tmp_path / "empty")
+        files.read(tmp_path / "empty")
     (hf / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match=r"lacks tokenizer.json or spm.model"):
-        layout.read(hf)
+        files.read(hf)
     (ranker / "deberta/spm.model").write_bytes(b"\x0a\xff\x01no model")
     with pytest.raises(BadInput, match="is not DeBERTa's SentencePiece model"):
-        Formatter.of(layout.read(ranker))
+        Formatter.of(files.read(ranker))
     (ranker / "deberta/tokenizer_config.json").write_text('{"do_lower_case": true}')
     with pytest.raises(BadInput, match="has do_lower_case, which this tokenizer does not do"):
-        Formatter.of(layout.read(ranker))
-    (ranker / layout.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        Formatter.of(files.read(ranker))
+    (ranker / files.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(BadInput, match=r"model.safetensors' is unreadable"):
-        layout.read(ranker)
-    save_file({"other": np.zeros(1)}, ranker / layout.WEIGHTS)
-    with pytest.raises(BadInput, match=f"lacks tensor {layout.EMBEDDING}"):
-        layout.read(ranker)
+        files.read(ranker)
+    save_file({"other": np.zeros(1)}, ranker / files.WEIGHTS)
+    with pytest.raises(BadInput, match=f"lacks tensor {files.EMBEDDING}"):
+        files.read(ranker)
     nested = '{"model_name": ' + 20 * "[" + 20 * "]" + "}"
     for text, said in (
         ("{", "is not JSON"),
@@ -236,19 +236,19 @@ def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Pa
     ):
         (ranker / "config.json").write_text(text)
         with pytest.raises(BadInput, match=said):
-            layout.read(ranker)
+            files.read(ranker)
     with pytest.raises(BadInput, match="there is no directory '~nobody-of-this-name'"):
-        layout.read("~nobody-of-this-name")
+        files.read("~nobody-of-this-name")
 
 
 def test_files_that_may_not_be_read_are_told(ranker: Path, monkeypatch: Any) -> None:
     def refuse(self: Path, **_: Any) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
-    found = layout.read(ranker)
+    found = files.read(ranker)
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(BadInput, match=r"config.json' is unreadable: .*Permission denied"):
-        layout.read(ranker)
+        files.read(ranker)
     (ranker / "deberta/tokenizer_config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"tokenizer_config.json' is unreadable: .*Permission denied"):
         Formatter.of(found)
@@ -256,7 +256,7 @@ def test_files_that_may_not_be_read_are_told(ranker: Path, monkeypatch: Any) -> 
 
 def test_a_damaged_table_of_normalisation_is_refused(ranker: Path) -> None:
     spm, options = ranker / "deberta/spm.model", ranker / "deberta/tokenizer_config.json"
-    found, data = layout.read(ranker), spm.read_bytes()
+    found, data = files.read(ranker), spm.read_bytes()
     charsmap = tokenizer._proto(data)[3]
     trie = 4 + int.from_bytes(charsmap[:4], "little")
     # Its index is sound, so that what is plain reads well; the characters that it points to begin elsewhere.
@@ -270,25 +270,25 @@ def test_a_damaged_table_of_normalisation_is_refused(ranker: Path) -> None:
 
 
 def test_a_pickled_checkpoint_comes_with_the_line_that_converts_it(hf: Path, monkeypatch: Any) -> None:
-    weights = {name: torch.from_numpy(value) for name, value in load_file(hf / layout.WEIGHTS).items()}
-    identity = load_file(hf / layout.WEIGHTS)
-    (hf / layout.WEIGHTS).unlink()
+    weights = {name: torch.from_numpy(value) for name, value in load_file(hf / files.WEIGHTS).items()}
+    identity = load_file(hf / files.WEIGHTS)
+    (hf / files.WEIGHTS).unlink()
     with pytest.raises(
         BadInput, match=r"PairRM is laid out as .* only a pytorch_model.bin, download it"
     ) as caught:
-        layout.read(hf)
-    assert str(caught.value).endswith(f"once: {layout.CONVERT}")
+        files.read(hf)
+    assert str(caught.value).endswith(f"once: {files.CONVERT}")
     torch.save(weights, hf / "pytorch_model.bin")
     with pytest.raises(
         BadInput, match=r"lacks model.safetensors; pytorch_model.bin is converted once"
     ) as caught:
-        layout.read(hf)
+        files.read(hf)
     python, flag, program = shlex.split(str(caught.value).partition("by: ")[2])
     assert (python, flag) == ("python", "-c")
     monkeypatch.chdir(hf)
     exec(program, {})
-    layout.read(hf)
-    converted = load_file(hf / layout.WEIGHTS)
+    files.read(hf)
+    converted = load_file(hf / files.WEIGHTS)
     assert converted.keys() == identity.keys()
     assert all(np.array_equal(converted[name], identity[name]) for name in identity)
 
@@ -371,14 +371,14 @@ def test_a_tokenizer_json_without_the_prefixes_gets_them_behind_its_vocabulary(t
 
 PROGRAM = """
 import json, sys
-from sppo_jax import errors
-from sppo_jax.pairrm import layout
+from sppo_jax import command
+from sppo_jax.pairrm import files
 def entry(words):
-    found = layout.fetch(words[0], pinned=json.loads(words[1]))
-    again = layout.read(found.directory, found.backbone)
+    found = files.fetch(words[0], pinned=json.loads(words[1]))
+    again = files.read(found.directory, found.backbone)
     assert again.identity == found.identity and again.config == found.config
     print(json.dumps([found.sources, found.identity, str(found.tokenizer), str(found.backbone)]))
-errors.call(entry)
+command.call(entry)
 """
 
 
@@ -401,7 +401,7 @@ def test_a_ranker_from_the_hub_brings_its_backbone_without_weights_and_stays_pin
         unread = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
         own = {
             "config.json": (GOLDEN / "pairrm/config.json").read_bytes().replace(b"@BACKBONE@", b"owner/deberta"),
-            layout.WEIGHTS: (MODEL / layout.WEIGHTS).read_bytes(),
+            files.WEIGHTS: (MODEL / files.WEIGHTS).read_bytes(),
         }  # fmt: skip
         base = contents(BACKBONE)
         ranker = hub.add("owner/ranker", own | unread)
@@ -411,7 +411,7 @@ def test_a_ranker_from_the_hub_brings_its_backbone_without_weights_and_stays_pin
             in line
         )
         hub.seen.clear()
-        backbone = hub.add("owner/deberta", base | unread | {layout.WEIGHTS: b"not needed"})
+        backbone = hub.add("owner/deberta", base | unread | {files.WEIGHTS: b"not needed"})
         sources, identity, tokens, where = ask("owner/ranker", {})
         assert sources == {"owner/ranker": ranker, "owner/deberta": backbone}
         assert sorted(hub.fetched()) == sorted(base)  # the ranker's own files came before
@@ -427,8 +427,8 @@ def test_a_ranker_from_the_hub_brings_its_backbone_without_weights_and_stays_pin
 
 
 def test_a_directory_asks_nobody(ranker: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sppo_jax.hub._download", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("sppo_jax.hub.repositories._download", lambda *_: pytest.fail("the hub was asked"))
     for directory in (ranker, MODEL):
-        found = layout.fetch(str(directory), tell=lambda text: pytest.fail(text))
-        assert found == layout.read(directory)
+        found = files.fetch(str(directory), tell=lambda text: pytest.fail(text))
+        assert found == files.read(directory)
         assert found.sources == {}

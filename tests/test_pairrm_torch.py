@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sppo_jax.pairrm import layout, torch_model
+from sppo_jax.pairrm import files, torch_model
 from sppo_jax.pairrm.format import Pair
 
 MODEL = Path(__file__).parent / "golden" / "pairrm" / "pairrm_hf"
@@ -154,7 +154,7 @@ def test_training_forgets_what_was_fixed() -> None:
 
 def test_loading_draws_nothing_at_random_and_leaves_nothing_unset() -> None:
     state = torch.random.get_rng_state()
-    model = torch_model.load(layout.read(MODEL))
+    model = torch_model.load(files.read(MODEL))
     assert torch.equal(torch.random.get_rng_state(), state)
     everything = [*model.named_parameters(), *model.named_buffers()]
     assert not any(value.is_meta for _, value in everything)
@@ -164,7 +164,7 @@ def test_loading_draws_nothing_at_random_and_leaves_nothing_unset() -> None:
 
 
 def test_bfloat16_is_near_and_answers_in_float32() -> None:
-    checkpoint = layout.read(MODEL)
+    checkpoint = files.read(MODEL)
     exact, rough = torch_model.load(checkpoint), torch_model.load(checkpoint, "cpu", torch.bfloat16)
     assert {value.dtype for value in rough.parameters()} == {torch.bfloat16}
     pairs = [pair_of(90), pair_of(40)]

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sppo_jax import dataset, pairs, preferences
+from sppo_jax import pairs, preferences
 from sppo_jax.records import Preferences, Responses, prompt_id
+from sppo_jax.training.batches import Batches
 
 
 def judged(logits, texts=None, *, prompt="q", reasons=None):
@@ -56,7 +57,7 @@ def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_
     assert [len(ids) for ids in pair.response_ids] == [4, 8]
     assert counts["truncated_responses"] == 1
     for pack in (True, False):
-        batches = dataset.Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, pack=pack)
+        batches = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, pack=pack)
         assert sequences(batches, batches[0]) == {
             (0, k): (pair.prompt_ids + ids, len(ids)) for k, ids in enumerate(pair.response_ids)
         }
@@ -126,7 +127,7 @@ def many(n):
 @pytest.mark.parametrize(("n", "size"), [(7, 3), (8, 4), (5, 8), (1, 1)])
 def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, size):
     for most in (None, 64):
-        batches = dataset.Batches(
+        batches = Batches(
             many(n), global_batch=size, epochs=3, seed=0, iteration=1, shards=2, most_tokens=most
         )
         steps, at = batches.steps_per_epoch, batches.layout
@@ -145,7 +146,7 @@ def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, siz
 
 def test_order_is_a_function_of_seed_iteration_and_step():
     def order(seed=0, iteration=1):
-        batches = dataset.Batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
+        batches = Batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
         return [batches[step]["pair"].tolist() for step in range(8)]
 
     assert order() == order()
@@ -154,7 +155,7 @@ def test_order_is_a_function_of_seed_iteration_and_step():
 
 
 def test_a_resumed_stream_continues_where_it_stopped():
-    batches = dataset.Batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
+    batches = Batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
     for start in (0, 3, 7):
         rows = [batch["pair"].tolist() for batch in batches.from_step(start)]
         assert rows == [batches[step]["pair"].tolist() for step in range(start, 8)]
@@ -175,7 +176,7 @@ def uneven(n, seed=0):
 @pytest.mark.parametrize("most", [None, 800, 1])
 def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, most):
     rows = uneven(30)
-    batches = dataset.Batches(
+    batches = Batches(
         rows, global_batch=10, epochs=1, seed=0, iteration=1, shards=2, most_tokens=most, pack=pack
     )
     at, found = batches.layout, {}

@@ -13,26 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import (
-    aot,
-    config,
-    dataset,
-    fit,
-    header,
-    hlo,
-    memory,
-    models,
-    pairs,
-    plan,
-    setting,
-    sharding,
-    stage,
-    tiny,
-    workload,
-)
-from sppo_jax.chips import GPUS, TPUS, stand_ins
+from sppo_jax import config, fit, models, pairs, sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.workload import Lengths
+from sppo_jax.hub import names
+from sppo_jax.plan import compiled, config_header, cost, hlo, search, target, workload
+from sppo_jax.plan.chips import GPUS, TPUS, stand_ins
+from sppo_jax.plan.workload import Lengths
+from sppo_jax.training import memory
+from sppo_jax.training.batches import Batches
 from tests.test_fit import pairs_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,23 +31,23 @@ PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
 def test_a_shipped_configurations_figures_are_of_that_configuration(name):
     """`make plan` writes them; whoever changes a knob that a plan depends on runs it again."""
     path = CONFIGS / f"{name}.yaml"
-    assert header.planned(path) == header.digest(config.load([path]))
+    assert config_header.planned(path) == config_header.digest(config.load([path]))
 
 
 def test_a_header_is_written_once_replaced_and_leaves_the_configuration_as_it_is(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("# What it is.\n# More.\nseed: 7\n")
     before = config.load([path])
-    header.write(path, before, ["one"])
-    header.write(path, before, ["two", "three"])
+    config_header.write(path, before, ["one"])
+    config_header.write(path, before, ["two", "three"])
     text = path.read_text()
     assert text.startswith("# What it is.\n# More.\n# Planned")
     assert text.endswith("#   two\n#   three\n# (end of the plan)\nseed: 7\n")
     assert config.load([path]) == before
-    assert header.planned(path) == header.digest(before)
-    assert header.digest(dataclasses.replace(before, seed=8)) == header.digest(before)
+    assert config_header.planned(path) == config_header.digest(before)
+    assert config_header.digest(dataclasses.replace(before, seed=8)) == config_header.digest(before)
     other = dataclasses.replace(before, fit=dataclasses.replace(before.fit, global_batch=8))
-    assert header.digest(other) != header.digest(before)
+    assert config_header.digest(other) != config_header.digest(before)
 
 
 @pytest.mark.parametrize("mean", [20, 350, 1500, 2048])
@@ -118,8 +106,8 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     mesh = request.getfixturevalue(mesh)
     settings = dataclasses.replace(config.Fit(), global_batch=16, eta=10.0)
     rows = pairs_of(16, longest=40)
-    model = models.load(tiny.path("policy"), mesh=mesh)
-    batches = dataset.Batches(
+    model = models.load(names.path("policy"), mesh=mesh)
+    batches = Batches(
         rows,
         global_batch=16,
         epochs=1,
@@ -144,7 +132,7 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     state, _ = programs.train_step(state, frozen, placed)
 
     c = dataclasses.replace(config.Config(), fit=settings)
-    found = aot.fitted(c, model.architecture, mesh, model.compute_dtype, batches.layout)
+    found = compiled.fitted(c, model.architecture, mesh, model.compute_dtype, batches.layout)
 
     def total(program):
         memory = program.memory_analysis()
@@ -152,24 +140,24 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
 
     for mine, theirs in zip((found.forward, found.backward), ran, strict=True):
         assert mine.total == pytest.approx(total(theirs), rel=0.1)
-    assert found.memory["parameters"] == aot.local_bytes(state.params)
-    assert found.memory["optimiser"] == aot.local_bytes(state.opt_state)
-    assert found.memory.get("gradients", 0) in [n * aot.local_bytes(state.params) for n in (0, 1, 2)]
+    assert found.memory["parameters"] == compiled.local_bytes(state.params)
+    assert found.memory["optimiser"] == compiled.local_bytes(state.opt_state)
+    assert found.memory.get("gradients", 0) in [n * compiled.local_bytes(state.params) for n in (0, 1, 2)]
     arguments = ran[1].memory_analysis().argument_size_in_bytes
-    assert found.saved == pytest.approx(arguments - aot.local_bytes(state.params), rel=0.1)
-    assert found.peak > aot.local_bytes(state)
+    assert found.saved == pytest.approx(arguments - compiled.local_bytes(state.params), rel=0.1)
+    assert found.peak > compiled.local_bytes(state)
 
 
 def update_of(c: config.Config, chips: int, **knobs: Any) -> memory.Update:
     on = stand_ins(TPUS["v5e"], chips)
-    mesh = setting.mesh(c.mesh, on, stand_ins=True)
-    base = memory.Update(setting.architecture(c), mesh, width=2, kernel="splash", remat="layer", longest=2560)
+    mesh = target.mesh(c.mesh, on, stand_ins=True)
+    base = memory.Update(target.architecture(c), mesh, width=2, kernel="splash", remat="layer", longest=2560)
     return dataclasses.replace(base, **knobs)
 
 
 def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits():
     c = config.load([CONFIGS / "mistral_7b.yaml"])
-    assert memory.parameters(setting.architecture(c)) == 7_241_732_096
+    assert memory.parameters(target.architecture(c)) == 7_241_732_096
     update = update_of(c, 16)
     many, few = update.most_tokens(95 * 2**30), update.most_tokens(12 * 2**30)
     assert many == 16 * memory.MOST
@@ -200,7 +188,7 @@ def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
 @pytest.mark.parametrize(("fsdp", "column"), [(1, 2 * 4096 + 3 * 4 * 128), (4, (2 + 8) * 4096 + 3 * 4 * 128)])
 def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabulary(fsdp, column):
     c = config.load([CONFIGS / "mistral_7b.yaml"])
-    a, mesh = setting.architecture(c), sharding.make_mesh(1, fsdp, 2, devices=jax.devices()[: 2 * fsdp])
+    a, mesh = target.architecture(c), sharding.make_mesh(1, fsdp, 2, devices=jax.devices()[: 2 * fsdp])
     even, odd = (
         update_of(c, 1, a=dataclasses.replace(a, vocab=vocab), mesh=mesh).kinds(128, accumulated=False)
         for vocab in (400_000, 400_001)
@@ -212,11 +200,11 @@ def test_adapters_alone_have_masters_moments_and_gradients():
     """The formula against the shapes of what would be trained."""
     c = config.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
     update = update_of(c, 4)
-    model = aot.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
+    model = compiled.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
     _, params, frozen = fit.split(model)
     kinds = update.kinds(1024, accumulated=False)
-    assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == aot.local_bytes(params)
-    assert kinds["frozen"] == aot.local_bytes(frozen)
+    assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == compiled.local_bytes(params)
+    assert kinds["frozen"] == compiled.local_bytes(frozen)
     whole = update_of(config.load([CONFIGS / "mistral_7b.yaml"]), 4)
     limit = 31.25 * 2**30
     assert update.most_tokens(limit) == 4 * memory.MOST > whole.most_tokens(limit)
@@ -224,7 +212,7 @@ def test_adapters_alone_have_masters_moments_and_gradients():
 
 def by_formula(capsys: Any, *words: str, count: int = 8) -> dict[str, Any]:
     base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
-    plan.main([*base, "--device", "h100", "--count", str(count), *words])
+    search.main([*base, "--device", "h100", "--count", str(count), *words])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -271,7 +259,7 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
     words = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json", "--price", "2"]
     found = []
     for count in ("8", "16"):
-        plan.main([*words, "--device", "h100", "--count", count])
+        search.main([*words, "--device", "h100", "--count", count])
         out = capsys.readouterr().out
         assert "by formula alone" in out
         found.append(json.loads(out.splitlines()[-1]))
@@ -313,7 +301,7 @@ def test_a_mesh_that_is_much_slower_than_another_is_told_which(capsys):
 
 def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time():
     chip = dataclasses.replace(TPUS["v5e"], latency=0.0)
-    one = stage.Stage("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
+    one = cost.Stage("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
     one.add(
         hlo.Cost(cycles=chip.cycles, sent=chip.links, waited=0.5 * chip.links), times=1, compile_seconds=3
     )
@@ -327,7 +315,7 @@ def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time
 
 def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
     with pytest.raises(BadInput, match=r"nothing that was tried fits: .*Take more chips, or train adapters"):
-        plan.main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
+        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
 
 
 @pytest.mark.parametrize(
@@ -345,7 +333,7 @@ def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
 )
 def test_what_is_wrong_with_the_flags_is_said_in_one_line(words, said):
     with pytest.raises(BadInput, match=said):
-        plan.main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
+        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
 
 
 def test_every_chip_has_its_figures():
@@ -357,7 +345,7 @@ def test_every_chip_has_its_figures():
 def test_a_small_model_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
     """With libtpu on PYTHONPATH: the whole command, in a process of its own, on two layers of a narrow Mistral."""
     pytest.importorskip("libtpu")
-    options = json.loads((setting.PUBLISHED / "mistralai/Mistral-7B-Instruct-v0.2/config.json").read_text())
+    options = json.loads((target.PUBLISHED / "mistralai/Mistral-7B-Instruct-v0.2/config.json").read_text())
     small = {
         "num_hidden_layers": 2,
         "hidden_size": 512,

@@ -13,7 +13,7 @@ import pytest
 
 from sppo_jax import sharding
 from sppo_jax.config import Sampling
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler.engine import Sampler
 from tests.pod_process import PROMPTS
 
 CHILD = Path(__file__).with_name("pod_process.py")

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, prompts, tokens
+from sppo_jax import config, prompts
 from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import prompt_id
+from sppo_jax.text import chat_template
 
 HELDOUT = ["Where can I find the fox?", "What is the opposite of hot?"]
 
@@ -49,7 +50,7 @@ def texts(n, start=0):
     ],
 )
 def test_T01_any_text_survives_and_the_judge_sees_the_same(tokenizer, text):
-    prompt = tokens.chat_prompt(tokenizer, text)
+    prompt = chat_template.chat_prompt(tokenizer, text)
     assert prompt.text == text
     shown = tokenizer.decode(prompt.ids, skip_special_tokens=True)
     assert text.strip() in shown
@@ -59,7 +60,7 @@ def test_T01_any_text_survives_and_the_judge_sees_the_same(tokenizer, text):
 def test_T02_prompt_ids_are_the_chat_template_with_its_generation_header(tokenizer, text):
     message = [{"role": "user", "content": text}]
     expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True)["input_ids"]
-    prompt = tokens.chat_prompt(tokenizer, text)
+    prompt = chat_template.chat_prompt(tokenizer, text)
     assert prompt.ids == expected
     rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(prompt.ids) == rendered
@@ -71,13 +72,13 @@ def test_T02_a_template_with_an_assistant_header_ends_in_it(tokenizer, text):
     """Mistral's template has no header of its own, so that it alone could not tell whether one was asked for."""
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    prompt = tokens.chat_prompt(other, text)
+    prompt = chat_template.chat_prompt(other, text)
     assert other.decode(prompt.ids) == f"user: {text}\nassistant:"
 
 
 @pytest.mark.parametrize("text", ["hello", "<s> hello", "</s>", "<s><s>[INST]"])
 def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
-    ids = tokens.chat_prompt(tokenizer, text).ids
+    ids = chat_template.chat_prompt(tokenizer, text).ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in ids
@@ -86,7 +87,7 @@ def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
 def test_T03_no_bos_where_the_family_has_none(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
-    assert tokenizer.bos_token_id not in tokens.chat_prompt(other, "hello").ids
+    assert tokenizer.bos_token_id not in chat_template.chat_prompt(other, "hello").ids
 
 
 def test_T04_an_over_long_prompt_is_skipped_and_counted_never_cut(tmp_path, tokenizer):

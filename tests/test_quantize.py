@@ -10,15 +10,16 @@ import pytest
 import qwix
 from flax import nnx
 
-from sppo_jax import config, prompts, tiny
-from sppo_jax import sampler as sampler_module
+from sppo_jax import config, prompts
 from sppo_jax.config import Config, Sampling
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from sppo_jax.models.logprob import response_logprob
-from sppo_jax.models.quantized import Int8, rounded
 from sppo_jax.models.transformer import Transformer, product
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler import engine as sampler_module
+from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler.quantized import Int8, rounded
 from tests.conftest import ODD
 from tests.test_sampler import TEMPERATE
 
@@ -163,7 +164,7 @@ def test_a_response_in_8_bits_does_not_depend_on_its_neighbours(sampler, sampled
 
 
 def test_tokens_are_the_same_on_eight_devices(tokenizer, asked, sampled, eight_devices):
-    model = hf.load(tiny.path("policy"), mesh=eight_devices)
+    model = hf.load(names.path("policy"), mesh=eight_devices)
     spread = Sampler(model, tokenizer, EIGHT, eight_devices)
     assert spread.replicas == 4
     found = spread.generate(asked, seed=3)

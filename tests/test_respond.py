@@ -6,11 +6,12 @@ import jax
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import metrics as metrics_
-from sppo_jax import respond, shards
+from sppo_jax import respond
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.metrics import Metrics
-from sppo_jax.rundir import RunDir
+from sppo_jax.run import metrics as metrics_
+from sppo_jax.run import shards
+from sppo_jax.run.directory import RunDir
+from sppo_jax.run.metrics import Metrics
 from tests.stand_ins import PROMPTS, Pod, Streaming, answer
 
 MADE_FROM = {"policy": "p", "configuration": "c"}

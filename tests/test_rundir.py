@@ -5,11 +5,13 @@ import multiprocessing
 
 import pytest
 
-from sppo_jax import records, rundir
+from sppo_jax import files, records
 from sppo_jax.config import Config, Fit
 from sppo_jax.errors import BadInput
+from sppo_jax.files import replacing
 from sppo_jax.records import Responses
-from sppo_jax.rundir import replacing, shard_ranges
+from sppo_jax.run import directory
+from sppo_jax.run.directory import shard_ranges
 
 ROW = Responses(1, "q", [1, 2], [[3], [4, 2]], ["a", "b"], ["length", "stop"], [-1.0, -2.5])
 
@@ -60,33 +62,33 @@ def test_T14_a_torn_shard_is_refused(tmp_path, keep):
 
 def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_path):
     config = Config(out=str(tmp_path / "run"))
-    with rundir.opened(config) as run:
-        rundir.claim(run, config)
-    with rundir.opened(dataclasses.replace(config, iterations=5)):
+    with directory.opened(config) as run:
+        directory.claim(run, config)
+    with directory.opened(dataclasses.replace(config, iterations=5)):
         pass
     other = dataclasses.replace(config, seed=3, fit=Fit(eta=5.0))
     with (
         pytest.raises(BadInput, match=r"seed \(42 there, 3 now\), fit.eta \(1000.0 there, 5.0 now\)"),
-        rundir.opened(other),
+        directory.opened(other),
     ):
         pass
 
 
 def test_a_run_that_cannot_begin_leaves_no_directory_and_an_interrupted_claim_is_no_obstacle(tmp_path):
     config = Config(out=str(tmp_path / "run"))
-    with pytest.raises(BadInput, match="wrong"), rundir.opened(config):
+    with pytest.raises(BadInput, match="wrong"), directory.opened(config):
         raise BadInput("wrong")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.yaml.part").write_text("ou")
-    with rundir.opened(config) as run:
-        rundir.claim(run, config)
+    with directory.opened(config) as run:
+        directory.claim(run, config)
     assert run.config.read_text().startswith("out: ")
 
 
 def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(BadInput, match=r"thesis\.tex"), rundir.opened(Config(out=str(tmp_path))):
+    with pytest.raises(BadInput, match=r"thesis\.tex"), directory.opened(Config(out=str(tmp_path))):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -94,12 +96,12 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
 def test_an_out_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below", "x" * 300):
-        with pytest.raises(BadInput, match="--out"), rundir.opened(Config(out=str(tmp_path / out))):
+        with pytest.raises(BadInput, match="--out"), directory.opened(Config(out=str(tmp_path / out))):
             pass
 
 
 def hold(out, held, release):
-    with rundir.opened(Config(out=out)):
+    with directory.opened(Config(out=out)):
         held.set()
         release.wait(30)
 
@@ -113,20 +115,20 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
     try:
         with (
             pytest.raises(BadInput, match=f"in use by process {other.pid}"),
-            rundir.opened(Config(out=str(tmp_path))),
+            directory.opened(Config(out=str(tmp_path))),
         ):
             pass
     finally:
         release.set()
         other.join()
-    with rundir.opened(Config(out=str(tmp_path))):  # free again, however the other ended
+    with directory.opened(Config(out=str(tmp_path))):  # free again, however the other ended
         pass
 
 
 def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("data")
-    with pytest.raises(IsADirectoryError), rundir.replacing(tmp_path / "kept") as part:
+    with pytest.raises(IsADirectoryError), files.replacing(tmp_path / "kept") as part:
         part.write_text("new")
     assert (tmp_path / "kept" / "file").read_text() == "data"
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]

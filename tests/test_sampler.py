@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import models, prompts, sharding, tiny, tokens
-from sppo_jax import sampler as sampler_module
+from sppo_jax import models, prompts, sharding
 from sppo_jax.config import Config, Sampling
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler import engine as sampler_module
+from sppo_jax.sampler.engine import Sampler
+from sppo_jax.text import chat_template
 
 TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24, slots=24)
 
@@ -23,7 +25,7 @@ TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24
 @pytest.fixture(scope="module")
 def asked(tokenizer):
     held_out = prompts.load(Config(), tokenizer).heldout
-    long = tokens.chat_prompt(tokenizer, "Where can I find the fox? " * 6)  # of another length bucket
+    long = chat_template.chat_prompt(tokenizer, "Where can I find the fox? " * 6)  # of another length bucket
     return [*held_out[:19], long]
 
 
@@ -39,7 +41,7 @@ def sampled(sampler, asked):
 
 def test_greedy_equals_transformers_generate_token_for_token_on_twenty_prompts(policy, tokenizer, asked):
     ours = Sampler(policy, tokenizer, dataclasses.replace(TEMPERATE, temperature=0.0, responses=1))
-    theirs = AutoModelForCausalLM.from_pretrained(tiny.path("policy"), dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(names.path("policy"), dtype=torch.float32).eval()
     assert len(asked) == 20
     for prompt, found in zip(asked, ours.generate(asked, seed=0), strict=True):
         ids = torch.tensor([prompt.ids])
@@ -120,7 +122,7 @@ def three_slots(policy, tokenizer, asked):
 def test_T18_eight_replicas_of_three_slots_say_what_one_of_them_says_in_every_bit(
     three_slots, tokenizer, asked, eight_flat
 ):
-    model = models.load(tiny.path("policy"), mesh=eight_flat)
+    model = models.load(names.path("policy"), mesh=eight_flat)
     eight = small(model, tokenizer, eight_flat, slots=24)
     assert eight.replicas == 8
     assert eight.generate(asked, seed=3, iteration=1) == three_slots
@@ -149,7 +151,7 @@ def test_T18_four_replicas_of_two_devices_draw_the_same_tokens(
     expected = sampled
     if temperature == 0:
         expected = small(policy, tokenizer, temperature=0.0).generate(asked, seed=3, iteration=1)
-    model = models.load(tiny.path("policy"), mesh=eight_devices)
+    model = models.load(names.path("policy"), mesh=eight_devices)
     other = small(model, tokenizer, eight_devices, temperature=temperature)
     assert other.replicas == 4
     same_tokens(other.generate(asked, seed=3, iteration=1), expected)
@@ -167,7 +169,7 @@ def test_T18_seed_and_iteration_change_the_samples(sampler, sampled, asked, chan
 
 def test_T18_prompts_do_not_share_their_draws(policy, tokenizer):
     """With the same logits everywhere, equal keys would give equal responses."""
-    flat = models.load(tiny.path("policy"))
+    flat = models.load(names.path("policy"))
     flat.head[...] = jnp.zeros_like(flat.head[...])
     rows = Sampler(flat, tokenizer, TEMPERATE).generate([f"prompt {i}" for i in range(4)], seed=0)
     everything = [tuple(ids) for row in rows for ids in row.response_ids]
@@ -265,7 +267,7 @@ def test_slots_are_refilled_while_others_go_on(policy, tokenizer, asked):
 
 def test_other_weights_are_sampled_from_at_once(policy, tokenizer, asked, sampled, sampler, compiled):
     """As in a game: released for training, then the next policy. Nothing is compiled again."""
-    other = models.load(tiny.path("policy"))
+    other = models.load(names.path("policy"))
     other.head[...] = other.head[...] * 0.5
     jax.block_until_ready(other.head[...])
     compiled.clear()
@@ -317,7 +319,7 @@ def test_a_cache_that_cannot_hold_one_response_is_refused(policy, tokenizer, ask
 def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     policy, tokenizer, asked, sampled, monkeypatch, when
 ):
-    from sppo_jax import decoding
+    from sppo_jax.sampler import programs
 
     ours = Sampler(policy, tokenizer, TEMPERATE)
     if when == "advance":
@@ -326,7 +328,7 @@ def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    place = (sampler_module._Run, "advance") if when == "advance" else (decoding.Programs, "compile")
+    place = (sampler_module._Run, "advance") if when == "advance" else (programs.Programs, "compile")
     with monkeypatch.context() as patch:
         patch.setattr(*place, full)
         with pytest.raises(BadInput, match=r"no memory for .* lower sampling\.slots"):

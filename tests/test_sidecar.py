@@ -19,14 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from sppo_jax import pairrm
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import client, layout, wire
-from sppo_jax.pairrm.client import Patience, SidecarJudge
+from sppo_jax.pairrm import files, process_judge, protocol
 from sppo_jax.pairrm.format import Limits
+from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
 from tests.faulty_sidecar import POISON, checksum
 
 GOLDEN = Path(__file__).parent / "golden" / "pairrm"
 PROGRAM = Path(__file__).with_name("faulty_sidecar.py")
-CHECKPOINT = layout.read(GOLDEN / "pairrm_hf")
+CHECKPOINT = files.read(GOLDEN / "pairrm_hf")
 TOLERANCE = 2e-5  # the reference's float32 and float64 differ by 3.2e-6
 HASTE = Patience(start=120, silence=60, pause=0.01)
 SHORT = replace(HASTE, silence=2)  # for a process that is stopped for sure; others may wait for their turn
@@ -167,7 +167,7 @@ def test_what_cannot_be_loaded_is_one_line_and_not_tried_again(tmp_path: Path) -
     save_file(weights, tmp_path / "model.safetensors")
     told: list[str] = []
     with (
-        SidecarJudge(layout.read(tmp_path), threads=1, tell=told.append) as judge,
+        SidecarJudge(files.read(tmp_path), threads=1, tell=told.append) as judge,
         pytest.raises(BadInput, match=r"lacks tensor head_layer.1.bias") as caught,
     ):
         judge.compare(["x"], [["a", "b"]])
@@ -178,7 +178,7 @@ def test_what_cannot_be_loaded_is_one_line_and_not_tried_again(tmp_path: Path) -
 def test_limits_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r"llm: '/no/such/python' cannot be started: No such file"):
         SidecarJudge(CHECKPOINT, command=["/no/such/python"], name="llm")
-    monkeypatch.setattr(client, "Child", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(process_judge, "Child", lambda *_: pytest.fail("started"))
     with pytest.raises(BadInput, match="total of 10 tokens"):
         SidecarJudge(CHECKPOINT, limits=Limits(8, 8, 10))
 
@@ -234,7 +234,7 @@ def test_wrapper_that_does_not_give_way_is_named(faulty: Callable[..., Any]) -> 
 def test_many_faults_in_a_row_and_many_requests(
     faulty: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_REQUEST_BYTES", 1)  # each prompt by itself
+    monkeypatch.setattr(process_judge, "_REQUEST_BYTES", 1)  # each prompt by itself
     judge = faulty(("kill", 1), ("json", 1), ("kill", 0), ("exit", 0), ("id", 0), ("kill", 3), ("NaN", 1))
     assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
     assert len(judge.told) == 7
@@ -298,7 +298,7 @@ def test_writing_to_a_stopped_process_does_not_block(faulty: Callable[..., Any])
     judge.compare(PROMPTS, RESPONSES)
     os.kill(judge._child.pid, signal.SIGSTOP)
     judge._child.send(
-        wire.encode({"id": 0, "prompts": [], "responses": [], "pad": "x" * 5000})
+        protocol.encode({"id": 0, "prompts": [], "responses": [], "pad": "x" * 5000})
     )  # not a whole pipe
     judge._child._write()
     prompts = [f"{n} {'x' * 10_000}" for n in range(100)]  # a megabyte, and a pipe holds 64 KiB
@@ -365,12 +365,12 @@ def test_cut_texts_are_summed(faulty: Callable[..., Any]) -> None:
 
 ORPHAN = """
 import sys, threading, time
-from sppo_jax.pairrm import layout
-from sppo_jax.pairrm.client import SidecarJudge
+from sppo_jax.pairrm import files
+from sppo_jax.pairrm.process_judge import SidecarJudge
 judge = []
 def play():
     command = [sys.executable, *sys.argv[3:]] if len(sys.argv) > 3 else None
-    judge.append(SidecarJudge(layout.read(sys.argv[2]), threads=1, command=command))
+    judge.append(SidecarJudge(files.read(sys.argv[2]), threads=1, command=command))
     print(judge[0]._child.pid, flush=True)
     judge[0].compare(["x"], [["a", "b"]])
 if sys.argv[1] == "main":

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import client, pairing, sidecar, torch_model, wire
-from sppo_jax.pairrm.client import Patience, SidecarJudge
+from sppo_jax.pairrm import comparisons, process_judge, protocol, sidecar, torch_model
+from sppo_jax.pairrm.child import Broken
 from sppo_jax.pairrm.format import Formatter, Limits
-from sppo_jax.pairrm.process import Broken
+from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
 from tests.faulty_sidecar import BROKEN_CELLS
 from tests.test_sidecar import CHECKPOINT, golden
 
@@ -35,7 +35,7 @@ def answered(
     return list(sidecar.answer(message, formatter, scorer, sidecar.Budget(tokens)))
 
 
-def lengths(batch: list[pairing.Work]) -> np.ndarray:
+def lengths(batch: list[comparisons.Work]) -> np.ndarray:
     return np.array([len(work.pair) for work in batch], np.float64)
 
 
@@ -74,9 +74,9 @@ def test_a_score_that_is_no_number_fails_alone(formatter: Formatter) -> None:
 def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
     prompts, responses = golden()
     equal_lengths = [["a", "b", "c", "d", "e"]]
-    works = pairing.plan(formatter, [*prompts, "x"], responses + equal_lengths)
+    works = comparisons.plan(formatter, [*prompts, "x"], responses + equal_lengths)
     for tokens in (50, 300, 777, 4096):
-        found = list(pairing.batches(works[::-1], tokens))
+        found = list(comparisons.batches(works[::-1], tokens))
         assert sorted(map(id, (work for batch in found for work in batch))) == sorted(map(id, works))
         assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= tokens for batch in found)
         where = {work.cells[0]: b for b, batch in enumerate(found) for work in batch}
@@ -86,7 +86,7 @@ def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
 
 
 def test_equal_pairs_are_scored_once_across_prompts(formatter: Formatter) -> None:
-    works = pairing.plan(formatter, ["x", "y", "x"], [["a", "b"], ["a", "b"], ["b", "a"]])
+    works = comparisons.plan(formatter, ["x", "y", "x"], [["a", "b"], ["a", "b"], ["b", "a"]])
     assert [work.cells for work in works] == [
         [(0, 0, 1), (2, 1, 0)],
         [(0, 1, 0), (2, 0, 1)],
@@ -117,7 +117,7 @@ def test_texts_that_are_cut_are_counted_once(formatter: Formatter) -> None:
 def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, error: Exception) -> None:
     sizes: list[int] = []
 
-    def scorer(batch: list[pairing.Work]) -> np.ndarray:
+    def scorer(batch: list[comparisons.Work]) -> np.ndarray:
         sizes.append(len(batch) * len(batch[0].pair))
         if sizes[-1] > 60:
             raise error
@@ -139,14 +139,14 @@ def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, err
 
 
 def test_frames_refuse_what_is_no_frame() -> None:
-    frame = wire.encode({"id": 1, "text": "\ud800 é"})
-    assert wire.read_frame(io.BytesIO(frame)) == {"id": 1, "text": "\ud800 é"}
-    assert wire.read_frame(io.BytesIO(b"")) is None
+    frame = protocol.encode({"id": 1, "text": "\ud800 é"})
+    assert protocol.read_frame(io.BytesIO(frame)) == {"id": 1, "text": "\ud800 é"}
+    assert protocol.read_frame(io.BytesIO(b"")) is None
     received = bytearray()
     taken = []
     for byte in frame * 2:  # as a pipe may deliver them
         received.append(byte)
-        taken.append(wire.take_frame(received))
+        taken.append(protocol.take_frame(received))
     assert [message for message in taken if message] == [{"id": 1, "text": "\ud800 é"}] * 2
     for broken, complaint in [
         (frame[:-1], "ends after"),
@@ -155,16 +155,16 @@ def test_frames_refuse_what_is_no_frame() -> None:
         (b"\x00\x00\x00\x02[]", "holds a list"),
         (b"\xff\xff\xff\xff", "over the limit"),
     ]:
-        with pytest.raises(wire.FrameError, match=complaint):
-            wire.read_frame(io.BytesIO(broken))
-    with pytest.raises(wire.FrameError, match="over the limit"):
-        wire.encode({"text": "x" * wire.MAX_FRAME})
+        with pytest.raises(protocol.FrameError, match=complaint):
+            protocol.read_frame(io.BytesIO(broken))
+    with pytest.raises(protocol.FrameError, match="over the limit"):
+        protocol.encode({"text": "x" * protocol.MAX_FRAME})
 
 
 def test_numbers_travel_with_every_bit() -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 10_000, np.uint32).view(np.float32)
     bits = bits[np.isfinite(bits)]
-    back = wire.read_frame(io.BytesIO(wire.encode({"logits": bits.tolist()})))
+    back = protocol.read_frame(io.BytesIO(protocol.encode({"logits": bits.tolist()})))
     assert back is not None
     assert np.array_equal(np.asarray(back["logits"]).astype(np.float32).view(np.uint32), bits.view(np.uint32))
 
@@ -249,8 +249,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             def kill(self) -> None:
                 pass
 
-        monkeypatch.setattr(client, "Child", Played)
-        monkeypatch.setattr(client.time, "sleep", pauses.append)
+        monkeypatch.setattr(process_judge, "Child", Played)
+        monkeypatch.setattr(process_judge.time, "sleep", pauses.append)
         judge: Any = SidecarJudge(CHECKPOINT, **({"tell": told.append} | options))
         judge.sent, judge.told, judge.pauses, judge.started = sent, told, pauses, started
         return judge
@@ -331,7 +331,7 @@ def test_telling_without_a_score_is_a_stall(played: Callable[..., Any]) -> None:
 def test_process_gets_the_processors_that_there_are(
     played: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_available_cpus", lambda: 3)
+    monkeypatch.setattr(process_judge, "_available_cpus", lambda: 3)
     ((command, environment),) = played(dtype="bfloat16").started
     assert command[command.index("--threads") + 1] == "3"
     assert command[command.index("--dtype") + 1] == "bfloat16"
@@ -343,9 +343,9 @@ def test_process_gets_the_processors_that_there_are(
 def test_a_containers_share_of_processors_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_CGROUP", tmp_path)
+    monkeypatch.setattr(process_judge, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert client._available_cpus() == 8
+    assert process_judge._available_cpus() == 8
     for text, cpus in [
         ("max 100000", 8),
         ("200000 100000", 2),
@@ -354,19 +354,19 @@ def test_a_containers_share_of_processors_is_respected(
         ("", 8),
     ]:
         (tmp_path / "cpu.max").write_text(f"{text}\n")
-        assert client._available_cpus() == cpus, text
+        assert process_judge._available_cpus() == cpus, text
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cpus in [("-1", 8), ("150000", 2), ("1600000", 8)]:
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert client._available_cpus() == cpus, quota
+        assert process_judge._available_cpus() == cpus, quota
 
 
 def test_request_counts_the_cells_that_it_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_REQUEST_BYTES", 2**17)
+    monkeypatch.setattr(process_judge, "_REQUEST_BYTES", 2**17)
     prompts, responses = ["x"] * 100, [[""] * 30] * 100
-    asked = client._request(range(100), prompts, responses)
+    asked = process_judge._request(range(100), prompts, responses)
     assert 1 < len(asked) < 100
-    cells = client._Scores(100, 30).cells(asked)
-    assert len(wire.encode({"cells": cells})) < 2**17
+    cells = process_judge._Scores(100, 30).cells(asked)
+    assert len(protocol.encode({"cells": cells})) < 2**17

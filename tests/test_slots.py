@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo_jax.slots import Replica, pages_needed
+from sppo_jax.sampler.schedule import Replica, pages_needed
 
 PAGE, AHEAD, STEPS = 8, 8, 4
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import sources
 from sppo_jax.errors import BadInput
-from sppo_jax.sources import Source
+from sppo_jax.text import rows
+from sppo_jax.text.rows import Source
 from tests import dataset_hub
 from tests.dataset_hub import COMMIT
 
@@ -27,7 +27,7 @@ def prompts_of(n, start=0):
 
 
 def read(name, split="train", column="prompt"):
-    return [row.get(column) for row in sources.rows(Source("prompts.source", name, split), [column])]
+    return [row.get(column) for row in rows.rows(Source("prompts.source", name, split), [column])]
 
 
 def refused(name, split="train", column="prompt"):
@@ -106,7 +106,7 @@ def test_a_prepared_directory_is_read_without_tensorflow(prepared, without_tenso
     both = read(f"tfds:{prepared}", "test_1+test_2")
     assert sorted(both) == sorted(f"Où est {i} ?" for i in range(6, 11))
     assert set(read(f"tfds:{prepared}", "train_1", "n")) == set(range(6))
-    assert sources.messages(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
+    assert rows.messages(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
         ("user", "Hi?"),
         ("assistant", "Hello."),
     ]
@@ -159,9 +159,9 @@ def directory(tmp_path):
     root = tmp_path / "local"
     splits = {"train_1": prompts_of(5), "train_2": prompts_of(4, 5), "test_1": prompts_of(2, 9), "test_2": prompts_of(1, 11)}  # fmt: skip
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
-    for name, rows in splits.items():
+    for name, split in splits.items():
         (root / name).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows), root / name / "0.parquet")
+        pq.write_table(pa.Table.from_pylist(split), root / name / "0.parquet")
         lines += [f"  - split: {name}", f"    path: {name}/*.parquet"]
     (root / "README.md").write_text("\n".join([*lines, "---", ""]))
     return root
@@ -194,16 +194,19 @@ def test_what_the_datasets_library_cannot_give_is_told(directory, tmp_path):
 
 PROBE = """
 import json, sys
-from sppo_jax import config, prompts, sources, tiny, tokens
+from sppo_jax import config, prompts
 from sppo_jax.errors import BadInput
+from sppo_jax.hub.names import path as embedded
+from sppo_jax.text import rows
+from sppo_jax.text.chat_template import load_tokenizer
 found = {}
 for name in json.loads(sys.argv[1]):
     try:
-        found[name] = len(list(sources.rows(sources.Source("x", name, "train_1+test_1"), ["prompt"])))
+        found[name] = len(list(rows.rows(rows.Source("x", name, "train_1+test_1"), ["prompt"])))
     except BadInput as error:
         found[name] = str(error)
 for path in sys.argv[2:]:
-    sets = prompts.load(config.load([path]), tokens.load_tokenizer(tiny.path("policy")))
+    sets = prompts.load(config.load([path]), load_tokenizer(embedded("policy")))
     found[path] = [[p.text for p in part] for part in (sets.heldout, *sets.train)] + [sets.counts]
 print(json.dumps(found))
 """
@@ -297,7 +300,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
     rows = [row | {"large": "x" * 100} for row in prompts_of(2500)]
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=900)
     sizes, asked = [], []
-    plain, batches = sources._plain, pq.ParquetFile.iter_batches
+    plain, batches = rows._plain, pq.ParquetFile.iter_batches
 
     def counted(value):
         sizes.append(len(value)) if isinstance(value, list) else None
@@ -308,7 +311,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
         asked.append(options["columns"])
         return batches(self, *args, **options)
 
-    monkeypatch.setattr(sources, "_plain", counted)
+    monkeypatch.setattr(rows, "_plain", counted)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     assert read(f"parquet:{path}") == [row["prompt"] for row in rows]
     assert max(sizes) <= 1000
@@ -326,7 +329,7 @@ def test_bytes_in_parquet_are_text(tmp_path):
     pq.write_table(table, path)
     good, bad = read(f"parquet:{path}")
     assert good == "où"
-    assert not sources.is_unicode(bad)
+    assert not rows.is_unicode(bad)
     assert read(f"parquet:{path}", "train", "l") == ["a", "b"]
 
 
@@ -359,7 +362,7 @@ def test_a_damaged_parquet_file_is_told(tmp_path):
 def test_rows_of_a_jsonl_file_may_differ(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{oops\n[1]\n{"text": "b"}\n')
-    found = list(sources.rows(Source("prompts.source", f"jsonl:{path}", "train"), ["prompt"]))
+    found = list(rows.rows(Source("prompts.source", f"jsonl:{path}", "train"), ["prompt"]))
     assert found == [{"prompt": "a"}, None, {}, {"text": "b"}]
 
 
@@ -382,9 +385,9 @@ def test_unknown_kinds_of_source_are_told(name):
     ],
 )  # fmt: skip
 def test_conversations_of_both_layouts_are_read(value, expected):
-    assert sources.messages(value) == expected
+    assert rows.messages(value) == expected
 
 
 def test_a_name_that_no_file_can_have_is_no_such_file():
     with pytest.raises(BadInput, match="no such file"):
-        list(sources.rows(Source("prompts.source", f"jsonl:{'a' * 5000}", "train"), ["prompt"]))
+        list(rows.rows(Source("prompts.source", f"jsonl:{'a' * 5000}", "train"), ["prompt"]))

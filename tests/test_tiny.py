@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo_jax import tiny
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.tiny import build, facts, world
 
 # Answers to one prompt: plain ones, and what a policy may say when something has gone wrong.
@@ -45,7 +45,7 @@ def test_every_held_out_fact_is_told_in_training() -> None:
 
 def test_build_makes_the_shipped_prompts_again() -> None:
     files = build.prompt_files()
-    shipped = {file.name: file.read_bytes() for file in tiny.path("prompts").iterdir()}
+    shipped = {file.name: file.read_bytes() for file in names.path("prompts").iterdir()}
     assert shipped == {name: text.encode() for name, text in files.items()}
     assert json.loads(files["train_1.jsonl"].splitlines()[0]).keys() == {"prompt"}
 
@@ -130,11 +130,11 @@ def test_strangers_are_refused() -> None:
         world.oracle().compare(["What is love?"], [["a", "b"]])
     for name in ("nothing", "", "..", "../world.py"):
         with pytest.raises(BadInput, match="pairrm, policy, prompts"):
-            tiny.path(name)
+            names.path(name)
 
 
 def test_data_is_small() -> None:
-    data = tiny.path("policy").parent
+    data = names.path("policy").parent
     assert sum(file.stat().st_size for file in data.rglob("*") if file.is_file()) < 8 * 2**20
 
 
@@ -145,11 +145,11 @@ def test_policy_loads_like_any_checkpoint() -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.path("policy"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(names.path("policy"))
     assert type(model).__name__ == "MistralForCausalLM"
     assert model.dtype == torch.float32
     assert model.config.num_key_value_heads == 2
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path("policy"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(names.path("policy"))
     assert model.config.vocab_size == len(tokenizer) == 768
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt"
@@ -163,7 +163,7 @@ def test_policy_loads_like_any_checkpoint() -> None:
 def test_policy_tokenizer_gives_one_bos_and_inverts() -> None:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.path("policy"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(names.path("policy"))
     assert (
         tokenizer.unk_token_id,
         tokenizer.bos_token_id,
@@ -196,11 +196,11 @@ def test_policy_tokenizer_gives_one_bos_and_inverts() -> None:
 
 
 def test_judge_agrees_with_the_truth_on_held_out_prompts() -> None:
-    from sppo_jax.pairrm import layout, torch_model
+    from sppo_jax.pairrm import files, torch_model
     from sppo_jax.pairrm.format import Formatter
     from sppo_jax.tiny.build_pairrm import agreement, held_out_pairs
 
-    checkpoint = layout.read(tiny.path("pairrm"))
+    checkpoint = files.read(names.path("pairrm"))
     model, formatter = torch_model.load(checkpoint), Formatter.of(checkpoint)
     figures = agreement(model, formatter, held_out_pairs("plain", 400, seed=99))
     assert figures["accuracy"] >= 0.85, figures
@@ -214,12 +214,12 @@ def test_build_makes_the_shipped_tokenizers_again() -> None:
         ("policy", build_policy.make_tokenizer()),
         ("pairrm", build_pairrm.make_tokenizer()),
     ):
-        shipped = (tiny.path(stage) / "tokenizer.json").read_text(encoding="utf-8")
+        shipped = (names.path(stage) / "tokenizer.json").read_text(encoding="utf-8")
         assert json.loads(tokenizer.to_str()) == json.loads(shipped)
 
 
 def test_readme_tells_the_recorded_figures() -> None:
-    data = tiny.path("policy").parent
+    data = names.path("policy").parent
     figures = json.loads((data / "build.json").read_text())
     assert (data / "README.md").read_text(encoding="utf-8") == build.readme(figures, data)
     assert set(figures) == set(build.STAGES)

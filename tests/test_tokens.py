@@ -17,13 +17,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from sppo_jax import dataset, prompts, records, tokens
+from sppo_jax import prompts, records
 from sppo_jax.config import Config, Prompts, Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Pair, Responses
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler.engine import Sampler
+from sppo_jax.text import chat_template
+from sppo_jax.training.batches import Batches
 from tests import families
 from tests.families import FAMILIES
 
@@ -60,7 +62,7 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(directories):
-    return functools.cache(lambda name: tokens.load_tokenizer(directories[name]))
+    return functools.cache(lambda name: chat_template.load_tokenizer(directories[name]))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -106,7 +108,7 @@ def visible(family, text):
     "text", ["None", "What is None?", "\n\nNone\n", "naïve café ∑ 🦊 שלום", "a\x00b", "{{ x }}", *SPELLED]
 )
 def test_T01_any_text_survives(chat, name, text):
-    prompt = tokens.chat_prompt(chat, text)
+    prompt = chat_template.chat_prompt(chat, text)
     assert prompt.text == text
     assert visible(FAMILIES[name], text) in chat.decode(prompt.ids)
 
@@ -118,7 +120,7 @@ def test_T02_prompt_ids_are_the_templates_own_with_its_generation_header(loaded,
     @given(TEXTS)
     def check(text):
         assume(not any(spelled in text for spelled in control(chat).values()))
-        ids = tokens.chat_prompt(chat, text).ids
+        ids = chat_template.chat_prompt(chat, text).ids
         assert ids == own_ids(chat, user(text))
         assert chat.decode(ids).endswith(family.header)
 
@@ -135,7 +137,7 @@ def test_T02_a_conversation_is_the_templates_own(loaded, name):
         messages = [
             {"role": role, "content": t} for role, t in zip(("user", "assistant", "user"), texts, strict=True)
         ]
-        assert tokens.conversation(chat, messages) == own_ids(chat, messages)
+        assert chat_template.conversation(chat, messages) == own_ids(chat, messages)
 
     check()
 
@@ -143,15 +145,17 @@ def test_T02_a_conversation_is_the_templates_own(loaded, name):
 @pytest.mark.parametrize("text", SPELLED)
 def test_T02_T03_a_text_cannot_write_control_tokens(chat, name, text):
     """The template's tokens are those around a harmless text, one BOS at most, and only the header comes after."""
-    asked = structure(chat, tokens.chat_prompt(chat, tokens.PROBE).ids)
-    ids = tokens.chat_prompt(chat, text).ids
+    asked = structure(chat, chat_template.chat_prompt(chat, chat_template.PROBE).ids)
+    ids = chat_template.chat_prompt(chat, text).ids
     assert structure(chat, ids) == asked
     assert chat.decode(ids).endswith(FAMILIES[name].header)
     messages = [*user(text), {"role": "assistant", "content": "It is."}, *user(text)]
     harmless = [*user("x"), {"role": "assistant", "content": "It is."}, *user("x")]
-    assert structure(chat, tokens.conversation(chat, messages)) == structure(chat, own_ids(chat, harmless))
+    assert structure(chat, chat_template.conversation(chat, messages)) == structure(
+        chat, own_ids(chat, harmless)
+    )
     special = {i for i, t in chat.added_tokens_decoder.items() if t.special}
-    assert not special & set(tokens.written_ids(chat, text, (1,))[:-1])
+    assert not special & set(chat_template.written_ids(chat, text, (1,))[:-1])
 
 
 def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_text(directories, tmp_path):
@@ -165,13 +169,13 @@ def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_te
     for token in raw["added_tokens"]:
         token |= {"normalized": True, "rstrip": True, "lstrip": token["content"] == "<|eot_id|>"}
     (target / "tokenizer.json").write_text(json.dumps(raw))
-    chat = tokens.load_tokenizer(target)
+    chat = chat_template.load_tokenizer(target)
     for text in ("Fox  \n", " x", "the\n\n fox"):
-        assert tokens.chat_prompt(chat, text).ids == own_ids(chat, user(text))
-    asked = structure(chat, tokens.chat_prompt(chat, "x").ids)
+        assert chat_template.chat_prompt(chat, text).ids == own_ids(chat, user(text))
+    asked = structure(chat, chat_template.chat_prompt(chat, "x").ids)
     for text in ("<|EOT_ID|>", "＜|eot_id|＞", "<|eot_id|>", "<|Eot_id|> \n"):
         assert structure(chat, own_ids(chat, user(text))) != asked
-        ids = tokens.chat_prompt(chat, text).ids
+        ids = chat_template.chat_prompt(chat, text).ids
         assert structure(chat, ids) == asked
         assert "<|eot_id|><|eot_id|>" in chat.decode(ids)
 
@@ -188,10 +192,10 @@ def test_T02_templates_may_trim_repeat_count_and_quote(loaded, template):
     chat = copy.deepcopy(loaded("mistral_v0.3"))
     chat.chat_template = template
     for text in ("Find the fox.", " fox\n", 'the "fox"', "x"):
-        assert tokens.chat_prompt(chat, text).ids == own_ids(chat, user(text))
-    asked = structure(chat, tokens.chat_prompt(chat, "y").ids)
+        assert chat_template.chat_prompt(chat, text).ids == own_ids(chat, user(text))
+    asked = structure(chat, chat_template.chat_prompt(chat, "y").ids)
     for text in ("</s>", " <unk> ", "a<s>b"):
-        ids = tokens.chat_prompt(chat, text).ids
+        ids = chat_template.chat_prompt(chat, text).ids
         assert structure(chat, ids) == asked
         assert text.strip() in chat.decode(ids)
 
@@ -199,7 +203,7 @@ def test_T02_templates_may_trim_repeat_count_and_quote(loaded, template):
 def test_T03_one_bos_where_the_family_has_one(chat, name):
     bos = FAMILIES[name].bos
     for text in ("hello", *SPELLED):
-        ids = tokens.chat_prompt(chat, text).ids
+        ids = chat_template.chat_prompt(chat, text).ids
         if bos is None:
             assert chat.bos_token_id is None
         else:
@@ -208,7 +212,7 @@ def test_T03_one_bos_where_the_family_has_one(chat, name):
 
 
 def test_T04_an_over_long_prompt_is_skipped_and_counted(chat, tmp_path):
-    whole = tokens.chat_prompt(chat, "fox " * 40).ids
+    whole = chat_template.chat_prompt(chat, "fox " * 40).ids
     for file, rows in (("a", ["the fox", "fox " * 40]), ("b", ["where"])):
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
     source = Prompts(
@@ -224,15 +228,15 @@ def test_the_date_is_the_same_every_day(loaded):
     chat = loaded("llama_3.2")
     today = chat.apply_chat_template(user("x"), tokenize=False)
     assert datetime.now().strftime("%Y") in today
-    assert "Today Date: 26 Jul 2024\n" in tokens.chat_text(chat, "x")
-    assert tokens.chat_prompt(chat, "x").ids == own_ids(chat, user("x"))
+    assert "Today Date: 26 Jul 2024\n" in chat_template.chat_text(chat, "x")
+    assert chat_template.chat_prompt(chat, "x").ids == own_ids(chat, user("x"))
 
 
 # What ends a response.
 
 
 def test_eos_ids_are_all_that_end_a_turn(directories, chat, name):
-    ends = tokens.eos_ids(directories[name], chat, ROWS)
+    ends = chat_template.eos_ids(directories[name], chat, ROWS)
     assert list(ends) == [chat.convert_tokens_to_ids(t) for t in FAMILIES[name].ends]
     written = chat.apply_chat_template(
         [*user("x"), {"role": "assistant", "content": "the answer"}], tokenize=False
@@ -249,18 +253,18 @@ def test_eos_ids_are_all_that_end_a_turn(directories, chat, name):
 def test_ends_that_are_no_ids_are_told(loaded, tmp_path, generation, said):
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     with pytest.raises(BadInput, match=said):
-        tokens.eos_ids(tmp_path, loaded("gemma_2"), ROWS)
+        chat_template.eos_ids(tmp_path, loaded("gemma_2"), ROWS)
 
 
 def test_without_any_file_the_tokenizer_and_the_template_name_the_ends(loaded, tmp_path):
     chat = loaded("gemma_2")
-    assert tokens.eos_ids(tmp_path, chat, ROWS) == (1, 5)
+    assert chat_template.eos_ids(tmp_path, chat, ROWS) == (1, 5)
     with pytest.raises(BadInput, match=r"\[1, 5\]; needed ids from 0 to 4"):
-        tokens.eos_ids(tmp_path, chat, 5)
+        chat_template.eos_ids(tmp_path, chat, 5)
     other = copy.deepcopy(chat)
     other.eos_token, other.chat_template = None, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     with pytest.raises(BadInput, match="names an end of sequence"):
-        tokens.eos_ids(tmp_path, other, ROWS)
+        chat_template.eos_ids(tmp_path, other, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +278,8 @@ def test_without_any_file_the_tokenizer_and_the_template_name_the_ends(loaded, t
 def test_a_template_without_an_end_of_turn_adds_none(loaded, tmp_path, template):
     chat = copy.deepcopy(loaded("gemma_2"))
     chat.chat_template = template
-    assert tokens.eos_ids(tmp_path, chat, ROWS) == (1,)
-    ids = tokens.written_ids(chat, "The fox", (1, 5))
+    assert chat_template.eos_ids(tmp_path, chat, ROWS) == (1,)
+    ids = chat_template.written_ids(chat, "The fox", (1, 5))
     assert ids[-1] == 1
     assert chat.decode(ids[:-1]) == "The fox"
 
@@ -285,7 +289,7 @@ def test_a_template_without_an_end_of_turn_adds_none(loaded, tmp_path, template)
 
 def test_written_ids_are_what_the_template_adds_to_its_header(loaded, name):
     chat, family = loaded(name), FAMILIES[name]
-    before = tokens.chat_prompt(chat, tokens.PROBE).ids
+    before = chat_template.chat_prompt(chat, chat_template.PROBE).ids
     ends = {chat.convert_tokens_to_ids(token) for token in family.ends}
     compared = []
 
@@ -293,10 +297,12 @@ def test_written_ids_are_what_the_template_adds_to_its_header(loaded, name):
     @given(TEXTS)
     def check(text):
         assume(not any(spelled in text for spelled in control(chat).values()))
-        ids = tokens.written_ids(chat, text, tuple(ends))
+        ids = chat_template.written_ids(chat, text, tuple(ends))
         assert ids[-1] in ends
         assert not ends & set(ids[:-1])
-        own = own_ids(chat, [*user(tokens.PROBE), {"role": "assistant", "content": text}], header=False)
+        own = own_ids(
+            chat, [*user(chat_template.PROBE), {"role": "assistant", "content": text}], header=False
+        )
         if own[: len(before)] == before:
             assert own[len(before) : len(before) + len(ids)] == ids
             compared.append(text)
@@ -310,10 +316,10 @@ def test_written_ids_are_what_the_template_adds_to_its_header(loaded, name):
 @pytest.mark.parametrize(("family", "text"), [("qwen_2.5", "\nfox"), ("mistral_v0.1", "The fox")])
 def test_where_a_token_would_straddle_the_header_the_response_is_apart(loaded, family, text):
     chat = copy.deepcopy(loaded(family))
-    before = tokens.chat_prompt(chat, tokens.PROBE).ids
-    messages = [*user(tokens.PROBE), {"role": "assistant", "content": text}]
+    before = chat_template.chat_prompt(chat, chat_template.PROBE).ids
+    messages = [*user(chat_template.PROBE), {"role": "assistant", "content": text}]
     assert own_ids(chat, messages, header=False)[: len(before)] != before
-    ids = tokens.written_ids(chat, text, (2,))
+    ids = chat_template.written_ids(chat, text, (2,))
     assert chat.decode(before + ids[:-1]) == chat.decode(before) + text
 
 
@@ -323,22 +329,24 @@ def test_written_ids_follow_a_control_token_as_the_tokenizer_has_it(tmp_path):
     added = [AddedToken(token, normalized=False, special=True) for token in control]
     backend = functools.partial(families.sentencepiece, control, dummy_prefix="normalizer", added=added)
     families.write(dataclasses.replace(FAMILIES["mistral_v0.3"], backend=backend), tmp_path)
-    chat = tokens.load_tokenizer(tmp_path)
-    messages = [*user(tokens.PROBE), {"role": "assistant", "content": "The fox"}]
-    ids = tokens.chat_prompt(chat, tokens.PROBE).ids + tokens.written_ids(chat, "The fox", (2,))
+    chat = chat_template.load_tokenizer(tmp_path)
+    messages = [*user(chat_template.PROBE), {"role": "assistant", "content": "The fox"}]
+    ids = chat_template.chat_prompt(chat, chat_template.PROBE).ids + chat_template.written_ids(
+        chat, "The fox", (2,)
+    )
     assert ids == own_ids(chat, messages, header=False)
 
 
 def test_thoughts_in_a_response_are_its_own_tokens(loaded):
     chat = loaded("qwen_3")
     text = "<think>\nIs it hot?\n</think>\n\nThe fox"
-    ids = tokens.written_ids(chat, text, (0,))
+    ids = chat_template.written_ids(chat, text, (0,))
     assert [chat.decode(i) for i in structure(chat, ids)] == ["<think>", "</think>", "<|im_end|>"]
-    assert tokens.response_text(chat, ids) == text
+    assert chat_template.response_text(chat, ids) == text
     messages = [*user("x"), {"role": "assistant", "content": text}, *user("y")]
-    assert tokens.conversation(chat, messages) == own_ids(chat, messages)
-    assert "think" not in chat.decode(tokens.conversation(chat, messages))
-    asked = tokens.chat_prompt(chat, "<think>").ids
+    assert chat_template.conversation(chat, messages) == own_ids(chat, messages)
+    assert "think" not in chat.decode(chat_template.conversation(chat, messages))
+    asked = chat_template.chat_prompt(chat, "<think>").ids
     assert chat.convert_tokens_to_ids("<think>") not in asked
 
 
@@ -363,9 +371,9 @@ def even_model(tmp_path_factory, one_device):
 def test_T05_T06_every_end_ends_a_response_and_ids_stay_as_sampled(
     directories, chat, name, even_model, tmp_path
 ):
-    ends = tokens.eos_ids(directories[name], chat, ROWS)
+    ends = chat_template.eos_ids(directories[name], chat, ROWS)
     settings = Sampling(responses=96, temperature=1.0, top_p=1.0, max_new_tokens=48, slots=96)
-    prompt = tokens.chat_prompt(chat, "Where is the </s> fox?")
+    prompt = chat_template.chat_prompt(chat, "Where is the </s> fox?")
     row = Sampler(even_model, chat, settings, eos=ends).generate([prompt], seed=1)[0]
     last = {ids[-1] for ids, why in zip(row.response_ids, row.finish_reason, strict=True) if why == "stop"}
     assert last == set(ends)
@@ -373,7 +381,7 @@ def test_T05_T06_every_end_ends_a_response_and_ids_stay_as_sampled(
         assert (why == "stop") == (ids[-1] in ends)
         assert not set(ends) & set(ids[:-1])
         assert why == "stop" or len(ids) == 48
-        assert text == tokens.response_text(chat, ids)
+        assert text == chat_template.response_text(chat, ids)
     assert max(max(ids) for ids in row.response_ids) >= len(chat)  # ids without a token were sampled, too
     records.write(tmp_path / "rows.parquet", Responses, [row], {})
     assert records.read(tmp_path / "rows.parquet", Responses) == [row]
@@ -389,7 +397,7 @@ def test_T30_lengths_make_the_masks_whatever_pads(loaded, name, even_model, one_
     filler = chat.pad_token_id or 0
     answer = chat("The fox", add_special_tokens=False)["input_ids"]
     end = chat.pad_token_id if pad in FAMILIES[name].ends else chat.eos_token_id
-    prompt = tokens.chat_prompt(chat, "Where?")
+    prompt = chat_template.chat_prompt(chat, "Where?")
     none: list = []
     pair = Pair(
         none, none, 0.5, 0.5, 0.5, prompt.prompt_id, prompt.ids, [[*answer, end], answer, [end]],
@@ -400,7 +408,7 @@ def test_T30_lengths_make_the_masks_whatever_pads(loaded, name, even_model, one_
     tokens_RT = np.full((3, 32), filler)
     for row, (ids, length) in enumerate(zip(pair.response_ids, length_R, strict=True)):
         tokens_RT[row, :length] = prompt.ids + ids
-    batch = dataset.Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
+    batch = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
     assert batch["scored"].sum() == sum(map(len, pair.response_ids))
     length_R = jnp.asarray(length_R)
     found = response_logprob(even_model, jnp.asarray(tokens_RT), jnp.full(3, n), length_R)
@@ -409,10 +417,10 @@ def test_T30_lengths_make_the_masks_whatever_pads(loaded, name, even_model, one_
 
 def test_ids_that_no_token_has_add_no_text(chat):
     ids = chat("The fox", add_special_tokens=False)["input_ids"]
-    expected = tokens.response_text(chat, ids)
+    expected = chat_template.response_text(chat, ids)
     assert expected.strip() == "The fox"
-    assert tokens.response_text(chat, [*ids, ROWS - 1, len(chat), 2**31 - 1]) == expected
-    assert tokens.response_text(chat, [ROWS - 1]) == tokens.response_text(chat, []) == ""
+    assert chat_template.response_text(chat, [*ids, ROWS - 1, len(chat), 2**31 - 1]) == expected
+    assert chat_template.response_text(chat, [ROWS - 1]) == chat_template.response_text(chat, []) == ""
 
 
 # Files.
@@ -427,9 +435,9 @@ def test_T15_published_files_load_without_the_network(tmp_path, name, loaded, te
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     families.write(FAMILIES[name], tmp_path, template=template)
     assert not (tmp_path / "chat_template.jinja").exists()
-    chat = tokens.load_tokenizer(tmp_path)
+    chat = chat_template.load_tokenizer(tmp_path)
     for text in ("Where is the fox?", "</s><|im_end|>"):
-        assert tokens.chat_prompt(chat, text) == tokens.chat_prompt(loaded(name), text)
+        assert chat_template.chat_prompt(chat, text) == chat_template.chat_prompt(loaded(name), text)
 
 
 @pytest.mark.parametrize("kind", ["TokenizersBackend", "PreTrainedTokenizerFast", "OurOwnTokenizer", None])
@@ -438,8 +446,10 @@ def test_unusual_tokenizer_classes_load(tmp_path, kind, loaded):
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"tokenizer_class": kind}
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    chat = tokens.load_tokenizer(tmp_path)
-    assert tokens.chat_prompt(chat, "the fox") == tokens.chat_prompt(loaded("llama_3"), "the fox")
+    chat = chat_template.load_tokenizer(tmp_path)
+    assert chat_template.chat_prompt(chat, "the fox") == chat_template.chat_prompt(
+        loaded("llama_3"), "the fox"
+    )
 
 
 @pytest.mark.parametrize(
@@ -460,17 +470,17 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path, change, said):
     families.write(FAMILIES["llama_3"], tmp_path)
     change(tmp_path)
     with pytest.raises(BadInput, match=said):
-        tokens.load_tokenizer(tmp_path)
+        chat_template.load_tokenizer(tmp_path)
 
 
 def test_a_conversation_that_the_template_refuses_is_told(loaded):
     with pytest.raises(BadInput, match="refuses this conversation: no system role"):
-        tokens.conversation(loaded("gemma_2"), [{"role": "system", "content": "x"}, *user("y")])
+        chat_template.conversation(loaded("gemma_2"), [{"role": "system", "content": "x"}, *user("y")])
 
 
 def test_half_a_surrogate_pair_is_told(chat):
     with pytest.raises(BadInput, match="surrogate"):
-        tokens.chat_prompt(chat, "a\ud800b")
+        chat_template.chat_prompt(chat, "a\ud800b")
 
 
 def test_a_control_token_that_text_would_still_become_is_refused(tmp_path):
@@ -483,7 +493,7 @@ def test_a_control_token_that_text_would_still_become_is_refused(tmp_path):
     raw["model"]["vocab"]["<|eot_id|>"] = number
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(BadInput, match=r"spells '<\|eot_id\|>' would become that"):
-        tokens.load_tokenizer(tmp_path)
+        chat_template.load_tokenizer(tmp_path)
 
 
 # Mistral's own tokenizers, as mistral-common carries them.
@@ -499,10 +509,10 @@ MISTRAL_TEXTS = (
     ("name", "version"), [("mistral_v0.1", "v1"), ("mistral_v0.2", "v1"), ("mistral_v0.3", "v3")]
 )
 def test_ids_are_those_of_mistral_common(tmp_path, name, version):
-    chat = tokens.load_tokenizer(published_mistral(tmp_path, name, version))
+    chat = chat_template.load_tokenizer(published_mistral(tmp_path, name, version))
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[version]
     for text, ids in expected.items():
-        assert tokens.chat_prompt(chat, text).ids == ids, text
+        assert chat_template.chat_prompt(chat, text).ids == ids, text
     assert set(expected) == set(MISTRAL_TEXTS)
 
 

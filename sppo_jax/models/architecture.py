@@ -1,12 +1,12 @@
 """config.json → Architecture: every option that changes what a decoder computes, read by name, none passed over."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sppo_jax.errors import BadInput
+from sppo_jax.files import read_json
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,3 @@ def _rope(options: Options, max_positions: int) -> Rope:
         raise BadInput(f"{options.path}: rope type is {kind!r}; computed here: default, linear, llama3")
     inner.finish()
     return rope
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value

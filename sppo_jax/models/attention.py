@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.models import blocked
+from sppo_jax.models import cpu_attention
 from sppo_jax.models.architecture import Architecture
-from sppo_jax.models.blocked import MASKED, SAVED
+from sppo_jax.models.cpu_attention import MASKED, SAVED
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "blocked": "cpu"}  # of the kernels that are for one
 LANES = 128  # of which splash's blocks are multiples
@@ -89,7 +89,7 @@ def whole(
     either side; what it sees is finite and has no meaning. With cudnn: one segment a row, padding on the right.
     """
     length = segment_BT.shape[1]
-    if kernel.name == "xla" or (kernel.name == "blocked" and length <= 2 * blocked.BLOCK):
+    if kernel.name == "xla" or (kernel.name == "blocked" and length <= 2 * cpu_attention.BLOCK):
         masks = [causal_mask(segment_BT, window) for window in windows]
 
         def dense(kind: Any, q: Array, k: Array, v: Array) -> Array:
@@ -106,7 +106,7 @@ def whole(
     if kernel.name == "splash":
         of = functools.partial(_splash, scale=scale, softcap=softcap, interpret=kernel.interpret)
     if kernel.name == "blocked":
-        of = functools.partial(blocked.attend, scale=scale, softcap=softcap)
+        of = functools.partial(cpu_attention.attend, scale=scale, softcap=softcap)
     kinds: list[Seen] = [functools.partial(of, window=window) for window in windows]
     if kernel.mesh is not None:
         kinds = [_sharded(one, kernel.mesh) for one in kinds]

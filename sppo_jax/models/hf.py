@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.models.architecture import Architecture, read_architecture, read_json
+from sppo_jax.files import read_json
+from sppo_jax.models.architecture import Architecture, read_architecture
 from sppo_jax.models.attention import choose
 from sppo_jax.models.safetensors_file import Entry, write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Transformer

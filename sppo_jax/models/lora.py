@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sppo_jax.errors import BadInput
+from sppo_jax.files import read_json
 from sppo_jax.models import hf
-from sppo_jax.models.architecture import Architecture, read_json
+from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.hf import Tensor
 from sppo_jax.models.safetensors_file import write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Adapter, Transformer

@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppo_jax import hub
+from sppo_jax import command
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout
-from sppo_jax.pairrm.client import Patience, SidecarJudge
+from sppo_jax.pairrm import files
 from sppo_jax.pairrm.format import Limits
+from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from sppo_jax.pairrm.jax_judge import JaxJudge
+    from sppo_jax.pairrm.mesh_judge import JaxJudge
 
 BACKENDS = ("torch", "jax", "llm_blender")
 
@@ -34,7 +34,7 @@ def load(
     dtype: str = "auto",
     mesh: "Mesh | None" = None,
     pinned: Mapping[str, str] | None = None,
-    tell: Callable[[str], None] = hub.say,
+    tell: Callable[[str], None] = command.say,
 ) -> "SidecarJudge | JaxJudge":
     """A PairRM that compares: `load(...).compare(prompts, responses)` → logits, float32 [n, K, K].
 
@@ -46,15 +46,15 @@ def load(
     """
     if backend not in BACKENDS:
         raise BadInput(f"PairRM backend {backend!r} is unknown; choose one of: {', '.join(BACKENDS)}")
-    checkpoint = layout.fetch(str(path), pinned=pinned or {}, tell=tell)
+    checkpoint = files.fetch(str(path), pinned=pinned or {}, tell=tell)
     if backend == "jax":
-        from sppo_jax.pairrm.jax_judge import JaxJudge
+        from sppo_jax.pairrm.mesh_judge import JaxJudge
 
         return JaxJudge(checkpoint, mesh=mesh, limits=limits, dtype=dtype)
     if backend == "llm_blender":
-        from sppo_jax.pairrm import original
+        from sppo_jax.pairrm import llm_blender
 
-        command = original.command(python, checkpoint, threads, limits)
+        command = llm_blender.command(python, checkpoint, threads, limits)
         patience = Patience(stall=7200)  # one pair at a time, in float32 where there is no GPU
         return SidecarJudge(
             checkpoint, threads=threads, command=command, name="llm-blender", patience=patience, tell=tell

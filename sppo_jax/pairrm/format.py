@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout
+from sppo_jax.pairrm import files
 from sppo_jax.pairrm.tokenizer import PREFIXES, load
 
 SOURCE_MAXLENGTH = 1224  # tokens of the prompt's segment, [CLS], prefix and [SEP] included
@@ -124,7 +124,7 @@ class Formatter:
     @classmethod
     def of(
         cls,
-        checkpoint: layout.Checkpoint,
+        checkpoint: files.Checkpoint,
         limits: Limits = Limits(),
         *,
         neutralise: bool = True,

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from sppo_jax import sharding
 from sppo_jax.models.hf import aligned
-from sppo_jax.pairrm import disentangled, layout
-from sppo_jax.pairrm.layout import Checkpoint
+from sppo_jax.pairrm import deberta_attention, files
+from sppo_jax.pairrm.files import Checkpoint
 
 _DISTANCES = ("distances", "distances_norm_weight", "distances_norm_bias")
 _PROJECTIONS = ("layers.q", "layers.q_bias", "layers.k", "layers.k_bias")
@@ -50,7 +50,7 @@ class Deberta:
             mlp=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             buckets=config["position_buckets"],
-            farthest=layout.farthest(config),
+            farthest=files.farthest(config),
             norm_eps=config["layer_norm_eps"],
         )
 
@@ -135,14 +135,14 @@ class PairRM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"] | None]:
         """The last hidden state, and with `every` those after all layers; what lies beyond `length_B` means nothing."""
         d, length = self.deberta, ids_BT.shape[1]
-        rows = disentangled.table_rows(length, d.buckets, d.farthest)
+        rows = deberta_attention.table_rows(length, d.buckets, d.farthest)
         x_BTD = self["embedding"][ids_BT].astype(jnp.float32)
         x_BTD = self._norm(x_BTD, self["embedding_norm_weight"], self["embedding_norm_bias"])
         x_BTD *= (jnp.arange(length) < length_B[:, None])[..., None]
 
         def layer(x_BTD: Array, w: dict[str, Array]) -> tuple[Array, Array | None]:
             q, k, v = (self._linear(w, name, x_BTD).reshape(*ids_BT.shape, d.heads, -1) for name in "qkv")
-            seen = disentangled.attend(q, k, v, w["keys"], w["queries"], length_B, rows, self.form)
+            seen = deberta_attention.attend(q, k, v, w["keys"], w["queries"], length_B, rows, self.form)
             h_BTD = self._linear(w, "o", seen.reshape(*ids_BT.shape, -1), wide=True)
             x_BTD = self._norm(x_BTD + h_BTD, w["attention_norm_weight"], w["attention_norm_bias"])
             up_BTF = jax.nn.gelu(self._linear(w, "up", x_BTD, wide=True), approximate=False)
@@ -183,7 +183,7 @@ class PairRM(nnx.Module):
 
 def _product(x: Array, w: Array, equation: str = "...d,fd->...f") -> Array:
     """x [..., in], w [out, in] → [..., out], in float32."""
-    precision = disentangled.precision(w.dtype)
+    precision = deberta_attention.precision(w.dtype)
     return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -218,7 +218,7 @@ def shapes(d: Deberta, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def check(checkpoint: Checkpoint) -> Deberta:
     """Its sizes, if the files fit together. Only the file's header is read. Raises BadInput as layout.check_tensors."""
     d = Deberta.of(checkpoint)
-    layout.check_tensors(checkpoint, {name: t.shape for t in table(d) for name in t.names(d.layers)})
+    files.check_tensors(checkpoint, {name: t.shape for t in table(d) for name in t.names(d.layers)})
     return d
 
 
@@ -235,7 +235,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
         piece = aligned(_stacked(d, t), _kept(t, dtype))
         for layer, name in enumerate(t.names(d.layers)):
             # Opened each time: what was read of a mapped file counts as memory.
-            with layout.opened(checkpoint.weights, "numpy") as stored:
+            with files.opened(checkpoint.weights, "numpy") as stored:
                 piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
         # On a CPU every device reads this one buffer.
         copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
@@ -243,7 +243,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     needed = {name: weights[name] for name in (*_DISTANCES, *_PROJECTIONS)}
     weights |= jax.jit(functools.partial(positions, d, dtype=dtype))(needed)
     weights = {path: x for path, x in weights.items() if path not in _DISTANCES}
-    return PairRM(d, weights, dtype, form or disentangled.form_of(mesh))
+    return PairRM(d, weights, dtype, form or deberta_attention.form_of(mesh))
 
 
 def _stacked(d: Deberta, t: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout, pairing, wire
+from sppo_jax.pairrm import comparisons, files, protocol
 from sppo_jax.pairrm.format import Formatter, Limits, PromptPairs
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 # Tokens of a batch, padding included. A CPU gains nothing from more, and pays for padding and for what leaves its cache.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
-Scorer = Callable[[list[pairing.Work]], np.ndarray]
+Scorer = Callable[[list[comparisons.Work]], np.ndarray]
 
 
 class Unscored(Exception):
     """Pairs without a score; the message says why."""
 
-    def __init__(self, why: str, cells: list[pairing.Cell]) -> None:
+    def __init__(self, why: str, cells: list[comparisons.Cell]) -> None:
         super().__init__(why)
         self.cells = cells
 
@@ -48,7 +48,7 @@ class Budget:
         """`give_back` frees memory that is only kept for later; `tell` hears a line for each batch that did not fit."""
         self.tokens, self.give_back, self._tell = tokens, give_back, tell
 
-    def refuse(self, batch: Sequence[pairing.Work]) -> None:
+    def refuse(self, batch: Sequence[comparisons.Work]) -> None:
         """`batch` did not fit: half of it may, now and later. Raises Unscored when it is a single pair."""
         self.give_back()
         pairs = len(batch)
@@ -70,7 +70,9 @@ def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return prompts, responses
 
 
-def needed(works: Sequence[pairing.Work], cells: Sequence[Sequence[int]] | None) -> list[pairing.Work]:
+def needed(
+    works: Sequence[comparisons.Work], cells: Sequence[Sequence[int]] | None
+) -> list[comparisons.Work]:
     """Those of `works` that score one of `cells`; all of them when that is None."""
     if cells is None:
         return list(works)
@@ -79,12 +81,12 @@ def needed(works: Sequence[pairing.Work], cells: Sequence[Sequence[int]] | None)
 
 
 def scored(
-    works: Sequence[pairing.Work], scorer: Scorer, budget: Budget
-) -> Iterator[tuple[list[pairing.Work], np.ndarray]]:
+    works: Sequence[comparisons.Work], scorer: Scorer, budget: Budget
+) -> Iterator[tuple[list[comparisons.Work], np.ndarray]]:
     """Batches of `works` and their scores, float32. Raises Unscored for a pair too large for memory."""
-    left = pairing.in_order(works)
+    left = comparisons.in_order(works)
     while left:
-        for batch in pairing.batches(left, budget.tokens):
+        for batch in comparisons.batches(left, budget.tokens):
             try:
                 scores = scorer(batch)
             except Exception as error:
@@ -111,11 +113,11 @@ def out_of_memory(error: Exception) -> bool:
 class Cuts:
     """How many texts are read only in part, told once for each prompt: when its last pair has its score."""
 
-    def __init__(self, texts: Sequence[PromptPairs], works: Sequence[pairing.Work]) -> None:
+    def __init__(self, texts: Sequence[PromptPairs], works: Sequence[comparisons.Work]) -> None:
         self._texts = texts
         self._open = Counter(n for work in works for n, _, _ in work.cells)
 
-    def told(self, batch: Sequence[pairing.Work]) -> dict[str, int]:
+    def told(self, batch: Sequence[comparisons.Work]) -> dict[str, int]:
         """Of the prompts that `batch` completes."""
         prompts = responses = 0
         for n, count in Counter(n for work in batch for n, _, _ in work.cells).items():
@@ -132,8 +134,8 @@ def answer(
     """A request → the frames that answer it, without its id. Raises ValueError for what is no request, and Unscored."""
     prompts, responses = check_request(message)
     budget.tokens = min(budget.tokens, message.get("tokens") or budget.tokens)
-    texts = pairing.read(formatter, prompts, responses)
-    works = needed(pairing.distinct(texts), message.get("cells"))
+    texts = comparisons.read(formatter, prompts, responses)
+    works = needed(comparisons.distinct(texts), message.get("cells"))
     cuts = Cuts(texts, works)
     for batch, scores in scored(works, scorer, budget):
         good = np.isfinite(scores)
@@ -162,15 +164,17 @@ def load(options: argparse.Namespace) -> tuple["torch_model.PairRM", Formatter, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto = "bfloat16" if device == "cuda" else "float32"
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
-    checkpoint = layout.read(options.path, options.backbone)
+    checkpoint = files.read(options.path, options.backbone)
     formatter = Formatter.of(checkpoint, Limits(options.source, options.candidate, options.total))
     return torch_model.load(checkpoint, device=device, dtype=dtype), formatter, device
 
 
-def serve(replies: wire.Replies, model: "torch_model.PairRM", formatter: Formatter, budget: Budget) -> None:
+def serve(
+    replies: protocol.Replies, model: "torch_model.PairRM", formatter: Formatter, budget: Budget
+) -> None:
     """Answer requests until they end. One that fails is answered with its error; the next may succeed."""
 
-    def scorer(batch: list[pairing.Work]) -> np.ndarray:
+    def scorer(batch: list[comparisons.Work]) -> np.ndarray:
         return model.logits([work.pair for work in batch])
 
     for message in replies.requests(sys.stdin.buffer):
@@ -211,8 +215,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Load the model, say so, serve. Returns the exit status."""
     options = arguments(argv)
-    wire.stay_with_parent()
-    replies = wire.Replies(wire.private_stdout())  # before the imports that take seconds
+    protocol.stay_with_parent()
+    replies = protocol.Replies(protocol.private_stdout())  # before the imports that take seconds
     try:
         try:
             model, formatter, device = load(options)
@@ -225,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(replies, model, formatter, budget)
     except BrokenPipeError:  # the reader is gone: nothing is left to do
         return 0
-    except wire.FrameError as error:
+    except protocol.FrameError as error:
         print(f"sidecar: {error}", file=sys.stderr)
         return 2
     return 0

@@ -24,9 +24,9 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 )
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import layout
+from sppo_jax.pairrm import files
+from sppo_jax.pairrm.files import Checkpoint
 from sppo_jax.pairrm.format import Pair
-from sppo_jax.pairrm.layout import Checkpoint
 
 # On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
 _PIECE, _STRIP = 2**21, 64
@@ -223,10 +223,10 @@ def load(
             model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"PairRM: {str(checkpoint.directory)!r} describes no model: {error!r}") from None
-    layout.check_tensors(checkpoint, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    files.check_tensors(checkpoint, {name: tensor.shape for name, tensor in model.state_dict().items()})
     model = _allocated(model)
     wanted = model.state_dict()
-    with layout.opened(checkpoint.weights, "pt") as stored:
+    with files.opened(checkpoint.weights, "pt") as stored:
         for name, tensor in wanted.items():
             tensor.copy_(stored.get_tensor(name))
     return model.to(device, dtype).fix()

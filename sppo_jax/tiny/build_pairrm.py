@@ -20,7 +20,7 @@ from safetensors import torch as safetensors
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from sppo_jax.pairrm import layout
+from sppo_jax.pairrm import files
 from sppo_jax.pairrm.format import PREFIXES, Formatter, Pair
 from sppo_jax.pairrm.torch_model import PairRM
 from sppo_jax.tiny import build_policy, facts, world
@@ -335,7 +335,7 @@ def build(to: Path) -> dict[str, Any]:
     written = config | {"transformers_version": transformers.__version__}
     (to / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
-    formatter = Formatter.of(layout.read(to))
+    formatter = Formatter.of(files.read(to))
     policy = build_policy.sample(to.parent / "policy", world.split()[1], per_prompt=2)
     policy_pairs = [(y[0], y[1], z[1]) for y, z in zip(policy[::2], policy[1::2], strict=True)]
     return {

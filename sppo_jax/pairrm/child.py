@@ -1,0 +1,146 @@
+"""Stage 2, between client and sidecar: one child process, the pipe to it, and how to tell that it is no more use."""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, cast
+
+from sppo_jax.errors import BadInput
+from sppo_jax.pairrm import protocol
+
+_CHUNK = 2**16
+_LAST_WORDS = 300  # characters
+
+
+class Broken(Exception):
+    """This process is no more use. The message says what happened, in words that follow a process's name.
+
+    `died` is true when something outside ended it: the system, short of memory, does it so.
+    """
+
+    def __init__(self, what: str, died: bool = False) -> None:
+        super().__init__(what)
+        self.died = died
+
+
+class Child:
+    """A running program that speaks frames. Neither reading nor writing ever blocks for longer than one is patient."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it, in a session of its own: a Ctrl-C in the terminal is the parent's to handle. BadInput if it cannot."""
+        environment = dict(environment)
+        # The kernel's notice comes when the *thread* that started the child ends, so only the main one may ask for it.
+        if threading.current_thread() is threading.main_thread():
+            environment[protocol.PARENT] = str(os.getpid())
+        self._stderr = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the process)
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise BadInput(f"{command[0]!r} cannot be started: {error.strerror or error}") from None
+        self._received, self._unsent = bytearray(), bytearray()
+        self._selector = selectors.DefaultSelector()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            os.set_blocking(stream.fileno(), False)
+        self._selector.register(cast(BinaryIO, self._process.stdout), selectors.EVENT_READ)
+        self._end = weakref.finalize(self, _end, self._process, self._stderr, self._selector)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, frame: bytes) -> None:
+        """Put a frame in line; it is written while `receive` waits."""
+        stdin = cast(BinaryIO, self._process.stdin)
+        if not stdin.closed and not self._unsent:
+            self._selector.register(stdin, selectors.EVENT_WRITE)
+        self._unsent += frame
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """The next frame. Raises Broken when the stream ends or is garbage, or no whole frame came for so long.
+
+        Only what we write gives it more time: bytes that it writes may belong to a frame that never ends.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                message = protocol.take_frame(self._received)
+            except protocol.FrameError as error:
+                raise Broken(f"wrote garbage ({error})") from None
+            if message is not None:
+                return message
+            # What has arrived is looked at before the clock: we may have been stopped ourselves.
+            ready = self._selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                what = "did not end the frame that it began" if self._received else "gave no sign of life"
+                raise Broken(f"{what} for {seconds:g} s")
+            for key, _ in ready:
+                if key.fileobj is self._process.stdin:
+                    self._write()
+                    deadline = time.monotonic() + seconds
+                else:
+                    self._read()
+
+    def last_words(self) -> str:
+        """The last line that it wrote to standard error, at most 300 characters; "" if it wrote none."""
+        with contextlib.suppress(ValueError):  # closed
+            self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**14))
+            lines = self._stderr.read().decode(errors="replace").splitlines()
+            return next((line.strip()[:_LAST_WORDS] for line in reversed(lines) if line.strip()), "")
+        return ""
+
+    def kill(self) -> None:
+        """End it at once, with all that it started. It has nothing to save, and may be in no state to be asked."""
+        self._end()
+
+    def _read(self) -> None:
+        data = os.read(cast(BinaryIO, self._process.stdout).fileno(), _CHUNK)
+        if not data:
+            raise self._ended()
+        self._received += data
+
+    def _write(self) -> None:
+        stdin = cast(BinaryIO, self._process.stdin)
+        try:
+            del self._unsent[: os.write(stdin.fileno(), self._unsent[:_CHUNK])]
+        except BrokenPipeError:  # it reads no more; what it still said is worth reading
+            self._unsent.clear()
+        if not self._unsent:
+            self._selector.unregister(stdin)
+
+    def _ended(self) -> Broken:
+        try:
+            status = self._process.wait(1)  # its output closes a moment before it ends
+        except subprocess.TimeoutExpired:
+            return Broken("closed its output")
+        if status < 0:
+            return Broken(f"ended by signal {-status}", died=True)
+        return Broken(f"ended with exit status {status}")
+
+
+def _end(process: subprocess.Popen[bytes], stderr: BinaryIO, selector: selectors.BaseSelector) -> None:
+    # Once it has been waited for, its id may be another's, and its output is closed by all who had it.
+    if process.returncode is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for stream in (selector, process.stdin, process.stdout, stderr):
+        with contextlib.suppress(OSError):
+            cast(BinaryIO, stream).close()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # in the hands of a driver: the kernel will end it
+        process.wait(5)

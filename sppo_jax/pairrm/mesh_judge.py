@@ -1,0 +1,229 @@
+"""Stage 2 on the mesh: the PairRM that shares the policy's devices. Texts → length buckets → logits [n, K, K].
+
+Every device holds the whole network and scores pairs of its own. A batch is always full and always of a fixed shape, so
+that a run compiles one program per bucket that occurs; what a pair scores does not depend on its batch.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sppo_jax import sharding
+from sppo_jax.errors import BadInput
+from sppo_jax.pairrm import comparisons, jax_model
+from sppo_jax.pairrm.files import Checkpoint
+from sppo_jax.pairrm.format import Formatter, Limits
+
+Progress = Callable[[int, int], None]
+Batch = tuple[
+    int, list[comparisons.Work]
+]  # tokens per row after padding, and one pair for each row that is not spare
+
+DTYPES = ("auto", "float32", "bfloat16")
+AUTO = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
+# Tokens of a row after padding. A CPU compiles in a second and pays for every token; an accelerator the other way round.
+BUCKETS = {"cpu": (*range(64, 1024, 64), *range(1024, 2049, 128))}
+_BUCKETS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+_STEP = 512  # between buckets beyond the last
+# Tokens of a batch per device. On a CPU more than these gain nothing.
+DEVICE_TOKENS = {"cpu": 512}
+_DEVICE_TOKENS = 4096
+
+
+class JaxJudge:
+    """PairRM on the mesh. Takes no device before `compare`; gives their memory back on `release`.
+
+    Not for use by two threads at once. On a mesh of several processes all must call `compare` with the same texts.
+    """
+
+    on_mesh = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        mesh: Mesh | None = None,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        dtype: str = "auto",
+        form: str | None = None,
+    ) -> None:
+        """`mesh` (default: all devices) is used data-parallel whatever its axes; `form` as in disentangled.py.
+
+        `dtype` auto is bfloat16, on CPUs float32. Raises BadInput when the files are not a PairRM's.
+        """
+        if dtype not in DTYPES:
+            raise BadInput(f"PairRM: dtype {dtype!r} is unknown; choose one of: {', '.join(DTYPES)}")
+        jax_model.check(checkpoint)
+        self.cut: Counter[str] = Counter()  # "prompts", "responses" of which only a part was read
+        self.sources = checkpoint.sources
+        self._checkpoint = checkpoint
+        self._formatter = Formatter.of(checkpoint, limits)
+        self._mesh, self._dtype, self._form = mesh, dtype, form
+        self._weights: Any = None
+        self._forward: Callable[..., jax.Array] | None = None
+        self._closed = False
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the model's files."""
+        return self._checkpoint.identity
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        on_progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Logits, float32 [n, K, K]: [p, i, j] is that response i, shown first, beats j; the diagonal is 0.
+
+        prompts [n] are raw instructions, responses [n][K] decoded text. `on_progress(done, total)` counts ordered pairs.
+        Raises ValueError for shapes that do not fit, BadInput for a score that is not a finite number.
+        """
+        n, k = comparisons.shape(prompts, responses)
+        if self._closed:
+            raise BadInput("PairRM: this judge is closed; load it again")
+        logits = np.zeros((n, k, k), np.float32)
+        texts = comparisons.read(self._formatter, prompts, responses)
+        done = 0
+        with _room():
+            for works, scores in self._scored(comparisons.distinct(texts)):
+                if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
+                    p, i, j = works[bad[0]].cells[0]
+                    raise BadInput(
+                        f"PairRM: the score of responses {i} and {j} to prompt {prompts[p][:80]!r} is not a finite number"
+                    )
+                done += comparisons.scatter(logits, works, scores)
+                if on_progress is not None:
+                    on_progress(done, n * k * (k - 1))
+        self.cut["prompts"] += sum(text.cut_prompt for text in texts)
+        self.cut["responses"] += sum(sum(text.cut_responses) for text in texts)
+        return logits
+
+    def release(self) -> None:
+        """Give the devices' memory back; the next `compare` reads the weights again, and compiles nothing."""
+        self._weights = None
+
+    def close(self) -> None:
+        """Release for good."""
+        self.release()
+        self._forward, self._closed = None, True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _scored(
+        self, works: Sequence[comparisons.Work]
+    ) -> Iterator[tuple[list[comparisons.Work], np.ndarray]]:
+        """All of `works` and their scores, batch by batch; the devices have the next one before the last is fetched."""
+        if not works:
+            return
+        mesh = self._load()
+        waiting: tuple[list[comparisons.Work], jax.Array] | None = None
+        for size, batch in batches(works, sharding.platform(mesh), mesh.size):
+            ahead = batch, self._dispatch(mesh, size, batch)
+            if waiting:
+                yield _fetched(*waiting)
+            waiting = ahead
+        if waiting:
+            yield _fetched(*waiting)
+
+    def _dispatch(self, mesh: Mesh, size: int, batch: list[comparisons.Work]) -> jax.Array:
+        assert self._forward is not None
+        arrays = padded(batch, size, mesh.size * rows(size, sharding.platform(mesh)))
+        spread = sharding.spread(mesh)
+        placed = (jax.make_array_from_callback(x.shape, spread, x.__getitem__) for x in arrays)
+        return self._forward(self._weights, *placed)
+
+    def _load(self) -> Mesh:
+        """Weights on the devices, unless they are there."""
+        if self._mesh is None:
+            self._mesh = sharding.make_mesh()
+        if self._weights is None:
+            platform = sharding.platform(self._mesh)
+            dtype = AUTO[platform] if self._dtype == "auto" else self._dtype
+            network, self._weights = nnx.split(
+                jax_model.load(self._checkpoint, self._mesh, jnp.dtype(dtype), self._form)
+            )
+            self._forward = self._forward or forward(network, self._mesh)
+        return self._mesh
+
+
+def forward(network: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
+    """(weights, ids [B, T], lengths [B], marks [B, 3]) → C [B]; B is cut over all devices of `mesh`, weights are not."""
+    whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
+
+    def one_device(weights: Any, ids: jax.Array, length: jax.Array, marks: jax.Array) -> jax.Array:
+        return nnx.merge(network, weights)(ids, length, marks)
+
+    all_devices = jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(whole.spec, spread.spec, spread.spec, spread.spec),
+        out_specs=spread.spec,
+        check_vma=False,
+    )
+    # Every process of a pod needs every logit; within one, nothing has to be exchanged.
+    return jax.jit(all_devices, out_shardings=whole if mesh.is_multi_process else spread)
+
+
+def bucket(length: int, platform: str) -> int:
+    """Tokens of the row in which a pair of `length` tokens is scored."""
+    sizes = BUCKETS.get(platform, _BUCKETS)
+    return next((size for size in sizes if size >= length), -(-length // _STEP) * _STEP)
+
+
+def rows(size: int, platform: str) -> int:
+    """Rows per device of a batch whose rows have `size` tokens."""
+    return max(1, DEVICE_TOKENS.get(platform, _DEVICE_TOKENS) // size)
+
+
+def batches(works: Sequence[comparisons.Work], platform: str, devices: int) -> Iterator[Batch]:
+    """Longest first. What is left of a bucket shares its batch with shorter pairs, which cost no more than spare rows."""
+    works = comparisons.in_order(works)
+    while works:
+        size = bucket(len(works[0].pair), platform)
+        full = devices * rows(size, platform)
+        yield size, works[:full]
+        works = works[full:]
+
+
+def padded(
+    batch: Sequence[comparisons.Work], size: int, full: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids [full, size], lengths [full] and marks [full, 3], int32; spare rows hold one token of padding."""
+    ids = np.zeros((full, size), np.int32)
+    lengths = np.ones(full, np.int32)
+    marks = np.zeros((full, 3), np.int32)
+    for row, work in enumerate(batch):
+        ids[row, : len(work.pair)] = work.pair.ids
+        lengths[row] = len(work.pair)
+        marks[row] = work.pair.marks
+    return ids, lengths, marks
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Running out of the devices' memory, here or in the compiler, is one line. Raises BadInput."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BadInput(
+            "PairRM: the devices have no room for it beside the policy; lower judge.total_tokens, or use judge.backend=torch"
+        ) from None
+
+
+def _fetched(batch: list[comparisons.Work], scores: jax.Array) -> tuple[list[comparisons.Work], np.ndarray]:
+    return batch, np.asarray(scores)[: len(batch)]

@@ -1,0 +1,199 @@
+"""The real programs of each stage, compiled for devices that are not here: what plan.py reads its figures from."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from sppo_jax import command, fit, sharding
+from sppo_jax.config import Config
+from sppo_jax.models import Architecture, Transformer, attention, hf, lora
+from sppo_jax.pairrm import deberta_attention, jax_model, mesh_judge
+from sppo_jax.plan.hlo import Cost, Module
+from sppo_jax.sampler import engine
+from sppo_jax.sampler.programs import PAGE, Programs, bucket, sampling_mesh
+from sppo_jax.training.batches import Layout
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program on one chip."""
+
+    peak: int  # bytes
+    arguments: int
+    total: int  # arguments, results and temporaries
+    seconds: float  # that compiling took
+    cost: Cost
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room for a program; the text is its first line."""
+
+
+def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> tuple[Any, Compiled]:
+    """Compile, and say how long it took; raises DoesNotFit."""
+    began = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error).splitlines()[0]) from None
+    memory = program.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    text = program.as_text()
+    cost = Module(text, turns).cost() if "estimated_cycles" in text else Cost()
+    seconds = time.perf_counter() - began
+    command.say(f"  {what}: compiled in {seconds:.0f} s, {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
+    return program, Compiled(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, total, seconds, cost)
+
+
+def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
+    """The policy without a byte of it."""
+    a = replace(a, lora_rank=config.model.lora_rank)
+    kernel = attention.choose(config.model.attention, mesh, a, dtype)
+    weights: dict[str, Any] = dict(hf.abstract(a, mesh, dtype if a.lora_rank else jnp.float32))
+    return Transformer(a, weights | (lora.abstract(a, mesh) if a.lora_rank else {}), dtype, kernel)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of one chip's pieces."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def kept_bytes(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> int:
+    """What training leaves on a chip while others work there: parameters, the frozen ones included."""
+    return local_bytes(nnx.split(abstract_model(config, a, mesh, dtype))[1])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The update's programs, and the most memory that a chip has in use at any of them, by kind."""
+
+    forward: Compiled
+    backward: Compiled
+    accumulate: Compiled | None
+    update: Compiled
+    memory: dict[str, float]
+    saved: float  # bytes of activations that a backward pass needs
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def programs(self) -> list[Compiled]:
+        return [x for x in (self.forward, self.backward, self.accumulate, self.update) if x is not None]
+
+
+def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) -> Fitted:
+    """The training step as `fit` runs it: four programs whose arrays stay on the devices between them."""
+    model = abstract_model(config, a, mesh, dtype)
+    programs = fit.make_programs(
+        model.architecture, jnp.dtype(dtype), mesh, config.fit, 100, config.model.attention
+    )
+    _, params, frozen = fit.split(model)
+    responses = 2 if config.pairs.select == "best_worst" else config.sampling.responses
+    batch = microbatch(mesh, at, responses)
+    state = fit.TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=programs.shardings.step),
+        params,
+        jax.tree.map(_struct, jax.eval_shape(programs.init_optimizer, params), programs.shardings.opt_state),
+    )
+    lowered = programs.forward.lower(params, frozen, batch)  # type: ignore[attr-defined]
+    program, forward = compiled("forward", lowered)
+    logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
+    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
+    given = (params, frozen, batch, pullback, logprob)
+    backward = compiled("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
+    accumulate = None
+    if at.microbatches > 1:
+        accumulate = compiled("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
+    update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
+    # What lies there without being an argument.
+    trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
+    lies = {"parameters": trained, "frozen": fixed, "optimiser": moments}
+    saved = {"saved activations": max(0, backward.arguments - trained - fixed)}
+    several = at.microbatches > 1
+    times = [
+        (forward.peak + moments + several * trained, lies | saved | {"gradients": several * trained}),
+        (backward.peak + moments, lies | saved | {"gradients": trained}),
+        (update.peak + fixed, lies | {"gradients": trained}),
+    ]
+    if accumulate is not None:  # a microbatch's gradients, in the compute dtype, beside their sum
+        both = trained + trained * jnp.dtype(dtype).itemsize // 4
+        times.append((accumulate.peak + moments, lies | saved | {"gradients": both}))
+    peak, held = max(times, key=lambda moment: moment[0])
+    kinds = {kind: float(size) for kind, size in held.items() if size}
+    kinds["temporaries"] = peak - sum(held.values())
+    return Fitted(forward, backward, accumulate, update, kinds, saved["saved activations"])
+
+
+def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
+    """Shapes of what `fit.place` gives."""
+    rows, whole = sharding.named("BT", mesh), sharding.replicated(mesh)
+    tokens, group, pair = (at.rows, at.width), (at.prompts,), (at.prompts, responses)
+
+    def like(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    return {
+        "tokens": like(tokens, jnp.int32, rows),
+        "segment": like(tokens, jnp.int32, rows),
+        "scored": like(tokens, jnp.bool_, rows),
+        "place": like(pair, jnp.int32),
+        "segments": like((at.segments,), jnp.int32),
+        "ref_logprob": like(pair, jnp.float32),
+        "win_rate": like(pair, jnp.float32),
+        "baseline": like(group, jnp.float32),
+        "probability": like(group, jnp.float32),
+        "real": like(group, jnp.bool_),
+        "share": like((), jnp.float32),
+    }
+
+
+def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, limit: int) -> Programs:
+    """What the sampler compiles: replicas, slots and pages as it would choose them with `limit` bytes a chip.
+
+    Raises BadInput where a response does not fit.
+    """
+    model = abstract_model(config, a, mesh, dtype)
+    int8 = config.sampling.quantize == "int8"
+    # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
+    whole = sampling_mesh(model, mesh, engine.serving_bytes(model, int8), limit)
+    asked = engine.of_processes(config.sampling, whole)
+    graph, weights = engine.abstract(model, whole, int8)
+    free = engine.FILLED * limit - local_bytes(weights) - kept_bytes(config, a, mesh, dtype)
+    longest = min(bucket(config.prompts.max_length), a.max_positions)
+    shape = engine.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
+    return Programs(graph, weights, whole, shape)
+
+
+def page_bytes(p: Programs) -> int:
+    """Of one column's keys and values, all layers, on one chip."""
+    pages = p.shape.pages // p.replicas
+    return local_bytes(p.pages) // (pages * PAGE)
+
+
+def judge_program(deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int) -> Compiled:
+    """PairRM's forward over one full batch of pairs of `tokens` tokens."""
+    platform = sharding.platform(mesh)
+    size = mesh_judge.bucket(tokens, platform)
+    rows = mesh.size * mesh_judge.rows(size, platform)
+    form = deberta_attention.form_of(mesh)
+    network, weights = nnx.split(
+        jax_model.PairRM(deberta, jax_model.shapes(deberta, jnp.dtype(dtype)), dtype, form)
+    )
+    whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
+    weights = jax.tree.map(lambda x: _struct(x, whole), weights)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=spread) for s in ((rows, size), (rows,), (rows, 3))]
+    return compiled("judge", mesh_judge.forward(network, mesh).lower(weights, *inputs))[1]  # type: ignore[attr-defined]
+
+
+def _struct(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

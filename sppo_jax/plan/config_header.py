@@ -1,0 +1,46 @@
+"""The plan's figures in a configuration's first comment, and for which configuration they were made."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sppo_jax import config as configuration
+from sppo_jax.config import Config
+from sppo_jax.files import replacing
+
+BEGIN, END = "# Planned", "# (end of the plan)"
+NOT_PLANNED = ("out", "seed", "log.", "prompts.source", "prompts.heldout", "prompts.split", "prompts.column")
+
+
+def digest(config: Config) -> str:
+    """Of everything that a plan may depend on."""
+    knobs = configuration.flat(config)
+    kept = {key: value for key, value in knobs.items() if not key.startswith(NOT_PLANNED)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write(path: Path, config: Config, lines: Sequence[str]) -> None:
+    """Put the figures into the file, in place of those that it has."""
+    text = path.read_text(encoding="utf-8")
+    block = "\n".join(
+        [f"{BEGIN} by `make plan` (configuration {digest(config)}):", *(f"#   {x}" for x in lines), END]
+    )
+    old = re.search(rf"^{BEGIN}.*?^{re.escape(END)}$", text, re.DOTALL | re.MULTILINE)
+    if old:
+        text = text.replace(old[0], block)
+    else:  # after the first comment
+        rows = text.splitlines()
+        first = next((i for i, row in enumerate(rows) if not row.startswith("#")), len(rows))
+        text = "\n".join([*rows[:first], block, *rows[first:]]) + "\n"
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def planned(path: Path) -> str | None:
+    """The digest of the configuration that the file's figures were made for; None: it has none."""
+    found = re.search(
+        rf"^{BEGIN} .*\(configuration ([0-9a-f]+)\)", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return found and found[1]

@@ -1,0 +1,213 @@
+"""Scalars to metrics.jsonl and TensorBoard, and progress to the terminal (a bar) or to a log (plain lines)."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sppo_jax.errors import Terminated
+from sppo_jax.run.directory import RunDir
+
+PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
+
+
+class Metrics:
+    """Where a run tells what it does. Close it, or use it as a context manager.
+
+    Scalars and lines may come from any thread; there is one progress at a time.
+    """
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._file: TextIO | None = None
+        self._events: Any = None
+        # A pipe or file has no width of its own: don't fold log lines at 80 columns.
+        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._stop = False
+        self._writing = threading.Lock()
+
+    def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
+        """One line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
+        now = time.time()
+        line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
+        with self._writing:
+            if self._file is None:
+                self._open()  # not before there is something to say: a run that cannot begin leaves no files
+            assert self._file is not None
+            self._file.write(json.dumps(_finite(line)) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
+
+    def _open(self) -> None:
+        from tensorboard.summary import DirectoryOutput, Writer
+
+        torn = self._run.metrics.exists() and not self._run.metrics.read_bytes().endswith(b"\n")
+        self._file = self._run.metrics.open("a", encoding="utf-8")
+        self._file.write("\n" if torn else "")  # a line cut by a crash must not swallow the next
+        self._events = Writer(DirectoryOutput(str(self._run.tensorboard)))
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text)
+
+    @contextlib.contextmanager
+    def progress(
+        self, label: str, total: int, unit: str, *, done: int = 0, minor: bool = False
+    ) -> Iterator[Callable[..., None]]:
+        """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate.
+
+        `done` units were there before: they count, but for rate and time left they don't. Of a `minor` stage that is
+        soon over, a log says nothing.
+        """
+        if self._console.is_terminal:
+            with self._bar(label, total, unit, done) as advance:
+                yield advance
+        else:
+            with self._lines(label, total, unit, done, minor) as advance:
+                yield advance
+
+    @contextlib.contextmanager
+    def _lines(
+        self, label: str, total: int, unit: str, done: int, minor: bool
+    ) -> Iterator[Callable[..., None]]:
+        start = shown = time.monotonic()
+        before = done
+
+        def advance(n: int = 1, **facts: Any) -> None:
+            nonlocal done, shown
+            if n == 0 and done == total:
+                return
+            done += n
+            now = time.monotonic()
+            if (done < total or (minor and shown == start)) and now - shown < PLAIN_SECONDS:
+                return
+            shown = now
+            rate = (done - before) / max(now - start, 1e-9)
+            if done == total:
+                left = f" in {_clock(now - start)}"
+            else:
+                left = f", {_clock((total - done) / rate)} left" if rate else ""
+            self.say(f"{label}: {done}/{total} {unit}, {rate:.1f}/s{left}{_shown(facts)}")
+
+        yield advance
+
+    @contextlib.contextmanager
+    def _bar(self, label: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[facts]}"),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(label, total=total, completed=done, rate="", facts="")
+            start, new = time.monotonic(), 0
+
+            def advance(n: int = 1, **facts: Any) -> None:
+                nonlocal new
+                new += n
+                rate = f"{new / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
+                bar.update(task, advance=n, rate=rate, facts=_shown(facts).removeprefix(", "))
+
+            yield advance
+
+    @contextlib.contextmanager
+    def stopping_on_sigterm(self) -> Iterator[None]:
+        """Turn SIGTERM into a request that `poll` raises at the next safe place."""
+
+        def request(_signal: int, _frame: FrameType | None) -> None:
+            self._stop = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def poll(self) -> None:
+        if self._stop:
+            raise Terminated
+
+    def chunks(
+        self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
+    ) -> Callable[[int, int, int], None]:
+        """`advance` for the sampler, which tells (prompts, tokens, slots in use) of each chunk, and then polls.
+
+        `facts` are shown as well.
+        """
+        start, tokens = time.monotonic(), 0
+
+        def on_progress(prompts: int, new_tokens: int, slots_in_use: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            rate = round(tokens / max(time.monotonic() - start, 1e-9))
+            advance(prompts, **{"tokens/s": rate, "slots in use": slots_in_use}, **facts())
+            self.poll()
+
+        return on_progress
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+        sys.stdout.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:
+    """`advance` for those who report (done so far, total)."""
+    before = 0
+
+    def on_progress(done: int, _total: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return on_progress
+
+
+def read(run: RunDir) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, the last one of each (iteration, stage, step); a line cut by a crash is left out."""
+    lines: dict[tuple[int, str, int], dict[str, Any]] = {}
+    if run.metrics.exists():
+        for text in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                lines[line["iteration"], line["stage"], line["step"]] = line
+    return sorted(lines.values(), key=lambda line: (line["iteration"], line["stage"], line["step"]))
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _shown(facts: dict[str, Any]) -> str:
+    return "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in facts.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,1 @@
+"""The update: batches, the jitted regression, the optimiser, checkpoints and memory."""
