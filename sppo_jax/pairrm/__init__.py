@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sppo_jax import command
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.pairrm import files
 from sppo_jax.pairrm.format import Limits
 from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
@@ -46,7 +47,7 @@ def load(
     """
     if backend not in BACKENDS:
         raise BadInput(f"PairRM backend {backend!r} is unknown; choose one of: {', '.join(BACKENDS)}")
-    checkpoint = files.fetch(str(path), pinned=pinned or {}, tell=tell)
+    checkpoint = files.fetch(str(names.resolve(str(path))), pinned=pinned or {}, tell=tell)
     if backend == "jax":
         from sppo_jax.pairrm.mesh_judge import JaxJudge
 
