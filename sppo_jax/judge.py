@@ -17,7 +17,6 @@ import numpy as np
 from sppo_jax import config as configuration
 from sppo_jax import pairrm, preferences, records
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.hub import names
 from sppo_jax.records import Preferences, Responses
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
@@ -111,9 +110,8 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     if judge.backend not in pairrm.BACKENDS:
         known = ", ".join(pairrm.BACKENDS)
         raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
-    embedded = judge.path.startswith(configuration.EMBEDDED)
     opened = pairrm.load(
-        names.resolve(judge.path) if embedded else judge.path,
+        judge.path,
         judge.backend,
         python=judge.python,
         limits=pairrm.Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens),

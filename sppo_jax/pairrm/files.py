@@ -16,9 +16,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sppo_jax import command
+from sppo_jax.command import say
+from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import repositories
+from sppo_jax.hub.names import resolve
 from sppo_jax.pairrm import tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -85,13 +87,16 @@ class Checkpoint:
 
 
 def fetch(
-    name: str, *, pinned: Mapping[str, str] | None = None, tell: Callable[[str], None] = command.say
+    name: str, *, pinned: Mapping[str, str] | None = None, tell: Callable[[str], None] = say
 ) -> Checkpoint:
-    """The PairRM `name`: a directory, or `owner/repo[@revision]` on the hub; a ranker's backbone likewise.
+    """Return the PairRM `name`, fetched from the hub where needed, and a ranker's backbone with it.
 
-    `pinned` has the commit of each repository that a run was begun with: those are taken, whatever lies here or is newer.
-    Raises BadInput as `read` and `hub.snapshot` do.
+    `name` is `embedded:NAME`, a directory, or `owner/repo[@revision]` on the hub. `pinned` maps repositories to the
+    commits that a run was begun with: these are used, even where a directory has that name or a commit is newer.
+    Raises BadInput as `read` and `repositories.snapshot` do.
     """
+    if name.startswith(EMBEDDED):
+        return read(resolve(name))
     pinned = pinned or {}
     judge = _snapshot(name, FILES, pinned, tell)
     found, backbone = [judge], None
