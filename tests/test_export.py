@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from sppo_jax import config as configuration
-from sppo_jax import export, files, sharding
+from sppo_jax import config_file, export, files, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.fit import TrainState
 from sppo_jax.hub import names
@@ -56,7 +56,7 @@ def begin(tmp_path):
     def begin(*flags, **manifest):
         run = RunDir(tmp_path / "out")
         run.root.mkdir()
-        run.config.write_text(configuration.dump(configuration.load([], ["--out", str(run.root), *flags])))
+        run.config.write_text(config_file.dump(config_file.load([], ["--out", str(run.root), *flags])))
         files.write_json(run.manifest, MANIFEST | manifest)
         return run
 
@@ -389,8 +389,8 @@ def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
 def test_the_cards_command_gives_the_runs_configuration(begin):
     run = begin("--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b")
     words = re.search(r"python -m sppo_jax\.main (.*?)\n```", model_card.text(run, 1), re.DOTALL)[1]
-    again = configuration.load([], shlex.split(words.replace("\\\n", "")))
-    assert configuration.changed_keys(configuration.load([run.config]), again) == []
+    again = config_file.load([], shlex.split(words.replace("\\\n", "")))
+    assert configuration.changed_keys(config_file.load([run.config]), again) == []
 
 
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo_jax import config as configuration
+from sppo_jax import config_file
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.plan import config_header
@@ -81,7 +82,7 @@ def main(words: Sequence[str]) -> None:
         print(__doc__)
         return
     files, asked, overrides = _arguments(words)
-    config = configuration.load(files, overrides)
+    config = config_file.load(files, overrides)
     began = time.perf_counter()
     plans = [plan(config, name, asked) for name in asked.slices]
     for one in plans:
