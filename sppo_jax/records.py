@@ -1,4 +1,4 @@
-"""What crosses a stage boundary, and its parquet form: Prompt, Responses, Preferences, Pair."""
+"""The records that pass from stage to stage, and their parquet form: Prompt, Responses, Preferences, Pair."""
 
 import hashlib
 import json
@@ -29,20 +29,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Responses:
-    """K responses to one prompt. `response_ids` are the ids sampled, with the end of sequence if it was."""
+    """K responses to one prompt. `response_ids` are the sampled ids, with the end of sequence if it was sampled."""
 
     prompt_id: int
     prompt: str
     prompt_ids: list[int]
     response_ids: list[list[int]]
     responses: list[str]
-    finish_reason: list[str]  # stop: ended by itself; length: cut at max_new_tokens
-    logprobs: list[float]  # sums over the response at temperature 1, nats
+    finish_reason: list[str]  # stop: an id that ends a response was sampled; length: cut at max_new_tokens
+    logprobs: list[float]  # log pi(y|x) at temperature 1, nats
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """The judge's view of one prompt's K responses, in their order."""
+    """The judge's comparisons of one prompt's K responses, in the order of the responses."""
 
     prompt_id: int
     logits: list[list[float]]  # [i][j]: i shown first against j
@@ -53,7 +53,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Pair:
-    """What one prompt gives to training: R responses, best first, worst last (R is 2, or K for select=all).
+    """What training reads of one prompt: R responses, best first, worst last (R is 2, or K for pairs.select=all).
 
     The first five columns are the interchange of the official code.
     """
@@ -67,8 +67,8 @@ class Pair:
     prompt_ids: list[int]
     response_ids: list[list[int]]
     win_rate: list[float]
-    baseline: float  # win rate that the loss leaves alone: 1/2, or the prompt's log Z / eta
-    target: list[float]  # eta (win_rate - baseline): where the log-ratio should go, nats
+    baseline: float  # win rate whose target is 0: 1/2, or the prompt's log Z / eta
+    target: list[float]  # eta (win_rate - baseline), which the log-ratio is regressed on, nats
     ref_logprob: list[float]  # log pi_t(y|x), nats
 
 
@@ -116,15 +116,15 @@ Record = TypeVar("Record", Responses, Preferences, Pair)
 
 
 def prompt_id(text: str) -> int:
-    """63 bits of the text's sha256: an identity that no order, file or batch changes.
+    """63 bits of the text's sha256, an identity that does not depend on order, file or batch.
 
-    White space around the text does not count, since many templates drop it.
+    White space around the text is left out, since many templates drop it.
     """
     return int.from_bytes(hashlib.sha256(text.strip().encode("utf-8")).digest()[:8], "big") >> 1
 
 
 def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
-    """Write rows as parquet, with what they were made from in the file's metadata."""
+    """Write rows as parquet. `made_from`, {input: digest}, goes into the file's metadata."""
     schema = SCHEMAS[kind].with_metadata({"made_from": json.dumps(made_from, sort_keys=True)})
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}
     pq.write_table(pa.table(columns, schema=schema), path)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, interchange, records
+from sppo_jax import config_file, interchange, records
 from sppo_jax.errors import BadInput
 from sppo_jax.interchange import COLUMNS
 from sppo_jax.records import Pair, prompt_id
@@ -64,7 +64,7 @@ def official(tmp_path):
 
 
 def read(tokenizer, source, *words, heldout=(), positions=128, t=1):
-    settings = config.load([], [f"--pairs.source={source}", "--iterations=1", "--fit.eta=10", *words])
+    settings = config_file.load([], [f"--pairs.source={source}", "--iterations=1", "--fit.eta=10", *words])
     return interchange.read(settings, t, tokenizer, eos=EOS, positions=positions, heldout=heldout)
 
 
@@ -220,7 +220,7 @@ def test_each_iteration_may_have_pairs_of_its_own(tmp_path, tokenizer):
 )  # fmt: skip
 def test_settings_that_need_more_than_two_responses_or_files_are_refused(words, said):
     with pytest.raises(BadInput) as caught:
-        config.load([], ["--pairs.source=parquet:x", "--iterations=1", *words])
+        config_file.load([], ["--pairs.source=parquet:x", "--iterations=1", *words])
     assert said in str(caught.value)
     assert "pairs.source=parquet:x" in str(caught.value)
 

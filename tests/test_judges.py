@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sppo_jax import config, judges, main, preferences
+from sppo_jax import config, config_file, judges, main, preferences
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.pairrm import files, mesh_judge
@@ -142,7 +142,7 @@ def test_a_game_judged_on_the_mesh_has_the_logits_of_the_process(tmp_path):
     for kind in ("responses", "preferences"):
         shards = sorted((tmp_path / "run/iter_1" / kind).glob("*.parquet"))
         rows[kind] = [row for shard in shards for row in pq.read_table(shard).to_pylist()]
-    opened = judges.open_judge(config.load().judge)
+    opened = judges.open_judge(config_file.load().judge)
     try:
         expected = opened.compare(
             [row["prompt"] for row in rows["responses"]], [row["responses"] for row in rows["responses"]]
@@ -159,7 +159,7 @@ def test_devices_without_room_for_the_judge_are_one_line(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(mesh_judge.JaxJudge, "_dispatch", full)
-    settings = config.load(overrides=["--judge.backend", "jax"])
+    settings = config_file.load(overrides=["--judge.backend", "jax"])
     with pytest.raises(BadInput, match=r"no room .* lower judge.total_tokens"):
         judges.open_judge(settings.judge).compare(["Who?"], [["I", "you"]])
 
@@ -229,12 +229,14 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
 )
 def test_settings_that_no_judge_would_hear_are_refused(flags, complaint):
     with pytest.raises(BadInput, match=complaint):
-        config.load(overrides=flags)
+        config_file.load(overrides=flags)
 
 
 def test_limits_reach_the_judge_and_change_what_it_reads():
     def logits(**limits):
-        settings = config.load(overrides=[w for k, v in limits.items() for w in (f"--judge.{k}", str(v))])
+        settings = config_file.load(
+            overrides=[w for k, v in limits.items() for w in (f"--judge.{k}", str(v))]
+        )
         opened = judges.open_judge(settings.judge)
         try:
             long = "the moon is far away and the sun is farther " * 4

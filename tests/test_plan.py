@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import config, fit, models, pairs, sharding
+from sppo_jax import config, config_file, fit, models, pairs, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.plan import compiled, config_header, cost, hlo, target, workload
@@ -32,19 +32,19 @@ PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
 def test_a_shipped_configurations_figures_are_of_that_configuration(name):
     """`make plan` writes them; whoever changes a knob that a plan depends on runs it again."""
     path = CONFIGS / f"{name}.yaml"
-    assert config_header.planned(path) == config_header.digest(config.load([path]))
+    assert config_header.planned(path) == config_header.digest(config_file.load([path]))
 
 
 def test_a_header_is_written_once_replaced_and_leaves_the_configuration_as_it_is(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("# What it is.\n# More.\nseed: 7\n")
-    before = config.load([path])
+    before = config_file.load([path])
     config_header.write(path, before, ["one"])
     config_header.write(path, before, ["two", "three"])
     text = path.read_text()
     assert text.startswith("# What it is.\n# More.\n# Planned")
     assert text.endswith("#   two\n#   three\n# (end of the plan)\nseed: 7\n")
-    assert config.load([path]) == before
+    assert config_file.load([path]) == before
     assert config_header.planned(path) == config_header.digest(before)
     assert config_header.digest(dataclasses.replace(before, seed=8)) == config_header.digest(before)
     other = dataclasses.replace(before, fit=dataclasses.replace(before.fit, global_batch=8))
@@ -59,7 +59,7 @@ def test_drawn_lengths_have_the_mean_that_is_asked_and_keep_the_limit(mean):
 
 
 def test_a_workload_counts_what_an_iteration_does():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     work = workload.workload(c, Lengths(180, 350))
     assert work.updates == math.ceil(20_000 / 64)
     assert work.sampled_tokens == pytest.approx((20_000 * 5 + 1000 + 100 * 5) * 350, rel=0.05)
@@ -72,7 +72,7 @@ def test_a_workload_counts_what_an_iteration_does():
 
 
 def test_pairs_that_are_given_are_neither_sampled_nor_judged():
-    c = config.load(
+    c = config_file.load(
         [CONFIGS / "mistral_7b.yaml"], ["--pairs.source", "hf:a/b-{iteration}", "--eval.probe_prompts", "1"]
     )
     work = workload.workload(c, Lengths(180, 350))
@@ -90,7 +90,7 @@ def test_pairs_that_are_given_are_neither_sampled_nor_judged():
     ],
 )
 def test_pairs_are_as_long_as_pairrm_reads_them(judge, expected):
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     c = dataclasses.replace(
         c,
         judge=dataclasses.replace(c.judge, **judge),
@@ -157,7 +157,7 @@ def update_of(c: config.Config, chips: int, **knobs: Any) -> memory.Update:
 
 
 def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     assert memory.parameters(target.architecture(c)) == 7_241_732_096
     update = update_of(c, 16)
     many, few = update.most_tokens(95 * 2**30), update.most_tokens(12 * 2**30)
@@ -167,7 +167,7 @@ def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits(
 
 
 def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     layer = update_of(c, 16).kinds(4096, accumulated=False)
     attention = update_of(c, 16, remat="attention").kinds(4096, accumulated=False)
     wide = update_of(c, 16, width=4).kinds(4096, accumulated=False)
@@ -188,7 +188,7 @@ def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
 # A column has weights and, three times, the logits of 128 tokens; a gathered one also its gradient.
 @pytest.mark.parametrize(("fsdp", "column"), [(1, 2 * 4096 + 3 * 4 * 128), (4, (2 + 8) * 4096 + 3 * 4 * 128)])
 def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabulary(fsdp, column):
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     a, mesh = target.architecture(c), sharding.make_mesh(1, fsdp, 2, devices=jax.devices()[: 2 * fsdp])
     even, odd = (
         update_of(c, 1, a=dataclasses.replace(a, vocab=vocab), mesh=mesh).kinds(128, accumulated=False)
@@ -199,14 +199,14 @@ def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabul
 
 def test_adapters_alone_have_masters_moments_and_gradients():
     """The formula against the shapes of what would be trained."""
-    c = config.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
     update = update_of(c, 4)
     model = compiled.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
     _, params, frozen = fit.split(model)
     kinds = update.kinds(1024, accumulated=False)
     assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == compiled.local_bytes(params)
     assert kinds["frozen"] == compiled.local_bytes(frozen)
-    whole = update_of(config.load([CONFIGS / "mistral_7b.yaml"]), 4)
+    whole = update_of(config_file.load([CONFIGS / "mistral_7b.yaml"]), 4)
     limit = 31.25 * 2**30
     assert update.most_tokens(limit) == 4 * memory.MOST > whole.most_tokens(limit)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, prompts
+from sppo_jax import config_file, prompts
 from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import prompt_id
@@ -117,7 +117,7 @@ def test_T17_no_prompt_is_both_held_out_and_trained_on(tmp_path, tokenizer):
 
 
 def test_T17_the_embedded_sets_are_disjoint(tokenizer):
-    found = prompts.load(config.load(), tokenizer)
+    found = prompts.load(config_file.load(), tokenizer)
     sets = [{p.prompt_id for p in part} for part in (*found.train, found.heldout)]
     assert [len(s) for s in sets] == [128, 128, 128, 500]
     assert len(set().union(*sets)) == 128 * 3 + 500
@@ -203,7 +203,7 @@ def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, token
 def test_held_out_texts_beyond_those_that_are_asked_stay_held_out(tmp_path, tokenizer):
     write(tmp_path / "all.jsonl", texts(9))
     write(tmp_path / "some.jsonl", texts(6))
-    settings = config.load(
+    settings = config_file.load(
         [],
         [
             f"--prompts.source=jsonl:{tmp_path}/all.jsonl", f"--prompts.heldout=jsonl:{tmp_path}/some.jsonl",
@@ -220,7 +220,7 @@ def test_pairs_that_are_given_need_no_prompts_to_sample(tmp_path, tokenizer):
     words = [
         "--pairs.source=parquet:x", "--iterations=1", "--prompts.source=jsonl:nowhere", f"--prompts.heldout=jsonl:{tmp_path}/heldout.jsonl",
     ]  # fmt: skip
-    found = prompts.load(config.load([], words), tokenizer)
+    found = prompts.load(config_file.load([], words), tokenizer)
     assert (len(found.heldout), found.train, list(found.counts)) == (2, [], ["heldout"])
 
 

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sppo_jax import config as configuration
+from sppo_jax import config_file
 from sppo_jax.command import call, say
 from sppo_jax.errors import BadInput
 from sppo_jax.plan import config_header, search, table
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> None:
         print(__doc__)
         return
     files, request, overrides = parse(words)
-    config = configuration.load(files, overrides)
+    config = config_file.load(files, overrides)
     began = time.perf_counter()
     plans = [search.plan(config, name, request.lengths) for name in request.slices]
     for plan in plans:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sppo_jax import config as configuration
-from sppo_jax import files
+from sppo_jax import config_file, files
 from sppo_jax.config import EMBEDDED, Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
@@ -44,7 +44,7 @@ def write(run: RunDir, t: int) -> None:
 
 def text(run: RunDir, t: int) -> str:
     """The card of the policy after iteration t, with the win rates that are known by now. Raises BadInput."""
-    config, manifest = configuration.load([run.config]), manifest_file.read(run)
+    config, manifest = config_file.load([run.config]), manifest_file.read(run)
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
     how = (

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sppo_jax import config as configuration
-from sppo_jax import files, records
+from sppo_jax import config_file, files, records
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.records import Responses
@@ -254,6 +253,6 @@ def main(words: Sequence[str]) -> None:
     run = RunDir(words[1])
     if not run.config.is_file():
         raise BadInput(f"--run {words[1]}: no run directory (it has no config.yaml)")
-    configuration.load([run.config])
+    config_file.load([run.config])
     write(run)
     print(run.report)

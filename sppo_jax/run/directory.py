@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sppo_jax import config as configuration
+from sppo_jax import config_file
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import part_of, remove, replacing
@@ -95,12 +96,12 @@ def shard_ranges(total: int, size: int) -> list[range]:
 def claim(run: RunDir, config: Config) -> None:
     """Write the resolved configuration; from here on OUT is this configuration's. For when all inputs are known good."""
     with replacing(run.config) as part:
-        part.write_text(configuration.dump(config), encoding="utf-8")
+        part.write_text(config_file.dump(config), encoding="utf-8")
 
 
 def _check(run: RunDir, config: Config) -> None:
     if run.config.exists():
-        before = configuration.load([run.config])
+        before = config_file.load([run.config])
         if changed := configuration.changed_keys(before, config):
             old, new = configuration.flat(before), configuration.flat(config)
             shown = ", ".join(f"{k} ({old[k]} there, {new[k]} now)" for k in changed)
