@@ -127,7 +127,7 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     _check_target(to)
     if t not in (there := _iterations(run)):
         shown = ", ".join(str(i) for i in there)
-        raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
+        raise BadInput(f"--iteration {t}: {root} has no policy of it; there are {shown} ({BASE}: the base)")
     base = names.fetch(config.model.path, manifest.pinned_model(run)).directory
 
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
