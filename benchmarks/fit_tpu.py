@@ -46,7 +46,7 @@ def measured(c: Config, name: str, microbatches: int) -> dict[str, Any]:
     mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
     prompts = PROMPTS // microbatches
     at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)
-    found = compiled.fitted(c, a, mesh, jnp.bfloat16, at)
+    found = compiled.compile_update(c, a, mesh, jnp.bfloat16, at)
     runs = [(found.forward, microbatches), (found.backward, 1), (found.update, 1)]
     runs += [(found.accumulate, microbatches - 1)] if found.accumulate else []
     seconds = sum(times * one.cost.cycles for one, times in runs) / chip.cycles

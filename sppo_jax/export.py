@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from sppo_jax.config import Config
+    from sppo_jax.hub.repositories import Snapshot
     from sppo_jax.models.transformer import Transformer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,6 +59,21 @@ def export(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise BadInput(f"{to}: cannot be written: {reason}") from None
+
+
+def export_policy(policy: "Transformer", source: "Snapshot", run: "RunDir", t: int) -> None:
+    """Write the policy after iteration t; with adapters also these, as a PEFT directory.
+
+    The adapters serve beside the base, and a resumed run reads them.
+    """
+    from sppo_jax.files import replacing
+    from sppo_jax.models import lora
+
+    if policy.architecture.lora_rank:
+        with replacing(run.adapter(t)) as part:
+            part.mkdir()
+            lora.save(policy, part, source.name, source.revision)
+    export(policy, source.directory, run.export(t))
 
 
 def main(words: Sequence[str]) -> None:
@@ -101,16 +117,19 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     from sppo_jax import sharding
     from sppo_jax.models import hf
     from sppo_jax.report import model_card
+    from sppo_jax.run import manifest
+    from sppo_jax.run.directory import BASE, RunDir
 
     run = RunDir(root)
     if not run.config.is_file():
         raise BadInput(f"--run {root}: not a run directory (it has no config.yaml)")
     config = config_file.load([run.config])
     _check_target(to)
-    if t not in (existing := _iterations(run)):
-        shown = ", ".join(str(i) for i in existing)
-        raise BadInput(f"--iteration {t}: {root} has no policy of it; there are {shown} ({BASE}: the base)")
-    base = names.fetch(config.model.path, model_card.revision(run)).directory
+    if t not in (there := _iterations(run)):
+        shown = ", ".join(str(i) for i in there)
+        raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
+    base = names.fetch(config.model.path, manifest.pinned_model(run)).directory
+
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
     model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
     described = None if t == BASE else model_card.text(run, t)

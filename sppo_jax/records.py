@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sppo_jax.errors import BadInput, one_line
+from sppo_jax.files import replacing
 
 
 @dataclass(frozen=True)
@@ -129,26 +130,47 @@ def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dic
     pq.write_table(pa.table(columns, schema=schema), path)
 
 
+def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
+    """Write rows as `write` does, whole or not at all: a file under its final name is complete."""
+    with replacing(path) as part:
+        write(part, kind, rows, made_from)
+
+
 def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
-    """The rows of a file. Raises BadInput if it is damaged, or was not made from `made_from`."""
+    """Rows of a file. Raises BadInput if it is damaged, or was made from something else than `made_from`."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        reason = one_line(error)
-        raise BadInput(f"{path}: damaged ({reason}); delete it and run again to make it again") from None
+        raise BadInput(
+            f"{path}: damaged ({one_line(error)}); delete it and run again to make it anew"
+        ) from None
     if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
         raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
     if made_from is not None:
-        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
-        if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
-            raise BadInput(
-                f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
-            )
+        check_made_from(path, json.loads((table.schema.metadata or {}).get(b"made_from", b"{}")), made_from)
     return [kind(**row) for row in table.to_pylist()]
 
 
+def check_made_from(path: Path, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
+    """Raises BadInput, naming the inputs, where what `path` was made from differs from `made_from`."""
+    if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
+        raise BadInput(
+            f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
+        )
+
+
+def check_prompts(
+    where: Path,
+    rows: Sequence[Responses] | Sequence[Preferences],
+    asked: Sequence[Prompt] | Sequence[Responses],
+) -> None:
+    """Raises BadInput unless `rows`, read from `where`, belong to the prompts asked, in their order."""
+    if [row.prompt_id for row in rows] != [prompt.prompt_id for prompt in asked]:
+        raise BadInput(f"{where}: belongs to other prompts than asked; delete it and run again")
+
+
 def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -> str:
-    """sha256 of the records' contents, for `made_from` of the files that are made from them."""
+    """sha256 of the records' contents, as it is written into the metadata of files made from them."""
     value = hashlib.sha256()
     for row in rows:
         value.update(json.dumps(asdict(row), sort_keys=True).encode())

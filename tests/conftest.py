@@ -3,15 +3,17 @@
 import os
 import tempfile
 
-# Programs compiled once serve every test and every process that a test starts: a small game takes 10 seconds, not 18.
-CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A worker of xdist inherits this environment: all tests and all processes that they start share the programs that
+# one of them has compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from jaxtyping import install_import_hook
 
@@ -23,14 +25,31 @@ hook = install_import_hook(
     "tests.typechecker.check",
 )
 
+import fcntl
+from pathlib import Path
+
 import jax
 import pytest
+from jax._src import lru_cache
 
-from sppo_jax import sharding
+from sppo_jax import main, sharding
 from sppo_jax.hub import names
 from sppo_jax.models import hf
 from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.text import chat_template
+from tests.small_game import words
+
+
+def put(self, key, value):
+    """Write an entry of the cache of programs whole or not at all, since another process may read it meanwhile."""
+    path = Path(self.path) / f"{key}{lru_cache._CACHE_SUFFIX}"
+    if not path.exists():
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_bytes(value)
+        part.replace(path)
+
+
+lru_cache.LRUCache.put = put
 
 # Awkward on purpose: grouped queries, a window shorter than the texts, head_dim != D / H, an untied head.
 ODD = Architecture(
@@ -68,3 +87,26 @@ def odd_model(one_device):
         if "norm" not in name:
             param[...] = param[...] * 8
     return model
+
+
+@pytest.fixture
+def single_device(monkeypatch):
+    """A run in this process sees one device, until the test undoes it."""
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: devices[:1])
+    return monkeypatch
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory):
+    """The directory of a small game of two iterations, played once for all workers: tests only read it, or copy it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    devices, out = jax.devices(), root / "played"
+    with (root / "played.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "report.html").exists():
+            patch.setattr(jax, "devices", lambda *_: devices[:1])
+            main.main(words(out, iterations=2))
+    return out

@@ -16,7 +16,8 @@ import pytest
 from sppo_jax import config, config_file, fit, models, pairs, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
-from sppo_jax.plan import compiled, config_header, cost, hlo, search, target, workload
+from sppo_jax.plan import compiled, config_header, cost, hlo, target, workload
+from sppo_jax.plan.__main__ import main
 from sppo_jax.plan.chips import GPUS, TPUS, stand_ins
 from sppo_jax.plan.workload import Lengths
 from sppo_jax.training import memory
@@ -132,7 +133,7 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     state, _ = programs.train_step(state, frozen, placed)
 
     c = dataclasses.replace(config.Config(), fit=settings)
-    found = compiled.fitted(c, model.architecture, mesh, model.compute_dtype, batches.layout)
+    found = compiled.compile_update(c, model.architecture, mesh, model.compute_dtype, batches.layout)
 
     def total(program):
         memory = program.memory_analysis()
@@ -212,7 +213,7 @@ def test_adapters_alone_have_masters_moments_and_gradients():
 
 def by_formula(capsys: Any, *words: str, count: int = 8) -> dict[str, Any]:
     base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
-    search.main([*base, "--device", "h100", "--count", str(count), *words])
+    main([*base, "--device", "h100", "--count", str(count), *words])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -259,7 +260,7 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
     words = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json", "--price", "2"]
     found = []
     for count in ("8", "16"):
-        search.main([*words, "--device", "h100", "--count", count])
+        main([*words, "--device", "h100", "--count", count])
         out = capsys.readouterr().out
         assert "by formula alone" in out
         found.append(json.loads(out.splitlines()[-1]))
@@ -301,11 +302,11 @@ def test_a_mesh_that_is_much_slower_than_another_is_told_which(capsys):
 
 def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time():
     chip = dataclasses.replace(TPUS["v5e"], latency=0.0)
-    one = cost.Stage("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
+    one = cost.UnitCost("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
     one.add(
         hlo.Cost(cycles=chip.cycles, sent=chip.links, waited=0.5 * chip.links), times=1, compile_seconds=3
     )
-    one.left_out = 0.25
+    one.uncounted = 0.25
     assert one.mfu_compiler == pytest.approx(0.5)
     assert one.seconds == pytest.approx(1 + 0.25 + 0.5)
     assert one.mfu == pytest.approx(0.5 / 1.75)
@@ -315,7 +316,7 @@ def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time
 
 def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
     with pytest.raises(BadInput, match=r"nothing that was tried fits: .*Take more chips, or train adapters"):
-        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
+        main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
 )
 def test_what_is_wrong_with_the_flags_is_said_in_one_line(words, said):
     with pytest.raises(BadInput, match=said):
-        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
+        main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
 
 
 def test_every_chip_has_its_figures():

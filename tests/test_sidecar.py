@@ -28,8 +28,10 @@ GOLDEN = Path(__file__).parent / "golden" / "pairrm"
 PROGRAM = Path(__file__).with_name("faulty_sidecar.py")
 CHECKPOINT = files.read(GOLDEN / "pairrm_hf")
 TOLERANCE = 2e-5  # the reference's float32 and float64 differ by 3.2e-6
-HASTE = Patience(start=120, silence=60, pause=0.01)
-SHORT = replace(HASTE, silence=2)  # for a process that is stopped for sure; others may wait for their turn
+HASTE = Patience(start=120, heartbeat_timeout=60, pause=0.01)
+SHORT = replace(
+    HASTE, heartbeat_timeout=2
+)  # for a process that is stopped for sure; others may wait for their turn
 ODD = [
     "",
     "   ",
@@ -144,7 +146,7 @@ def test_real_sidecar_survives_what_befalls_it(
     undisturbed = judge.compare(prompts, responses)
     arguments = ("real", "--path", str(CHECKPOINT.directory), "--threads", "1", "--batch-tokens", "3200")
     plan = [("cuda", 0), ("cpu", 0), ("kill", 2), ("memory", 0), ("stop", 1)]
-    patience = replace(HASTE, silence=3)
+    patience = replace(HASTE, heartbeat_timeout=3)
     broken: Any = faulty(*plan, arguments=arguments, patience=patience)
     np.testing.assert_allclose(broken.compare(prompts, responses), undisturbed, rtol=0, atol=TOLERANCE)
     assert [line.split()[0] for line in broken.fired.read_text().splitlines()] == [kind for kind, _ in plan]
@@ -156,7 +158,7 @@ def test_real_sidecar_survives_what_befalls_it(
     killed, stopped = (line for line in broken.told if line not in short)
     assert "signal 9; started again (1 of 5)" in killed
     assert "no sign of life for 3 s" in stopped
-    assert broken._own_tokens == 3200
+    assert broken._default_tokens == 3200
 
 
 def test_what_cannot_be_loaded_is_one_line_and_not_tried_again(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ FAULTS = {
     "announced": "did not end the frame that it began for 2 s",
     "closed": "ended with exit status 0|closed its output",
     "length": "over the limit",
-    "early": "an answer without ",
+    "early": "a reply without ",
     "NaN": "not a finite number",
 }
 

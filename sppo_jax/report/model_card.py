@@ -17,7 +17,9 @@ from sppo_jax import config_file, files
 from sppo_jax.config import EMBEDDED, Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
+from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.run.manifest import model_revision
 
 PAPER = "Self-Play Preference Optimization for Language Model Alignment"
 CITATION = f"""@misc{{wu2024sppo,
@@ -42,7 +44,7 @@ def write(run: RunDir, t: int) -> None:
 
 def text(run: RunDir, t: int) -> str:
     """The card of the policy after iteration t, with the win rates that are known by now. Raises BadInput."""
-    config, manifest = config_file.load([run.config]), _manifest(run)
+    config, manifest = config_file.load([run.config]), manifest_file.read(run)
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
     how = (
@@ -82,35 +84,10 @@ LIMITS = """It was trained towards what one judge prefers and measured by that p
 safety, its facts or its biases, and the licence and the limits of its base apply to it."""
 
 
-def revision(run: RunDir) -> str | None:
-    """The commit of the base policy on the hub, as the manifest pins it; None for one from a directory."""
-    return _revision(_manifest(run))
-
-
-def judge_sources(run: RunDir) -> dict[str, str]:
-    """{repository: commit} of the hub that the judge of a run that was begun came from; {} before."""
-    found = _manifest(run)["judge"].get("sources") if run.manifest.exists() else None
-    return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
-
-
-def _revision(manifest: dict[str, Any]) -> str | None:
-    found = manifest["model"].get("revision")
-    return found if isinstance(found, str) else None
-
-
-def _manifest(run: RunDir) -> dict[str, Any]:
-    """manifest.json, its sections objects."""
-    manifest = files.read_json(run.manifest)
-    for section in ("model", "judge", "versions", "devices", "sha256", "prompts"):
-        if not isinstance(manifest.setdefault(section, {}), dict):
-            raise BadInput(f"{run.manifest}: damaged: {section} is not an object")
-    return manifest
-
-
 def _front(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the hub indexes."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if _revision(manifest):
+    if model_revision(manifest):
         front |= {"base_model": _hub_name(config.model.path), "base_model_relation": "finetune"}
     scheme, _, name = (config.pairs.source or config.prompts.source).partition(":")
     name = re.split("[:@]", name)[0]  # without configuration and revision
@@ -212,7 +189,7 @@ def _title(config: Config) -> str:
 
 
 def _base(config: Config, manifest: dict[str, Any]) -> str:
-    found = _revision(manifest)
+    found = model_revision(manifest)
     return f"{_hub_name(config.model.path)} at revision {found}" if found else _public(config.model.path)
 
 

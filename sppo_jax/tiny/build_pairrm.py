@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from sppo_jax.pairrm import files
-from sppo_jax.pairrm.format import PREFIXES, Formatter, Pair
+from sppo_jax.pairrm.format import PREFIXES, Formatter, TextPair
 from sppo_jax.pairrm.torch_model import PairRM
 from sppo_jax.tiny import build_policy, facts, world
 from sppo_jax.tiny.build_fit import fit
@@ -216,7 +216,7 @@ class FeatureHeads(torch.nn.Module):
         self.per_token = torch.nn.Linear(hidden, FEATURES)
 
     def forward(
-        self, hidden: torch.Tensor, states: torch.Tensor, pairs: list[Pair], told: torch.Tensor
+        self, hidden: torch.Tensor, states: torch.Tensor, pairs: list[TextPair], told: torch.Tensor
     ) -> torch.Tensor:
         """The loss: hidden [N, T, H], states [N, 3, H], told [N, 2, FEATURES] in {0, 1} -> scalar."""
         source, answers = states[:, :1].expand(-1, 2, -1), states[:, 1:]
@@ -240,9 +240,9 @@ class Verdicts:
         self.draw_answer = draw_answer
         self.prompts = [prompt for part in world.split()[0] for prompt in part]
         self.rng = random.Random(SEED)
-        self.ready: list[tuple[list[Pair], torch.Tensor, torch.Tensor]] = []
+        self.ready: list[tuple[list[TextPair], torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
+    def __call__(self) -> tuple[list[TextPair], torch.Tensor, torch.Tensor]:
         """2N pairs (N, then the same N with the answers swapped), verdicts [2N], features [2N, 2, F]."""
         if not self.ready:
             drawn = sorted((self._draw() for _ in range(POOL * PAIRS)), key=lambda one: len(one[0][0]))
@@ -251,7 +251,7 @@ class Verdicts:
             self.ready = [self._collate(chunk) for chunk in chunks]
         return self.ready.pop()
 
-    def _draw(self) -> tuple[tuple[Pair, Pair], float, list[list[float]]]:
+    def _draw(self) -> tuple[tuple[TextPair, TextPair], float, list[list[float]]]:
         prompt = self.rng.choice(self.prompts)
         texts = [self.draw_answer(prompt, self.rng), self.draw_answer(prompt, self.rng)]
         segments = self.formatter.prompt(prompt, texts)
@@ -261,8 +261,8 @@ class Verdicts:
 
     @staticmethod
     def _collate(
-        chunk: list[tuple[tuple[Pair, Pair], float, list[list[float]]]],
-    ) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
+        chunk: list[tuple[tuple[TextPair, TextPair], float, list[list[float]]]],
+    ) -> tuple[list[TextPair], torch.Tensor, torch.Tensor]:
         pairs = [one[0][order] for order in (0, 1) for one in chunk]
         verdicts = torch.tensor([one[1] for one in chunk])
         told = torch.tensor([one[2] for one in chunk])
