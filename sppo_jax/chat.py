@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 
 from sppo_jax import command
 from sppo_jax.command import Flags, call, printable
+from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
+from sppo_jax.records import Prompt
+from sppo_jax.text import chat_template
 
 # jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
 if TYPE_CHECKING:
@@ -82,8 +86,6 @@ class Conversation:
 
     def respond(self, text: str) -> str:
         """The policy's response to `text`; both become history. Empty, with a line to `say`, if `text` alone is too long."""
-        from sppo_jax.records import Prompt
-
         messages = [*self.history, {"role": "user", "content": text}]
         ids, dropped = self._fitting(messages)
         if not ids:
@@ -107,8 +109,6 @@ class Conversation:
 
         No ids if even the last message leaves no room. Messages are dropped in pairs: templates want a user's first.
         """
-        from sppo_jax.text import chat_template
-
         for dropped in range(0, len(messages), 2):
             ids = chat_template.conversation(self.sampler.tokenizer, messages[dropped:])
             if len(ids) <= self._room():
@@ -126,11 +126,8 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
     import jax.numpy as jnp
 
     from sppo_jax import compilation, sharding
-    from sppo_jax.config import Sampling
-    from sppo_jax.hub import names
     from sppo_jax.models import hf
     from sppo_jax.sampler.engine import Sampler
-    from sppo_jax.text import chat_template
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory

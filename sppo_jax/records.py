@@ -178,5 +178,5 @@ def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -
 
 
 def square(rows: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
-    """[n, K, K] float64 from nested lists."""
+    """Nested lists [n][K][K] as a float64 array."""
     return np.asarray(rows, np.float64)

@@ -1,4 +1,4 @@
-"""Configuration: what is refused, what every enum value does, what is dumped."""
+"""Configuration: refused input, the meaning of every enum value, and what is written."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ def from_text(tmp_path, text, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("fit:\n  learning_rat: 1.0", r"unknown key 'fit.learning_rat'; did you mean 'fit.learning_rate'\?"),
         ("learning_rate: 1.0", r"unknown key 'learning_rate'; did you mean 'fit.learning_rate'\?"),
@@ -40,8 +40,8 @@ def from_text(tmp_path, text, *overrides):
         ("fit: {epochs: 1", "not YAML"),
     ],
 )
-def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, said):
-    with pytest.raises(BadInput, match=said) as caught:
+def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, message):
+    with pytest.raises(BadInput, match=message) as caught:
         from_text(tmp_path, text)
     assert "\n" not in str(caught.value)
 
@@ -60,7 +60,7 @@ def test_values_that_make_no_sense_are_refused_by_name(override):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("--fit.warmup=1", "fit.warmup=1.0 must be at least 0 and below 1"),
         ("--sampling.top_p=0", "sampling.top_p=0.0 must be above 0 and at most 1"),
@@ -70,10 +70,10 @@ def test_values_that_make_no_sense_are_refused_by_name(override):
         ("--seed=4294967296", "seed=4294967296 must be at least 0 and below 4294967296"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_with_the_range(override, said):
+def test_a_number_out_of_its_range_is_refused_with_the_range(override, message):
     with pytest.raises(BadInput) as caught:
         config_file.load([], [override])
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 def test_every_number_but_the_mesh_has_a_range_or_a_check_of_its_own():
@@ -90,7 +90,7 @@ def test_losses_of_pairs_are_refused_for_all_k_and_other_baselines():
         config_file.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
 
 
-def test_a_missing_file_is_told():
+def test_a_missing_file_is_named():
     with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
         config_file.load(["nowhere.yaml"])
 
@@ -140,7 +140,7 @@ LOSSES = {"sppo": 4.0, "sppo_single": 1.0, "sppo_hard": 25.0, "dpo": 0.6931, "ip
 
 @pytest.mark.parametrize(("key", "value"), list(enums()))
 def test_T26_every_enum_value_has_its_own_meaning(key, value):
-    """The few that a formula tells apart are told apart by it here; the others end to end."""
+    """Values that differ in a formula are compared by it here, the others end to end."""
     loaded = config_file.load([], [f"--{key}", str(value), "--fit.eta", "10"])
     assert config.flat(loaded)[key] == value
     if key == "fit.loss":

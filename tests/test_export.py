@@ -69,9 +69,9 @@ def test_a_checkpoint_becomes_what_the_policy_was_on_another_mesh(begin, trained
     save(run, 1, 3, trained)
     before = sorted(p.relative_to(run.root) for p in run.root.rglob("*"))
     export.main(command(run, to))
-    said = capsys.readouterr()
-    assert said.out == f"{to}\n"
-    assert said.err == "iteration 1 is unfinished: this is its policy after update 3\n"
+    shown = capsys.readouterr()
+    assert shown.out == f"{to}\n"
+    assert shown.err == "iteration 1 is unfinished: this is its policy after update 3\n"
     wanted = tmp_path / "wanted"
     wanted.mkdir()
     hf.save(trained, wanted)
@@ -134,7 +134,7 @@ def test_iteration_0_is_the_base_itself(begin, tmp_path):
 
 @pytest.fixture
 def brain(tmp_path):
-    """The embedded policy as checkpoints are published: bfloat16, said by torch_dtype, with files of all kinds."""
+    """The embedded policy as checkpoints are published: bfloat16, as torch_dtype names it, with files of all kinds."""
     base = shutil.copytree(names.path("policy"), tmp_path / "brain")
     found = {name: x.astype(jax.numpy.bfloat16) for name, x in weights(base).items()}
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
@@ -150,11 +150,11 @@ def brain(tmp_path):
     ):
         (base / name).write_text(f"of {name}")
     for name in ("pytorch_model.bin", "README.md", "optimizer.pt"):
-        (base / name).write_text("not ours to hand on")
+        (base / name).write_text("not part of an export")
     return base
 
 
-def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_says_it(begin, brain, tmp_path):
+def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_names_it(begin, brain, tmp_path):
     run = begin("--model.path", str(brain))
     export.main(command(run, tmp_path / "own", t=0))
     export.main(command(run, tmp_path / "wide", "--dtype", "float32", t=0))
@@ -183,7 +183,7 @@ def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, br
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"--run": "nowhere"}, "--run nowhere: not a run directory"),
         ({"--iteration": "7"}, r"--iteration 7: .* has no policy of it; there are 0, 1 \(0: the base\)"),
@@ -199,7 +199,7 @@ def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, br
         ({"--push": "a/b@c"}, "--push a/b@c: no revision here"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, said):
+def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     run = begin()
     export.export(policy, names.path("policy"), run.export(1))
@@ -208,12 +208,12 @@ def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkey
     (tmp_path / "full/file").write_text("mine")
     words = {"--run": "out", "--iteration": "1", "--to": "to"} | change
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         export.main([word for pair in words.items() if pair[1] is not None for word in pair])
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(policy, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_refused_before_anything_is_written(policy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 3_000_000))
     monkeypatch.setattr(hf, "save", None)

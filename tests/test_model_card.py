@@ -23,7 +23,7 @@ def front(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
+def test_the_card_shows_what_made_the_policy_and_how_it_was_measured(begin):
     run = begin(
         "--model.path", "owner/base@v1", "--prompts.source", "hf:owner/prompts", "--iterations", "2",
         "--sampling.temperature", "0.7", "--judge.path", "owner/PairRM", "--fit.eta", "1000",
@@ -112,7 +112,7 @@ def test_a_damaged_manifest_is_named(begin, text):
         model_card.text(run, 1)
 
 
-def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
+def test_the_card_of_given_pairs_describes_no_game(begin):
     run = begin(
         "--pairs.source", "hf:owner/pairs:config@main", "--iterations", "1",
         prompts={"given pairs 1": {"kept": 99, "rows": 120}, "heldout": {"kept": 6}},
