@@ -99,6 +99,7 @@ class CompiledUpdate:
 
     @property
     def programs(self) -> list[CompiledProgram]:
+        """All programs that an update has."""
         return [x for x in (self.forward, self.backward, self.accumulate, self.update) if x is not None]
 
 
@@ -122,7 +123,7 @@ def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: 
     lowered = programs.forward.lower(params, frozen, batch)  # type: ignore[attr-defined]
     program, forward = compile_program("forward", lowered)
     logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
-    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
+    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is placed
     given = (params, frozen, batch, pullback, logprob)
     backward = compile_program("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
     accumulate = None

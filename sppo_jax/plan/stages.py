@@ -48,9 +48,6 @@ def stages(target: Target) -> dict[str, UnitCost]:
     return sampling_stages(target) | {"judge": judge_stage(target)} | fit_stages(target)
 
 
-# Reference log-probs and the update.
-
-
 @dataclass(frozen=True)
 class UpdateCounts:
     """What an average update computes on one chip."""
@@ -187,9 +184,6 @@ def _fit_by_formula(target: Target, counts: UpdateCounts, reference: UnitCost, u
     products = (2 * counts.forward + counts.backward) * padded
     computed = products + counts.attention_passes * counts.attention
     update.estimate(computed, 2 * gathers + 3 * sums + gradients, width)
-
-
-# Sampling.
 
 
 @dataclass(frozen=True)
@@ -338,9 +332,6 @@ def _prefill(target: Target, counts: SamplerCounts) -> UnitCost:
         activations = ACTIVATIONS * rows * size * width * (a.model + a.mlp / chips)
         fill.memory = counts.resident | {"temporaries": activations}
     return fill
-
-
-# The judge.
 
 
 def judge_stage(target: Target) -> UnitCost:
