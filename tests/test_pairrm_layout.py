@@ -214,7 +214,7 @@ def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Pa
     with pytest.raises(BadInput, match="is not DeBERTa's SentencePiece model"):
         Formatter.of(files.read(ranker))
     (ranker / "deberta/tokenizer_config.json").write_text('{"do_lower_case": true}')
-    with pytest.raises(BadInput, match="has do_lower_case, which this tokenizer does not do"):
+    with pytest.raises(BadInput, match="has do_lower_case, which this tokenizer does not support"):
         Formatter.of(files.read(ranker))
     (ranker / files.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(BadInput, match=r"model.safetensors' is unreadable"):
