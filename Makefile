@@ -7,7 +7,7 @@ quickstart: venv
 	$(RUN) -m sppo_jax.main --config configs/quickstart.yaml
 
 test: venv
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	.venv/bin/ruff format --check .

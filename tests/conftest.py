@@ -55,6 +55,14 @@ ODD = Architecture(
     max_positions=128, window=7, tied=False,
 )  # fmt: skip
 
+# The files that take longest, which begin first, so that the workers end at about the same time.
+LONGEST = ("lora", "fit", "processes", "plan", "sampler", "logprob", "pod", "families", "resume", "endtoend", "hub")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session")
 def tokenizer():

@@ -11,7 +11,7 @@ from sppo_jax import models, pairrm
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import environment, names, repositories
 from tests import hub_stub
-from tests.small_game import words
+from tests.small_game import ONE_DEVICE, words
 
 PROGRAM = """
 import json, sys
@@ -224,7 +224,7 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
     def play(iterations):
         line = words(out, model__path="owner/policy", iterations=iterations)
         done = subprocess.run(
-            [sys.executable, "-m", "sppo_jax.main", *line], env=hub_stub.environment(hub, tmp_path / "cache", XLA_FLAGS=""), capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "sppo_jax.main", *line], env=hub_stub.environment(hub, tmp_path / "cache", XLA_FLAGS=ONE_DEVICE), capture_output=True, text=True, timeout=300
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

@@ -18,6 +18,9 @@ from sppo_jax.models.logprob import response_logprob
 PROMPTS = [[1, 30, 40, 50], [1, 9, 8, 7, 6, 5, 4], [1, 99]]
 ANSWERS = [[60, 70, 2], [60, 71, 72, 73, 80, 2], [500, 501, 502, 503]]
 
+# As one program: called by itself, each of its operations would be compiled alone.
+score = jax.jit(response_logprob)
+
 
 @pytest.fixture(scope="module")
 def theirs():
@@ -47,21 +50,21 @@ def batch(pairs, width, pad=0):
 @pytest.mark.parametrize("pad", [0, 2, 3, 500])
 def test_T36_logprobs_equal_a_brute_force_sum_under_any_padding(theirs, policy, width, pad):
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
-    ours = response_logprob(policy, *batch(pairs, width, pad))
+    ours = score(policy, *batch(pairs, width, pad))
     expected = [brute_force(theirs, p, a) for p, a in pairs]
     np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=0)
 
 
 def test_T36_a_sequence_that_fills_its_row_does_not_wrap_around(theirs, policy):
     prompt, answer = PROMPTS[1], ANSWERS[1]
-    ours = response_logprob(policy, *batch([(prompt, answer)], len(prompt) + len(answer)))
+    ours = score(policy, *batch([(prompt, answer)], len(prompt) + len(answer)))
     np.testing.assert_allclose(ours[0], brute_force(theirs, prompt, answer), atol=2e-4)
 
 
 def test_T30_the_end_of_sequence_counts_even_when_it_is_the_padding_id(theirs, policy):
     prompt = PROMPTS[0]
     with_eos, without = [60, 70, 2], [60, 70]
-    ours = response_logprob(policy, *batch([(prompt, with_eos), (prompt, without)], 16, pad=2))
+    ours = score(policy, *batch([(prompt, with_eos), (prompt, without)], 16, pad=2))
     assert ours[0] < ours[1] - 1e-3
     np.testing.assert_allclose(ours[0], brute_force(theirs, prompt, with_eos), atol=2e-4)
 
@@ -69,7 +72,7 @@ def test_T30_the_end_of_sequence_counts_even_when_it_is_the_padding_id(theirs, p
 def test_T37_responses_that_share_a_prefix_are_scored_in_full(theirs, policy):
     prompt = PROMPTS[0]
     pairs = [(prompt, [60, 70, 80, 2]), (prompt, [60, 70, 90, 2])]
-    ours = response_logprob(policy, *batch(pairs, 16))
+    ours = score(policy, *batch(pairs, 16))
     np.testing.assert_allclose(ours, [brute_force(theirs, *pair) for pair in pairs], atol=2e-4)
 
 
@@ -80,9 +83,9 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
     def total(params):
         return response_logprob(nnx.merge(graph, params), *batch(pairs, 32)).sum()
 
-    whole, whole_grad = jax.value_and_grad(total)(params)
+    whole, whole_grad = jax.jit(jax.value_and_grad(total))(params)
     monkeypatch.setattr(logprob, "CHUNK", 5)
-    chunked, chunked_grad = jax.value_and_grad(total)(params)
+    chunked, chunked_grad = jax.jit(jax.value_and_grad(total))(params)
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(chunked_grad), jax.tree.leaves(whole_grad), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
@@ -195,7 +198,9 @@ def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy)
         begin = end
     last = PROMPTS[2] + ANSWERS[2]
     rows[1, -len(last) :], segment[1, -len(last) :], scored[1, -len(ANSWERS[2]) :] = last, 1, True
-    found = logprob.packed_logprob(policy, *map(jnp.asarray, (rows, segment, scored)), jnp.arange(1, 4))
+    found = jax.jit(logprob.packed_logprob)(
+        policy, *map(jnp.asarray, (rows, segment, scored)), jnp.arange(1, 4)
+    )
     np.testing.assert_allclose(found, [expected, [expected[2], 0, 0]], atol=2e-4)
 
 
@@ -203,12 +208,12 @@ def test_T39_logprobs_stay_float32_and_below_zero_in_bfloat16_compute(policy):
     half = models.load(names.path("policy"), dtype=jnp.bfloat16)
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
     args = batch(pairs, 32)
-    ours = response_logprob(half, *args)
+    ours = score(half, *args)
     assert ours.dtype == jnp.float32
     assert half.logits(half.hidden(args[0])).dtype == jnp.float32
     assert (np.asarray(ours) < 0).all()
     # Close to float32 and not on bfloat16's grid: sums near -30 would be multiples of 1/8 there.
-    np.testing.assert_allclose(ours, response_logprob(policy, *args), atol=0.5)
+    np.testing.assert_allclose(ours, score(policy, *args), atol=0.5)
     assert not np.array_equal(ours, ours.astype(jnp.bfloat16).astype(jnp.float32))
 
 
@@ -217,14 +222,14 @@ def test_a_certain_token_has_log_probability_zero_not_above(odd_model):
     head[...] = jnp.zeros_like(head[...]).at[:, 5].set(1.0)
     odd_model.norm[...] = odd_model.norm[...] * 0 + 1000.0
     tokens = jnp.full((1, 8), 5, jnp.int32)
-    value = response_logprob(odd_model, tokens, jnp.array([1]), jnp.array([8]))
+    value = score(odd_model, tokens, jnp.array([1]), jnp.array([8]))
     assert float(value[0]) <= 0.0
 
 
 def test_padding_and_batch_mates_do_not_change_a_logprob(policy):
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
-    together = response_logprob(policy, *batch(pairs, 32))
-    alone = jnp.concatenate([response_logprob(policy, *batch([pair], 32)) for pair in pairs])
+    together = score(policy, *batch(pairs, 32))
+    alone = jnp.concatenate([score(policy, *batch([pair], 32)) for pair in pairs])
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 

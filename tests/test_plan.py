@@ -1,6 +1,9 @@
 """The plan: its figures against programs that run, its formulas, its flags, and the headers of shipped configurations."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import math
 import os
@@ -209,14 +212,17 @@ def test_adapters_alone_have_masters_moments_and_gradients():
     assert update.most_tokens(limit) == 4 * memory.MOST > whole.most_tokens(limit)
 
 
-def by_formula(capsys: Any, *words: str, count: int = 8) -> dict[str, Any]:
+@functools.cache
+def by_formula(*words: str, count: int = 8) -> dict[str, Any]:
+    """Return what the command prints as JSON for Mistral-7B on `count` H100."""
     base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
-    main([*base, "--device", "h100", "--count", str(count), *words])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main([*base, "--device", "h100", "--count", str(count), *words])
+    return json.loads(shown.getvalue().splitlines()[-1])
 
 
-def test_an_update_of_adapters_computes_two_thirds(capsys):
-    whole, adapters = by_formula(capsys), by_formula(capsys, "--model.lora_rank", "16")
+def test_an_update_of_adapters_computes_two_thirds():
+    whole, adapters = by_formula(), by_formula("--model.lora_rank", "16")
     share = adapters["stages"]["fit"]["flops"] / whole["stages"]["fit"]["flops"]
     assert share == pytest.approx(4 / 6, rel=0.02)
     assert adapters["checkpoint_gb"] < 0.02 * whole["checkpoint_gb"]
@@ -225,17 +231,17 @@ def test_an_update_of_adapters_computes_two_thirds(capsys):
     )
 
 
-def test_cudnns_rows_hold_one_sequence_and_those_of_xla_many(capsys):
-    alone, packed = by_formula(capsys), by_formula(capsys, "--model.attention", "xla")
+def test_cudnns_rows_hold_one_sequence_and_those_of_xla_many():
+    alone, packed = by_formula(), by_formula("--model.attention", "xla")
     assert alone["real_token_share"] < 0.3
     assert packed["real_token_share"] > 0.7
     assert alone["stages"]["fit"]["flops"] == packed["stages"]["fit"]["flops"]
     assert alone["stages"]["fit"]["seconds"] > 2 * packed["stages"]["fit"]["seconds"]
 
 
-def test_float32_takes_twice_the_time_and_activations(capsys):
-    wide = by_formula(capsys, "--model.compute_dtype", "float32", "--model.attention", "xla")
-    narrow = by_formula(capsys, "--model.attention", "xla")
+def test_float32_takes_twice_the_time_and_activations():
+    wide = by_formula("--model.compute_dtype", "float32", "--model.attention", "xla")
+    narrow = by_formula("--model.attention", "xla")
     a, b = wide["stages"]["fit"], narrow["stages"]["fit"]
     assert a["seconds"] > 1.8 * b["seconds"]
     per_token = [
@@ -244,11 +250,9 @@ def test_float32_takes_twice_the_time_and_activations(capsys):
     assert per_token[0] == pytest.approx(2 * per_token[1], rel=0.05)
 
 
-def test_eight_bits_and_a_given_cache_are_in_the_samplers_memory(capsys):
-    plain = by_formula(capsys)["stages"]["decode"]
-    small = by_formula(capsys, "--sampling.quantize", "int8", "--sampling.cache_tokens", "65536")["stages"][
-        "decode"
-    ]
+def test_eight_bits_and_a_given_cache_are_in_the_samplers_memory():
+    plain = by_formula()["stages"]["decode"]
+    small = by_formula("--sampling.quantize", "int8", "--sampling.cache_tokens", "65536")["stages"]["decode"]
     assert small["memory_gib"]["weights"] == pytest.approx(plain["memory_gib"]["weights"] / 2, rel=0.05)
     column = 2 * 32 * 8 * (128 + 4)  # keys and values of all layers and heads, each with a scale
     assert small["memory_gib"]["keys and values"] == pytest.approx(65536 / 8 * column / 2**30)
@@ -278,24 +282,24 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
     assert kinds[1]["optimiser"] == pytest.approx(kinds[0]["optimiser"] / 2, rel=0.01)
 
 
-def test_where_a_mesh_does_not_fit_the_fastest_that_does_is_planned(capsys):
+def test_where_a_mesh_does_not_fit_the_fastest_that_does_is_planned():
     """Eight whole copies of the masters do not fit; the plan is of a mesh that does, with its microbatches."""
-    found = by_formula(capsys, "--mesh.data", "8", "--mesh.fsdp", "1")
+    found = by_formula("--mesh.data", "8", "--mesh.fsdp", "1")
     assert found["mesh"] != {"data": 8, "fsdp": 1, "tensor": 1}
     assert found["other_meshes"][0].startswith("data 8: does not fit (")
     assert found["advice"].startswith("the configuration's own mesh does not fit: --mesh.data ")
     assert found["stages"]["fit"]["hbm_gib"] < found["stages"]["fit"]["hbm_limit_gib"]
-    own = by_formula(capsys, *(w for axis, n in found["mesh"].items() for w in (f"--mesh.{axis}", str(n))))
+    own = by_formula(*(w for axis, n in found["mesh"].items() for w in (f"--mesh.{axis}", str(n))))
     assert own["iteration_hours"] == found["iteration_hours"]
-    assert found["iteration_hours"] <= by_formula(capsys)["iteration_hours"]
+    assert found["iteration_hours"] <= by_formula()["iteration_hours"]
 
 
-def test_a_mesh_that_is_much_slower_than_another_gets_advice(capsys):
-    found = by_formula(capsys, "--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
+def test_a_mesh_that_is_much_slower_than_another_gets_advice():
+    found = by_formula("--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
     better = found["advice"]
     assert better.startswith("by formula --mesh.data ")
     flags = better.removeprefix("by formula ").partition(" takes")[0].split()
-    assert by_formula(capsys, *flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
+    assert by_formula(*flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
 
 
 def test_one_utilisation_is_of_the_cycles_alone_and_the_other_of_all_seconds():

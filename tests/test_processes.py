@@ -8,14 +8,13 @@ import time
 
 import pyarrow.parquet as pq
 
-from tests.small_game import digest, words
+from tests.small_game import ONE_DEVICE, digest, words
+
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
-def start(words_, tmp_path, devices=1, name="log"):
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONUNBUFFERED": "1",
-    }
+def start(words_, tmp_path, flags=ONE_DEVICE, name="log"):
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
     log = (tmp_path / name).open("w")
     return subprocess.Popen(
         [sys.executable, "-m", "sppo_jax.main", *words_], stdout=log, stderr=subprocess.STDOUT, env=env
@@ -68,11 +67,14 @@ def test_sigterm_checkpoints_and_exits_with_143(tmp_path):
 
 def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
     responses = []
-    for devices, mesh in ((1, {}), (8, {"mesh__fsdp": 4, "mesh__tensor": 2})):
-        out = tmp_path / f"run{devices}"
+    for name, flags, mesh in (
+        ("one", ONE_DEVICE, {}),
+        ("eight", EIGHT_DEVICES, {"mesh__fsdp": 4, "mesh__tensor": 2}),
+    ):
+        out = tmp_path / name
         options = mesh | {"sampling__temperature": 0, "sampling__responses": 2, "fit__global_batch": 4}
-        # Greedy responses are all alike, so there is nothing to train on, which is told in one line.
-        log = finish(start(words(out, **options), tmp_path, devices), tmp_path, code=2)
+        # Greedy responses are all alike: there is nothing to train on, and the run ends with one line.
+        log = finish(start(words(out, **options), tmp_path, flags), tmp_path, code=2)
         assert log.splitlines()[-1].startswith("error: iteration 1: no prompt has a preferred response")
         shards = sorted((out / "iter_1/responses").iterdir())
         responses.append([row["response_ids"] for path in shards for row in pq.read_table(path).to_pylist()])
@@ -80,7 +82,9 @@ def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
 
 
 def test_eight_devices_play_the_whole_game(tmp_path):
-    log = finish(start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), tmp_path, 8), tmp_path)
+    log = finish(
+        start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), tmp_path, EIGHT_DEVICES), tmp_path
+    )
     assert "report:" in log
 
 
@@ -99,7 +103,7 @@ def test_a_judge_that_dies_in_the_middle_is_started_again_and_the_run_goes_on(tm
 
 
 def sidecar_of(pid):
-    """The parent of a sidecar process, else None."""
+    """Return the parent of a sidecar process, and None for another process."""
     try:
         with open(f"/proc/{pid}/cmdline") as file:
             if "sppo_jax.pairrm.sidecar" not in file.read():
