@@ -27,7 +27,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from sppo_jax import config, sharding
+from sppo_jax import config_file, sharding
+from sppo_jax.config import Config
 from sppo_jax.plan import compiled, stages, target
 from sppo_jax.plan.chips import TPUS
 from sppo_jax.plan.cost import GIB
@@ -37,7 +38,7 @@ from sppo_jax.training.batches import Layout
 PROMPTS, WIDTH = 64, 1024
 
 
-def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
+def measured(c: Config, name: str, microbatches: int) -> dict[str, Any]:
     """One slice. The programs of an update add up; its peak is that of whichever has the most beside it."""
     a, chip = target.architecture(c), TPUS[name.split(":")[0]]
     if PROMPTS % microbatches or c.model.lora_rank:
@@ -45,7 +46,7 @@ def measured(c: config.Config, name: str, microbatches: int) -> dict[str, Any]:
     mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
     prompts = PROMPTS // microbatches
     at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)
-    found = compiled.fitted(c, a, mesh, jnp.bfloat16, at)
+    found = compiled.compile_update(c, a, mesh, jnp.bfloat16, at)
     runs = [(found.forward, microbatches), (found.backward, 1), (found.update, 1)]
     runs += [(found.accumulate, microbatches - 1)] if found.accumulate else []
     seconds = sum(times * one.cost.cycles for one, times in runs) / chip.cycles
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--slices", nargs="+", default=["v5e:4x4/1", "v5e:8x8/1", "v5e:2x4/4"])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
-    c = config.load([options.config])
+    c = config_file.load([options.config])
     rows = []
     for one in options.slices:
         name, _, microbatches = one.partition("/")

@@ -117,12 +117,12 @@ def texts(folder: Path, count: int) -> None:
     responses = [[text(*RESPONSE) for _ in range(K)] for _ in prompts]
     for n in range(math.ceil(REPEATED * K * count)):  # over the prompts in turn
         responses[n % count][K - 1 - n // count] = responses[n % count][0]
-    works = comparisons.distinct(comparisons.read(formatter, prompts, responses))
+    todo = comparisons.distinct(comparisons.tokenise(formatter, prompts, responses))
     found = {
         "prompts": prompts,
         "responses": responses,
-        "tokens": [len(work.pair) for work in works for _ in work.cells],
-        "distinct": len(works),
+        "tokens": [len(comparison.pair) for comparison in todo for _ in comparison.cells],
+        "distinct": len(todo),
     }
     (folder / "texts.json").write_text(json.dumps(found))
 
@@ -194,9 +194,9 @@ def on_mesh(folder: Path, threads: int) -> dict[str, Any]:
     prompts, responses = read_texts(folder)
     formatter = Formatter.of(files.read(folder / "hf"))
     lengths = {}
-    for work in comparisons.distinct(comparisons.read(formatter, prompts, responses)):
-        n, i, j = work.cells[0]
-        lengths[mesh_judge.bucket(len(work.pair), jax.default_backend())] = (prompts[n], [responses[n][i], responses[n][j]])  # fmt: skip
+    for comparison in comparisons.distinct(comparisons.tokenise(formatter, prompts, responses)):
+        n, i, j = comparison.cells[0]
+        lengths[mesh_judge.bucket(len(comparison.pair), jax.default_backend())] = (prompts[n], [responses[n][i], responses[n][j]])  # fmt: skip
     found = ours(pairrm.load(folder / "hf", "jax"), folder, [*lengths.values()], resource.RUSAGE_SELF)
     return found | {"programs": len(lengths)}
 

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from sppo_jax import sharding
 from sppo_jax.hub import names
 from sppo_jax.pairrm import comparisons, files, jax_model, mesh_judge, torch_model
-from sppo_jax.pairrm.format import Formatter, Pair
+from sppo_jax.pairrm.format import Formatter, TextPair
 from sppo_jax.tiny.build_pairrm import held_out_pairs
 
 LARGE = {
@@ -62,9 +62,9 @@ def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
     }
 
 
-def batch(pairs: list[Pair], size: int) -> tuple[jax.Array, ...]:
-    works = [comparisons.Work(pair, []) for pair in pairs]
-    return tuple(jnp.asarray(x) for x in mesh_judge.padded(works, size, len(pairs)))
+def batch(pairs: list[TextPair], size: int) -> tuple[jax.Array, ...]:
+    todo = [comparisons.Comparison(pair, []) for pair in pairs]
+    return tuple(jnp.asarray(x) for x in mesh_judge.padded(todo, size, len(pairs)))
 
 
 def embedded(number: int) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def real_size(layers: int) -> list[dict[str, Any]]:
         formatter = Formatter.of(checkpoint)
         texts = held_out_pairs("wide", 8, 3)
         pair = formatter.pair(texts[0][0], *(" ".join(row[side] for row in texts) for side in (1, 2)))
-        pair = Pair(pair.source, pair.first[:130], pair.second[:130])
+        pair = TextPair(pair.source, pair.first[:130], pair.second[:130])
         ids, length, _ = batch([pair], -(-len(pair) // 64) * 64)
         exact: np.ndarray | None = None
         for name, network in networks(checkpoint).items():

@@ -137,7 +137,7 @@ def judged(
         program = Path(_faulty().__file__)
         command = [sys.executable, str(program), str(file), "real", "--path", str(checkpoint.directory)]
         command += ["--threads", "1", "--dtype", "float32", "--batch-tokens", str(BATCH_TOKENS)]
-        patience = Patience(silence=SILENCE, pause=0.01)
+        patience = Patience(heartbeat_timeout=SILENCE, pause=0.01)
         with SidecarJudge(
             checkpoint,
             command=command,

@@ -1,3 +1,44 @@
-"""sppo_jax: align a language model with Self-Play Preference Optimization (arXiv:2405.00675) in JAX."""
+"""sppo_jax: align a language model with Self-Play Preference Optimization (arXiv:2405.00675) in JAX.
+
+The public names are attributes of this package. Each is imported when it is first used, so that `import sppo_jax`
+does not import jax.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+MODULES = (
+    "config",
+    "config_file",
+    "export",
+    "losses",
+    "models",
+    "pairrm",
+    "preferences",
+    "records",
+    "sampler",
+)
+NAMES = {
+    "Sampler": "sampler",
+    "Sampling": "config",
+    "load_tokenizer": "text.chat_template",
+    "response_logprob": "models.logprob",
+    "probability_matrix": "preferences",
+    "win_rates": "preferences",
+    "sppo_loss": "losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public module or name, imported now. Raises AttributeError for any other."""
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES, *NAMES])

@@ -1,30 +1,47 @@
-"""Talk to a policy: lines from the terminal or a pipe → conversations → the sampler, with K = 1 → text.
+"""The command that talks to a policy: lines of a terminal or a pipe → conversations → the sampler, with K = 1 → text.
 
-`python -m sppo_jax.chat --policy DIR`; answers are all that goes to standard output.
+`python -m sppo_jax.chat --policy DIR`. Only responses go to standard output.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sppo_jax import command
 from sppo_jax.command import Flags, call, printable
+from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
+from sppo_jax.records import Prompt
+from sppo_jax.text import chat_template
 
-if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
+# jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
+if TYPE_CHECKING:
     from sppo_jax.sampler.engine import Sampler
 
 RESET, QUIT = "/reset", "/quit"
-LONGEST_ANSWER = 512  # tokens, where the policy's context has room for twice as much
+LONGEST = 512  # tokens of a response, if the policy's context has at least twice as many positions
 
 Message = dict[str, str]
 
 
 def main(words: Sequence[str]) -> None:
-    """Answer one message per line until the input ends."""
+    """Print a response to each line of the input until it ends."""
+    args = _flags(words)
+    conversation = Conversation(_sampler(args), args.seed)
+    for line in _lines():
+        if line == RESET:
+            conversation.forget()
+        else:
+            print(printable(conversation.respond(line)), flush=True)
+
+
+def _flags(words: Sequence[str]) -> argparse.Namespace:
+    """The flags. Raises BadInput for one that is out of its range."""
     flags = Flags(
         "sppo_jax.chat",
         "Talk to a policy, one message per line, on a terminal or through a pipe.",
@@ -38,10 +55,10 @@ def main(words: Sequence[str]) -> None:
     flags.add_argument(
         "--max-new-tokens",
         type=int,
-        help=f"longest answer (default: {LONGEST_ANSWER}, at most half the context)",
+        help=f"largest number of tokens of a response (default: {LONGEST}, or half the context if that is less)",
     )
     flags.add_argument(
-        "--seed", type=int, default=0, help="of sampling; equal seeds, equal answers (default: 0)"
+        "--seed", type=int, default=0, help="equal seeds give equal responses to equal input (default: 0)"
     )
     args = flags.read(words)
     if not 0 <= args.temperature < float("inf"):
@@ -52,82 +69,72 @@ def main(words: Sequence[str]) -> None:
         raise BadInput(f"--max-new-tokens {args.max_new_tokens}: must be above 0")
     if not 0 <= args.seed < 2**32:
         raise BadInput(f"--seed {args.seed}: must lie in [0, 2**32)")
-    conversation = Conversation(_sampler(args), args.seed)
-    for line in _lines():
-        if line == RESET:
-            conversation.forget()
-        else:
-            print(printable(conversation.answer(line)), flush=True)
+    return args
 
 
 class Conversation:
-    """What was said, and the policy that answers. Each answer is a function of it, the seed and how many went before."""
+    """The messages so far and the policy. A response is a function of them, the seed and the number of responses before."""
 
-    def __init__(self, sampler: "Sampler", seed: int, tell: Callable[[str], None] = command.say):
-        self.sampler, self.seed, self.tell = sampler, seed, tell
+    def __init__(self, sampler: "Sampler", seed: int, say: Callable[[str], None] = command.say):
+        """`say` is called with each line about messages that are forgotten for lack of room."""
+        self.sampler, self.seed, self.say = sampler, seed, say
         self.history: list[Message] = []
-        self.answered = 0
+        self.responses = 0
 
     def forget(self) -> None:
         self.history.clear()
 
-    def answer(self, text: str) -> str:
-        """The policy's answer to `text`; both become history. Empty, with a note, where `text` alone is too long."""
-        from sppo_jax.records import Prompt
-
-        said = [*self.history, {"role": "user", "content": text}]
-        ids, dropped = self._fitting(said)
+    def respond(self, text: str) -> str:
+        """The policy's response to `text`; both become history. Empty, with a line to `say`, if `text` alone is too long."""
+        messages = [*self.history, {"role": "user", "content": text}]
+        ids, dropped = self._fitting(messages)
         if not ids:
-            self.tell(
-                f"this message alone leaves no room for an answer in {self._room()} tokens; it is forgotten"
+            self.say(
+                f"this message alone leaves no room for a response in {self._room()} tokens; it is forgotten"
             )
             return ""
         if dropped:
-            self.tell(
+            self.say(
                 f"the oldest {dropped} messages no longer fit into {self._room()} tokens and are forgotten"
             )
-        # The random key is folded from the prompt's text: here all of the conversation.
-        prompt = Prompt(json.dumps(said[dropped:], sort_keys=True), ids)
-        (found,) = self.sampler.generate([prompt], seed=self.seed, iteration=self.answered)
-        self.answered += 1
-        self.history = [*said[dropped:], {"role": "assistant", "content": found.responses[0]}]
+        # The random key is folded from the prompt's text: here the whole conversation.
+        prompt = Prompt(json.dumps(messages[dropped:], sort_keys=True), ids)
+        (found,) = self.sampler.generate([prompt], seed=self.seed, iteration=self.responses)
+        self.responses += 1
+        self.history = [*messages[dropped:], {"role": "assistant", "content": found.responses[0]}]
         return found.responses[0]
 
-    def _fitting(self, said: list[Message]) -> tuple[list[int], int]:
-        """Ids of the longest end of the conversation that leaves room for an answer, and how many messages it is
-        short of; no ids where there is none. Messages go in pairs: templates want a user's first.
-        """
-        from sppo_jax.text import chat_template
+    def _fitting(self, messages: list[Message]) -> tuple[list[int], int]:
+        """Ids of the latest messages that leave room for a response, and the number of older messages that are dropped.
 
-        for dropped in range(0, len(said), 2):
-            ids = chat_template.conversation(self.sampler.tokenizer, said[dropped:])
+        No ids if even the last message leaves no room. Messages are dropped in pairs: templates want a user's first.
+        """
+        for dropped in range(0, len(messages), 2):
+            ids = chat_template.conversation(self.sampler.tokenizer, messages[dropped:])
             if len(ids) <= self._room():
                 return ids, dropped
         return [], 0
 
     def _room(self) -> int:
-        """Tokens that a conversation may have."""
+        """The largest number of tokens that a conversation may have before a response."""
         return self.sampler.architecture.max_positions - self.sampler.sampling.max_new_tokens
 
 
-def _sampler(args: Any) -> "Sampler":
-    """Everything that is read from the policy's directory, the cheap and the fallible first."""
+def _sampler(args: argparse.Namespace) -> "Sampler":
+    """A sampler of the policy that --policy names. What is quick to read, and may be bad, is read before the weights."""
     import jax
     import jax.numpy as jnp
 
     from sppo_jax import compilation, sharding
-    from sppo_jax.config import Sampling
-    from sppo_jax.hub import names
     from sppo_jax.models import hf
     from sppo_jax.sampler.engine import Sampler
-    from sppo_jax.text import chat_template
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory
     architecture = hf.read_architecture(directory)
     tokenizer = chat_template.load_tokenizer(directory)
     eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
-    longest = args.max_new_tokens or min(LONGEST_ANSWER, architecture.max_positions // 2)
+    longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)
     if longest >= architecture.max_positions:
         raise BadInput(
             f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all"
@@ -147,7 +154,7 @@ def _sampler(args: Any) -> "Sampler":
 
 
 def _lines() -> Iterator[str]:
-    """Messages, without blank lines, until /quit or the end. On a terminal there is a prompt, and a word of patience."""
+    """The lines of the input that are not blank, until /quit or the end. A terminal shows a prompt, and a line while it waits."""
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(
@@ -156,7 +163,7 @@ def _lines() -> Iterator[str]:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  arrow keys in `input`
+            import readline  # noqa: F401 (gives `input` the arrow keys)
         command.say(f"{RESET} forgets the conversation, {QUIT} ends it")
     first = True
     while True:
@@ -169,7 +176,7 @@ def _lines() -> Iterator[str]:
         if line:
             if terminal and line != RESET:
                 command.say(
-                    "thinking (the first answer compiles the model, which takes a while) …"
+                    "thinking (the first response compiles the model, which takes a while) …"
                     if first
                     else "thinking …"
                 )

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that the second run of a command starts at once; their compiler's memory is not."""
+"""Compiled programs: kept on disk, so that the second run of a command starts at once, and their compiler's memory freed."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-LARGEST = 4 * 2**30  # bytes on disk; what was used longest ago goes first
+LARGEST = 4 * 2**30  # bytes on disk; the programs used longest ago are deleted first
 
 
 def keep_programs() -> None:
@@ -24,9 +24,9 @@ def keep_programs() -> None:
 
 
 def return_memory() -> None:
-    """Hand back to the system what the C library holds free: after compiling on a CPU, some 0.1 GB a program.
+    """Return to the system the memory that the C library keeps free after compiling on a CPU, some 0.1 GB per program.
 
-    glibc alone keeps it and has a call for this; elsewhere nothing happens.
+    Only glibc keeps it, and has a call for this; with another C library nothing happens.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,16 +1,120 @@
-"""Stage 7: the new policy on held-out prompts: win rates, log-ratios of winners and losers, divergence, length."""
+"""Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from sppo_jax import files, pairs, records
+from sppo_jax.errors import BadInput
+from sppo_jax.judges import Judge, prefer
 from sppo_jax.preferences import probability_matrix
 from sppo_jax.records import Pair, Responses
+from sppo_jax.run.directory import BASE
+from sppo_jax.run.metrics import from_totals
+from sppo_jax.sampler import Sampler
+from sppo_jax.session import Session
+
+
+def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
+    """Held-out responses of the policy after iteration t: one a prompt, two by the base, to be compared with itself."""
+    stage, path, asked = run.heldout_stage(t, policy=t), run.run.heldout(t, "responses"), run.sets.heldout
+
+    def drawn() -> list[Responses]:
+        with stage.progress("held-out", len(asked), "prompts") as advance:
+            return sampler().generate(
+                asked,
+                seed=stage.seed,
+                iteration=t,
+                responses=2 if t == BASE else 1,
+                on_progress=stage.metrics.chunks(advance),
+            )
+
+    found = stage.kept(path, Responses, drawn)
+    records.check_prompts(path, found, asked)
+    return found
+
+
+def draw_probe(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
+    """Held-out responses of iteration t's reference, K a prompt, on which its movement is measured.
+
+    Empty where the probe is on disk already.
+    """
+    stage, asked = run.heldout_stage(t, policy=t - 1), run.sets.heldout[: run.config.eval.probe_prompts]
+    if run.run.heldout(t, "probe").exists():
+        return []
+    stage.metrics.poll()
+    with stage.progress("probe", len(asked), "prompts") as advance:
+        return sampler().generate(
+            asked, seed=stage.seed, iteration=t, on_progress=stage.metrics.chunks(advance)
+        )
+
+
+def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
+    """All drawn responses of each held-out prompt with a signal, best first and worst last, not scored yet."""
+    if not drawn:
+        return []
+    stage, c = run.heldout_stage(t, policy=t - 1), run.config
+    comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
+    with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
+        judged = prefer(drawn, run.judge, c.judge, run.as_judged, from_totals(advance))
+    selected, _ = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)
+    if not selected:
+        raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
+    return selected
+
+
+def score_probe(run: Session, t: int, ranked: list[Pair], logprob: pairs.LogProb) -> list[Pair]:
+    """The probe of iteration t with its reference's log-probs, from disk or from `ranked`."""
+    stage = run.heldout_stage(t, policy=t - 1)
+    return stage.kept(
+        run.run.heldout(t, "probe"), Pair, lambda: pairs.with_reference(ranked, logprob(ranked))
+    )
+
+
+def measure(run: Session, t: int, probe: list[Pair]) -> None:
+    """Write iteration t's eval.json, its last file; with the first one, the base's against itself."""
+    stage = run.heldout_stage(t, policy=t)
+    with run.devices.sampling(t) as sampler:
+        policy = respond(run, t, sampler)
+        base, previous = respond(run, BASE, sampler), respond(run, t - 1, sampler)
+    judges = {"judge": run.judge} | ({"oracle": run.oracle} if run.oracle else {})
+
+    def rate(
+        name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
+    ) -> dict[str, float]:
+        with stage.progress(f"win rate, {name}", 2 * len(mine), "pairs", minor=True) as advance:
+            return win_rate(
+                judges[name],
+                mine,
+                against,
+                k=k,
+                as_shown=run.as_judged if name == "judge" else str,
+                on_progress=from_totals(advance),
+            )
+
+    with run.devices.judging():
+        rates = {name: {"base": rate(name, base)} for name in judges}
+        for name in judges:  # in iteration 1 the previous policy is the base
+            rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
+        at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in judges} if t == 1 else {}
+    with run.devices.scoring(t, stage) as logprob:
+        moved = log_ratios(probe, logprob(probe))
+    if t == 1:
+        files.write_json(run.run.evaluation(BASE), _evaluation(BASE, base, at_base))
+    files.write_json(run.run.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": moved})
+    flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
+    stage.scalars("evaluate", flat | moved | lengths(policy))
+    shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())
+    stage.metrics.say(f"iteration {t} win rates on {len(policy)} held-out prompts: {shown}")
+
+
+def _evaluation(t: int, policy: Sequence[Responses], rates: dict[str, Any]) -> dict[str, Any]:
+    return {"iteration": t, "prompts": len(policy), "win_rate": rates, "length": lengths(policy)}
 
 
 def win_rate(
-    judge: Any,
+    judge: Judge,
     policy: Sequence[Responses],
     against: Sequence[Responses],
     *,
@@ -20,11 +124,11 @@ def win_rate(
 ) -> dict[str, float]:
     """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error.
 
-    The policy's first response against the opponent's k-th; prompts in the same order. `judge` has `compare`;
-    `as_shown` maps an instruction to what it reads.
+    The policy's first response is compared with the opponent's k-th; prompts are in the same order. `as_shown` maps an
+    instruction to the text that the judge reads.
     """
     if [row.prompt_id for row in policy] != [row.prompt_id for row in against]:
-        raise ValueError("win rates compare answers to the same prompts")
+        raise ValueError("win rates compare responses to the same prompts")
     both = [[mine.responses[0], theirs.responses[k]] for mine, theirs in zip(policy, against, strict=True)]
     logits = judge.compare([as_shown(row.prompt) for row in policy], both, on_progress)
     p = probability_matrix(logits)[:, 0, 1]

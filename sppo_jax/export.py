@@ -1,7 +1,7 @@
 """Stage 6: parameters → a directory that `transformers` loads: safetensors, config.json, tokenizer, model card.
 
-`python -m sppo_jax.export --run OUT --iteration 3 --to DIR` makes one from a run's orbax checkpoint; `--push`
-uploads it afterwards.
+`python -m sppo_jax.export --run OUT --iteration 3 --to DIR` makes one from a run's orbax checkpoint; with `--push` it
+is uploaded afterwards.
 """
 
 import dataclasses
@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppo_jax import command
+from sppo_jax import command, config_file, files
 from sppo_jax.command import Flags, call
-from sppo_jax.errors import BadInput
-from sppo_jax.hub import repositories
+from sppo_jax.errors import BadInput, one_line
+from sppo_jax.hub import names, repositories
+from sppo_jax.run.directory import BASE, RunDir
 
-if TYPE_CHECKING:  # jax and its company only once the flags are known to be right
+# jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
+if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from sppo_jax.config import Config
+    from sppo_jax.hub.repositories import Snapshot
     from sppo_jax.models.transformer import Transformer
-    from sppo_jax.run.directory import RunDir
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,52 +33,68 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     model: "Transformer", base: Path, to: Path, *, dtype: str = "float32", card: str | None = None
 ) -> None:
-    """Write weights as `dtype` with the base's configuration and tokenizer files; whole or not at all.
+    """Write directory `to`: the weights as `dtype`, with configuration and tokenizer files of `base`. Whole or absent.
 
-    `card` becomes README.md. Raises BadInput where the disk has no room or `to` cannot be written.
+    `card` becomes README.md. Raises BadInput if the disk has no room or `to` cannot be written.
     """
     from safetensors import SafetensorError
 
-    from sppo_jax import files
-    from sppo_jax.files import replacing
     from sppo_jax.models import hf
 
     _check_room(model, to, dtype)
     try:
-        with replacing(to) as part:
+        with files.replacing(to) as part:
             part.mkdir()
             hf.save(model, part, dtype=dtype)
             config = files.read_json(base / "config.json")
             config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in (
+            beside = [
                 file for pattern in repositories.BESIDE for file in base.glob(pattern) if file.is_file()
-            ):
+            ]
+            for file in beside:
                 shutil.copyfile(file, part / file.name)
             if card is not None:
                 (part / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise BadInput(f"{to}: cannot be written: {reason}") from None
 
 
+def export_policy(policy: "Transformer", source: "Snapshot", run: "RunDir", t: int) -> None:
+    """Write the policy after iteration t; with adapters also these, as a PEFT directory.
+
+    The adapters serve beside the base, and a resumed run reads them.
+    """
+    from sppo_jax.files import replacing
+    from sppo_jax.models import lora
+
+    if policy.architecture.lora_rank:
+        with replacing(run.adapter(t)) as part:
+            part.mkdir()
+            lora.save(policy, part, source.name, source.revision)
+    export(policy, source.directory, run.export(t))
+
+
 def main(words: Sequence[str]) -> None:
-    """Export the policy of one iteration, push an export, or one after the other."""
+    """Export the policy of one iteration, push an export, or export and push it."""
     flags = Flags(
         "sppo_jax.export",
         "Write the policy after an iteration of a run as a Hugging Face checkpoint.",
-        "With --push and without --run, an export that is there already is uploaded.",
+        "With --push and without --run, an existing export is uploaded.",
     )
     flags.add_argument("--run", metavar="OUT", help="run directory")
-    flags.add_argument("--iteration", type=int, metavar="T", help="whose policy; 0: the base")
+    flags.add_argument(
+        "--iteration", type=int, metavar="T", help="iteration after which the policy is exported; 0: the base"
+    )
     flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
     flags.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights written (default: the base checkpoint's)"
+        "--dtype", choices=DTYPES, help="dtype of the written weights (default: the base checkpoint's)"
     )
     flags.add_argument(
         "--push", metavar="OWNER/NAME", help="upload DIR to this repository of the hub at the end"
     )
-    flags.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    flags.add_argument("--private", action="store_true", help="make the repository private if it is new")
     args = flags.read(words)
     to = Path(args.to)
     if (args.run is None) != (args.iteration is None):
@@ -93,23 +111,24 @@ def main(words: Sequence[str]) -> None:
 
 
 def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
-    from sppo_jax import config as configuration
+    """Write the policy after iteration t of the run at `root`, with its model card."""
+    import jax
+
     from sppo_jax import sharding
-    from sppo_jax.hub import names
     from sppo_jax.models import hf
     from sppo_jax.report import model_card
+    from sppo_jax.run import manifest
     from sppo_jax.run.directory import BASE, RunDir
 
     run = RunDir(root)
     if not run.config.is_file():
-        raise BadInput(f"--run {root}: no run directory (it has no config.yaml)")
-    config = configuration.load([run.config])
+        raise BadInput(f"--run {root}: not a run directory (it has no config.yaml)")
+    config = config_file.load([run.config])
     _check_target(to)
     if t not in (there := _iterations(run)):
         shown = ", ".join(str(i) for i in there)
-        raise BadInput(f"--iteration {t}: {root} has no policy of that; there are {shown} ({BASE}: the base)")
-    base = names.fetch(config.model.path, model_card.revision(run)).directory
-    import jax
+        raise BadInput(f"--iteration {t}: {root} has no policy of it; there are {shown} ({BASE}: the base)")
+    base = names.fetch(config.model.path, manifest.pinned_model(run)).directory
 
     mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
     model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
@@ -117,11 +136,11 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     export(model, base, to.absolute(), dtype=dtype or own_dtype(base), card=described)
 
 
-def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -> "Transformer":
-    """The policy after iteration t, float32: from its newest orbax checkpoint, wherever that was made.
+def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> "Transformer":
+    """The policy after iteration t, float32, from its newest orbax checkpoint, on whatever mesh that was made.
 
-    Adapters are put beside the base's weights; once an iteration is finished, its own export has them merged as
-    the run did it.
+    Adapters are put beside the base's weights. Of a finished iteration they are read from its export, merged as the run
+    merged them.
     """
     from flax import nnx
 
@@ -149,15 +168,14 @@ def _policy(run: "RunDir", config: "Config", t: int, base: Path, mesh: "Mesh") -
 
 
 def own_dtype(directory: Path) -> str:
-    """What a checkpoint's config.json says, else the dtype of its first tensor; float32, which holds all, for others."""
+    """The dtype that a checkpoint's config.json names, or its first tensor has; float32 for any that is not in DTYPES."""
     from safetensors import SafetensorError, safe_open
 
-    from sppo_jax import files
     from sppo_jax.models import hf
 
     config = files.read_json(directory / "config.json")
-    said = config.get("dtype") or config.get("torch_dtype")
-    if said is None:
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype is None:
         file = hf.weight_files(directory)[0]
         try:
             with safe_open(file, "numpy") as tensors:
@@ -166,13 +184,12 @@ def own_dtype(directory: Path) -> str:
             raise BadInput(
                 f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
             ) from None
-        said = {"BF16": "bfloat16", "F16": "float16"}.get(first)
-    return said if said in DTYPES else "float32"
+        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first)
+    return dtype if dtype in DTYPES else "float32"
 
 
-def _iterations(run: "RunDir") -> list[int]:
-    """Those whose policy is on disk, whole or in the middle of its training."""
-    from sppo_jax.run.directory import BASE
+def _iterations(run: RunDir) -> list[int]:
+    """The iterations whose policy is on disk, complete or in the middle of its training."""
     from sppo_jax.training import checkpoint
 
     trained = (t for t in run.iterations() if t != BASE)
@@ -180,7 +197,7 @@ def _iterations(run: "RunDir") -> list[int]:
 
 
 def _check_target(to: Path) -> None:
-    """Before an hour of reading: is there a place to write to, and nothing in it that would be lost?"""
+    """Raise BadInput, before an hour of reading, unless `to` can be written and nothing would be lost."""
     if to.is_symlink():
         raise BadInput(f"--to {to}: a link; give a directory's own name")
     if to.exists() and not to.is_dir():
@@ -195,7 +212,7 @@ def _check_target(to: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest one above that is there already."""
+    """The path, or the nearest directory above it, that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
 
 
@@ -215,8 +232,7 @@ def _check_room(model: "Transformer", to: Path, dtype: str) -> None:
 
 
 def _push(directory: Path, repo: str, private: bool) -> None:
-    """Upload a complete export. The last step, so that its failure loses nothing."""
-    from sppo_jax import files
+    """Upload a complete export. This is the last step, so that a failure loses nothing."""
     from sppo_jax.models import hf
 
     files.read_json(directory / "config.json")

@@ -14,9 +14,9 @@ from sppo_jax.errors import BadInput
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on success what was written there (file or directory) becomes `path`.
+    """Yields a temporary name beside `path`; on success the file or directory written there is synced and renamed to `path`.
 
-    A directory takes the place of one that is there; a file never takes a directory's.
+    A directory replaces an existing directory; a file never replaces a directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = part_of(path)
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput where there is none."""
+    """The JSON object in a file. Raises BadInput if the file cannot be read or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Stage 3 from and to files: pairs in the official code's parquet columns, theirs to train on and ours to give away.
+"""Stage 3 from and to files: pairs in the official code's parquet columns, its files read and ours written.
 
 `python -m sppo_jax.interchange --run OUT --iteration T --to FILE` writes a finished iteration's pairs.
 """
@@ -19,6 +19,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.records import Pair, prompt_id
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import rows
+from sppo_jax.text.chat_template import chat_prompt, written_ids
 from sppo_jax.text.rows import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
@@ -28,18 +29,14 @@ SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
 def read(
     config: Config, t: int, tokenizer: Any, *, eos: tuple[int, ...], positions: int, heldout: Collection[int]
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Iteration t's pairs as pairs.source names them, and counts: those kept, and those skipped by reason.
+    """Iteration t's pairs from pairs.source, and counts: of pairs kept, and of pairs skipped, by reason.
 
-    A response is known as text only, so its ids are those that the policy's tokenizer gives it, its end included.
-    Skipped: a conversation that is not one user turn and its answer, a prompt that is repeated, held out (its id is
-    in `heldout`) or longer than prompts.max_length, a pair longer than the model's `positions`, a pair without
-    two answers, probabilities that are none. Reference log-probs are NaN until stage 5 fills them in.
-    Raises BadInput when the source cannot be read or leaves no pairs.
+    The source has a response as text only, so its ids are those of the policy's tokenizer, with the end of turn.
+    Skipped: a conversation that is not one user turn and its response; a prompt that is repeated, held out (its id is
+    in `heldout`) or longer than prompts.max_length; a pair longer than the model's `positions`; a pair without
+    two different responses; a probability outside [0, 1]. Reference log-probs are NaN until stage 5 fills them in.
+    Raises BadInput if the source cannot be read or leaves no pairs.
     """
-    from sppo_jax.text.chat_template import (
-        chat_prompt,
-        written_ids,
-    )  # imports jax, which writing a file does not need
 
     source = Source("pairs.source", config.pairs.source, config.pairs.split).at(t)
     counts: Counter[str] = Counter()
@@ -60,7 +57,7 @@ def read(
             counts["repeated" if identity in pairs else "in_heldout"] += 1
             continue
         prompt = chat_prompt(tokenizer, text)
-        responses = [written_ids(tokenizer, answer, eos) for answer in (chosen, rejected)]
+        responses = [written_ids(tokenizer, response, eos) for response in (chosen, rejected)]
         if (
             len(prompt.ids) > config.prompts.max_length
             or len(prompt.ids) + max(map(len, responses)) > positions
@@ -75,7 +72,7 @@ def read(
 
 
 def write(pairs: Sequence[Pair], path: Path) -> None:
-    """The five columns, one row per pair, as `datasets` and the official code read them. Whole, or not there."""
+    """Write the five columns, one row per pair, as `datasets` and the official code read them. Whole or absent."""
     if path.is_dir():
         raise BadInput(f"{path}: a directory; name a file in it")
     columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
@@ -88,10 +85,10 @@ def write(pairs: Sequence[Pair], path: Path) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """The command line; raises BadInput for what is wrong with it."""
+    """Write the pairs that the command line names. Raises BadInput for a command line that cannot be used."""
     parser = Flags("sppo_jax.interchange", "Write an iteration's pairs in the official code's columns.")
-    parser.add_argument("--run", required=True, metavar="OUT", help="the run's directory")
-    parser.add_argument("--iteration", required=True, type=int, metavar="T", help="from 1")
+    parser.add_argument("--run", required=True, metavar="OUT", help="run directory")
+    parser.add_argument("--iteration", required=True, type=int, metavar="T", help="iteration, from 1")
     parser.add_argument("--to", required=True, metavar="FILE", help="parquet file to write")
     given = parser.read(words)
     path = RunDir(given.run).pairs(given.iteration)
@@ -103,7 +100,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _texts(row: rows.Row | None) -> tuple[str, str, str] | str:
-    """(prompt, chosen, rejected), or why not."""
+    """(prompt, chosen, rejected) of a row, or the name of the count of skipped rows that it belongs to."""
     if row is None:
         return "not_json"
     chosen, rejected = (rows.messages(row.get(name)) for name in COLUMNS[:2])
@@ -131,16 +128,16 @@ def _is_probability(value: Any) -> bool:
 def _pair(
     text: str,
     prompt_ids: list[int],
-    answers: tuple[str, str],
+    texts: tuple[str, str],
     response_ids: list[list[int]],
     probabilities: Sequence[float],
     config: Config,
 ) -> Pair:
-    """`probabilities` are those of COLUMNS, in its order."""
+    """A Pair of the texts (chosen, rejected), with `probabilities` in the order of COLUMNS."""
     won, *rates = map(float, probabilities)
     level = float(config.fit.baseline)
     chosen, rejected = (
-        [{"content": text, "role": "user"}, {"content": answer, "role": "assistant"}] for answer in answers
+        [{"content": text, "role": "user"}, {"content": response, "role": "assistant"}] for response in texts
     )
     return Pair(
         chosen=chosen,

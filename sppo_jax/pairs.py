@@ -1,14 +1,79 @@
-"""Stage 3: judged candidates → what we train on: the responses kept, their targets, and counts of what was left out."""
+"""Stage 3: responses and preferences → what training reads: responses kept, targets eta (P - 1/2), reference log-probs."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
+from sppo_jax import records
+from sppo_jax.config import Config
+from sppo_jax.errors import BadInput
 from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
+from sppo_jax.run.stage import Stage
+from sppo_jax.training import checkpoint
+
+# log pi(y|x) [n, R] of every pair's responses, in nats, by the policy that the iteration starts with.
+LogProb = Callable[[Sequence[Pair]], np.ndarray]
+
+
+def from_preferences(
+    responses: Sequence[Responses],
+    preferences: Sequence[Preferences],
+    logprob: LogProb,
+    stage: Stage,
+    config: Config,
+) -> list[Pair]:
+    """The pairs of an iteration that was sampled and judged. Raises BadInput if no prompt has a preferred response."""
+
+    def selected() -> list[Pair]:
+        found, counts = select(
+            responses,
+            preferences,
+            how=config.pairs.select,
+            eta=config.fit.eta,
+            baseline=config.fit.baseline,
+        )
+        stage.say("pairs", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+        stage.scalars("pairs", {name: float(n) for name, n in counts.items()})
+        if not found:
+            raise BadInput(
+                f"iteration {stage.iteration}: no prompt has a preferred response; is sampling.temperature 0?"
+            )
+        return found
+
+    sources = {"responses": records.digest(responses), "preferences": records.digest(preferences)}
+    stage = dataclasses.replace(stage, made_from=stage.made_from | sources)
+    found = scored(selected, logprob, stage)
+    gap = sampler_gap(found, responses)
+    stage.scalars("sampler_gap", gap)
+    stage.say(
+        "pairs",
+        f"the sampler's log-probs are {gap['rms']:.1e} nats a token from training's "
+        f"(root mean square; at most {gap['max']:.1e})",
+    )
+    return found
+
+
+def scored(selected: Callable[[], Sequence[Pair]], logprob: LogProb, stage: Stage) -> list[Pair]:
+    """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable.
+
+    Where training has not begun, the log-probs of a file from an earlier start are computed again: another mesh or
+    machine gives other last bits, and the log-ratio must start at exactly 0.
+    """
+    run, t = stage.run, stage.iteration
+    before = records.read(run.pairs(t), Pair, stage.made_from) if run.pairs(t).exists() else None
+    if before and (checkpoint.begun(run.checkpoints(t)) or run.export(t).exists()):
+        return before
+    if before is None:
+        stage.metrics.poll()
+    chosen = before or selected()
+    filled = with_reference(chosen, logprob(chosen))
+    if filled != before:
+        records.replace(run.pairs(t), Pair, filled, stage.made_from)
+    return records.read(run.pairs(t), Pair, stage.made_from)
 
 
 def select(
@@ -19,11 +84,11 @@ def select(
     eta: float,
     baseline: float | Literal["log_partition"],
 ) -> tuple[list[Pair], dict[str, int]]:
-    """One Pair per prompt that holds a signal, and counts.
+    """One Pair per prompt that holds a signal, and counts of what was kept and left out.
 
-    Dropped: prompts whose K win rates are all equal (identical answers, a pure cycle) and prompts whose best
-    response is empty. A prompt's targets depend on its own candidates alone. Reference log-probs are NaN until
-    stage 5 fills them in.
+    Dropped: prompts whose K win rates are all equal (identical responses, a pure cycle) and prompts whose best
+    response is empty. A prompt's targets depend on its own responses alone. Reference log-probs are NaN until
+    `with_reference` fills them in.
     """
     pairs: list[Pair] = []
     counts: Counter[str] = Counter()
@@ -68,10 +133,10 @@ def with_reference(pairs: Sequence[Pair], ref_logprob: np.ndarray) -> list[Pair]
 
 
 def sampler_gap(pairs: Sequence[Pair], responses: Sequence[Responses]) -> dict[str, float]:
-    """How far the sampler's log-probs are from the reference's, which training computes: nats per token of a response.
+    """Differences between the sampler's log-probs and the reference's, which training computes, in nats per token.
 
-    Mean, root mean square and largest of the absolute differences over the responses kept. Rounding alone where both
-    compute in float32; what sampling.quantize costs, where it is on.
+    Returns mean, root mean square and largest of the absolute differences over the responses kept: rounding alone
+    where both compute in float32, and the cost of sampling.quantize where it is on.
     """
     sampled = {row.prompt_id: row for row in responses}
     gaps = []

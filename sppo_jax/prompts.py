@@ -18,9 +18,9 @@ CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too lo
 
 @dataclass
 class PromptSets:
-    """`train[t - 1]` are iteration t's prompts. `counts` says what was read, kept and skipped, and why.
+    """Prompts by iteration, iteration t's in `train[t - 1]`, and {set: {reason: rows}} that were read, kept and skipped.
 
-    `heldout_ids` are those of every held-out text, of which `heldout` are the first that are short enough.
+    `heldout` are the first held-out prompts that are short enough; `heldout_ids` are the ids of all held-out texts.
     """
 
     train: list[list[Prompt]]
@@ -30,11 +30,11 @@ class PromptSets:
 
 
 def load(config: Config, tokenizer: Any) -> PromptSets:
-    """Prompts of every iteration. No prompt is in two of the sets: held-out first, then iteration by iteration.
+    """The prompts of all iterations. A prompt is in one set only: the first of held-out, iteration 1, 2, ... that has it.
 
     A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
-    pairs.source set there is nothing to sample: `train` is empty. Raises BadInput when a source cannot be read or
-    leaves no prompts.
+    pairs.source nothing is sampled, and `train` is empty. Raises BadInput if a source cannot be read or leaves no
+    prompts.
     """
     p, sets, seen = config.prompts, PromptSets([], []), dict[int, str]()
     texts = _distinct(heldout_source(config), p.column, "heldout", seen, sets.counts)
@@ -63,7 +63,7 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
 
 
 def heldout_source(config: Config) -> Source:
-    """The one held-out set that all iterations share."""
+    """The source of the held-out set, which all iterations share. Raises BadInput if it names one per iteration."""
     source = Source("prompts.heldout", config.prompts.heldout, config.prompts.heldout_split)
     if source.by_iteration:
         raise BadInput(
@@ -76,7 +76,7 @@ def heldout_source(config: Config) -> Source:
 def _distinct(
     source: Source, column: str, name: str, seen: dict[int, str], counts: dict[str, dict[str, int]]
 ) -> list[str]:
-    """Texts of a source that no set before it holds, in the source's order."""
+    """The texts of a source that no earlier set has, in the source's order."""
     count: Counter[str] = Counter()
     texts = []
     for row in rows.rows(source, [column]):
@@ -100,7 +100,7 @@ def _distinct(
 
 
 def _instruction(value: Any) -> str | None:
-    """A text as it is; of a conversation, the message it begins with if that is the user's."""
+    """The instruction in a column's value: a text itself, or a conversation's first message if it is the user's."""
     if isinstance(value, str):
         return value
     conversation = rows.messages(value)
@@ -110,7 +110,7 @@ def _instruction(value: Any) -> str | None:
 def _tokenised(
     texts: list[str], config: Config, tokenizer: Any, name: str, counts: dict[str, dict[str, int]], limit: int
 ) -> list[Prompt]:
-    """The first `limit` texts that are short enough."""
+    """The first `limit` prompts that have at most prompts.max_length tokens; longer ones are counted as too_long."""
     prompts: list[Prompt] = []
     too_long = 0
     for text in texts:

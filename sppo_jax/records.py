@@ -1,8 +1,8 @@
-"""What crosses a stage boundary, and its parquet form: Prompt, Responses, Preferences, Pair."""
+"""The records that pass from stage to stage, and their parquet form: Prompt, Responses, Preferences, Pair."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, one_line
+from sppo_jax.files import replacing
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Responses:
-    """K responses to one prompt. `response_ids` are the ids sampled, with the end of sequence if it was."""
+    """K responses to one prompt. `response_ids` are the sampled ids, with the end of sequence if it was sampled."""
 
     prompt_id: int
     prompt: str
     prompt_ids: list[int]
     response_ids: list[list[int]]
     responses: list[str]
-    finish_reason: list[str]  # stop: ended by itself; length: cut at max_new_tokens
-    logprobs: list[float]  # sums over the response at temperature 1, nats
+    finish_reason: list[str]  # stop: an id that ends a response was sampled; length: cut at max_new_tokens
+    logprobs: list[float]  # log pi(y|x) at temperature 1, nats
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """The judge's view of one prompt's K responses, in their order."""
+    """The judge's comparisons of one prompt's K responses, in the order of the responses."""
 
     prompt_id: int
     logits: list[list[float]]  # [i][j]: i shown first against j
@@ -52,7 +53,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Pair:
-    """What one prompt gives to training: R responses, best first, worst last (R is 2, or K for select=all).
+    """What training reads of one prompt: R responses, best first, worst last (R is 2, or K for pairs.select=all).
 
     The first five columns are the interchange of the official code.
     """
@@ -66,8 +67,8 @@ class Pair:
     prompt_ids: list[int]
     response_ids: list[list[int]]
     win_rate: list[float]
-    baseline: float  # win rate that the loss leaves alone: 1/2, or the prompt's log Z / eta
-    target: list[float]  # eta (win_rate - baseline): where the log-ratio should go, nats
+    baseline: float  # win rate whose target is 0: 1/2, or the prompt's log Z / eta
+    target: list[float]  # eta (win_rate - baseline), which the log-ratio is regressed on, nats
     ref_logprob: list[float]  # log pi_t(y|x), nats
 
 
@@ -115,40 +116,61 @@ Record = TypeVar("Record", Responses, Preferences, Pair)
 
 
 def prompt_id(text: str) -> int:
-    """63 bits of the text's sha256: an identity that no order, file or batch changes.
+    """63 bits of the text's sha256, an identity that does not depend on order, file or batch.
 
-    White space around the text does not count, since many templates drop it.
+    White space around the text is left out, since many templates drop it.
     """
     return int.from_bytes(hashlib.sha256(text.strip().encode("utf-8")).digest()[:8], "big") >> 1
 
 
 def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
-    """Write rows as parquet, with what they were made from in the file's metadata."""
+    """Write rows as parquet. `made_from`, {input: digest}, goes into the file's metadata."""
     schema = SCHEMAS[kind].with_metadata({"made_from": json.dumps(made_from, sort_keys=True)})
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}
     pq.write_table(pa.table(columns, schema=schema), path)
 
 
+def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
+    """Write rows as `write` does, whole or not at all: a file under its final name is complete."""
+    with replacing(path) as part:
+        write(part, kind, rows, made_from)
+
+
 def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
-    """Rows of a file. Raises BadInput if it is damaged, or made from something else than `made_from`."""
+    """Rows of a file. Raises BadInput if it is damaged, or was made from something else than `made_from`."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{path}: damaged ({reason}); delete it and run again to make it anew") from None
+        raise BadInput(
+            f"{path}: damaged ({one_line(error)}); delete it and run again to make it anew"
+        ) from None
     if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
         raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
     if made_from is not None:
-        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
-        if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
-            raise BadInput(
-                f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
-            )
+        check_made_from(path, json.loads((table.schema.metadata or {}).get(b"made_from", b"{}")), made_from)
     return [kind(**row) for row in table.to_pylist()]
 
 
+def check_made_from(path: Path, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
+    """Raises BadInput, naming the inputs, where what `path` was made from differs from `made_from`."""
+    if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
+        raise BadInput(
+            f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
+        )
+
+
+def check_prompts(
+    where: Path,
+    rows: Sequence[Responses] | Sequence[Preferences],
+    asked: Sequence[Prompt] | Sequence[Responses],
+) -> None:
+    """Raises BadInput unless `rows`, read from `where`, belong to the prompts asked, in their order."""
+    if [row.prompt_id for row in rows] != [prompt.prompt_id for prompt in asked]:
+        raise BadInput(f"{where}: belongs to other prompts than asked; delete it and run again")
+
+
 def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -> str:
-    """sha256 of the records' contents, for the metadata of what is made from them."""
+    """sha256 of the records' contents, as it is written into the metadata of files made from them."""
     value = hashlib.sha256()
     for row in rows:
         value.update(json.dumps(asdict(row), sort_keys=True).encode())
@@ -156,5 +178,5 @@ def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -
 
 
 def square(rows: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
-    """[n, K, K] float64 from nested lists."""
+    """Nested lists [n][K][K] as a float64 array."""
     return np.asarray(rows, np.float64)

@@ -7,81 +7,73 @@ from typing import Any, Protocol
 
 import jax
 
-from sppo_jax.errors import BadInput
+from sppo_jax import records
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.run.directory import RunDir
-from sppo_jax.run.metrics import Metrics
-from sppo_jax.run.shards import Shards, anywhere, as_first_says, mine, wait_for_all
-from sppo_jax.sampler.engine import Sampler, Stats
+from sppo_jax.run.pod import anywhere, as_first_says, mine, wait_for_all
+from sppo_jax.run.shards import Shards
+from sppo_jax.run.stage import Stage
+from sppo_jax.sampler import Sampler, Stats
 
 
 class Follower(Protocol):
-    """Who is given each prompt's responses as soon as they are on disk."""
+    """Receives each prompt's responses as soon as they are on disk: the judge."""
 
     def take(self, n: int, row: Responses) -> None:
-        """Those of prompt n, in any order."""
+        """Accept the responses to prompt n; prompts come in any order."""
         ...
 
     def progress(self) -> dict[str, Any]:
-        """What to show beside the sampler's progress. Asked after each chunk of sampling; what it raises ends that."""
+        """Facts to show beside the sampler's progress. Called after each chunk; an exception ends the sampling."""
         ...
 
 
 def respond(
-    prompts: Sequence[Prompt],
-    sampler: Callable[[], Sampler],
-    follower: Follower,
-    *,
-    run: RunDir,
-    iteration: int,
-    seed: int,
-    shard_prompts: int,
-    made_from: dict[str, str],
-    metrics: Metrics,
+    prompts: Sequence[Prompt], sampler: Callable[[], Sampler], follower: Follower, stage: Stage
 ) -> list[Responses]:
     """Responses to every prompt, in order. What is on disk, in whole shards or begun ones, is read, the rest made.
 
-    `sampler` is called only when a response is missing. On a pod each process makes the shards that are its own, unless
-    the sampler needs all of them for each prompt.
+    `sampler` is called only when a response is missing. On a pod each process makes its own shards, unless a replica of
+    the sampler spans processes.
     """
-    shards = Shards(run, iteration, "responses", Responses, len(prompts), shard_prompts, made_from)
+    shards = Shards(stage, "responses", Responses, len(prompts))
     pod = jax.process_count() > 1
-    # On a pod all make their samplers together: the weights come from all.
+    # On a pod all processes make their samplers together: the weights come from all of them.
     engine = sampler() if pod and anywhere(bool(shards.missing)) else None
     together = engine is not None and not engine.alone
-    # Where all sample the same, the first one's word counts, and it alone writes.
-    answers = _Answers(prompts, shards, follower, (lambda _: jax.process_index() == 0) if together else mine)
-    todo, total = answers.begin()
+    # Where all processes sample the same prompts, process 0 decides which, and writes alone.
+    writer = _Writer(prompts, shards, follower, (lambda _: jax.process_index() == 0) if together else mine)
+    todo, total = writer.begin()
     if together:
         todo, total = as_first_says(todo, len(prompts)), len(prompts)
     speed: dict[str, float] = {}
     if todo:
         engine = engine or sampler()
         before, start = dataclasses.replace(engine.stats), time.monotonic()
-        label = f"iteration {iteration} respond"
-        with metrics.progress(label, total, "prompts", done=total - len(todo)) as advance:
-            asked, on_progress = [prompts[n] for n in todo], metrics.chunks(advance, follower.progress)
-            for place, row in engine.stream(asked, seed=seed, iteration=iteration, on_progress=on_progress):
-                answers.add(todo[place], row)
+        with stage.progress("respond", total, "prompts", done=total - len(todo)) as advance:
+            rows = engine.stream(
+                [prompts[n] for n in todo],
+                seed=stage.seed,
+                iteration=stage.iteration,
+                on_progress=stage.metrics.chunks(advance, follower.progress),
+            )
+            for place, row in rows:
+                writer.add(todo[place], row)
         speed = _speed(engine.stats, before, time.monotonic() - start)
-    wait_for_all(f"iteration {iteration} respond")
-    found = [row for i in range(len(shards.ranges)) for row in answers.read(i)]
+    wait_for_all(stage.label("respond"))
+    found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
     reasons = [reason for row in found for reason in row.finish_reason]
     lengths = [len(ids) for row in found for ids in row.response_ids]
-    metrics.scalars(
-        iteration,
-        "respond",
-        0,
-        responses=len(lengths),
-        mean_tokens=sum(lengths) / len(lengths),
-        truncated_share=reasons.count("length") / len(reasons),
-        **speed,
-    )
+    facts = {
+        "responses": len(lengths),
+        "mean_tokens": sum(lengths) / len(lengths),
+        "truncated_share": reasons.count("length") / len(reasons),
+    }
+    stage.scalars("respond", facts | speed)
     return found
 
 
 def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
-    """Of what has been sampled since."""
+    """Seconds, tokens per second and slot efficiency of the sampling since `before`."""
     new = {name: getattr(stats, name) - getattr(before, name) for name in ("steps", "tokens")}
     return {
         "seconds": seconds,
@@ -90,8 +82,8 @@ def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
     }
 
 
-class _Answers:
-    """Responses on their way to disk and to the follower."""
+class _Writer:
+    """Puts responses on disk as they come, and passes them on to the follower."""
 
     def __init__(
         self,
@@ -100,12 +92,12 @@ class _Answers:
         follower: Follower,
         own: Callable[[int], bool],
     ):
-        """`own`: whether this process is the one that writes a shard."""
+        """`own(i)`: whether this process writes shard i."""
         self._prompts, self._shards, self._follower, self._own = prompts, shards, follower, own
-        self._waiting: dict[int, Responses] = {}  # for the rest of their shard
+        self._waiting: dict[int, Responses] = {}  # until their shard is complete
 
     def begin(self) -> tuple[list[int], int]:
-        """Pass on what is on disk. Returns which prompts of our shards have no responses yet, and how many are in them."""
+        """Pass on what is on disk. Returns the prompts of our shards without responses, and the number of all in them."""
         todo: list[int] = []
         own = [i for i in range(len(self._shards.ranges)) if self._own(i)]
         for i in own:
@@ -122,7 +114,7 @@ class _Answers:
         return todo, sum(len(self._shards.ranges[i]) for i in own)
 
     def add(self, n: int, row: Responses) -> None:
-        """The sampler has finished prompt n."""
+        """Keep the responses to prompt n, which the sampler has finished."""
         i = self._shards.holding(n)
         if self._own(i):
             self._shards.keep(i, self._key(n), row)
@@ -131,11 +123,11 @@ class _Answers:
             self._follower.take(n, row)
 
     def read(self, i: int) -> list[Responses]:
-        """Shard i. Raises BadInput unless it answers our prompts."""
+        """Rows of shard i. Raises BadInput unless they belong to our prompts."""
         rows = self._shards.read(i)
-        if [row.prompt_id for row in rows] != [self._prompts[n].prompt_id for n in self._shards.ranges[i]]:
-            where = self._shards.paths[i].parent
-            raise BadInput(f"{where}: answers other prompts than asked; delete it and run again")
+        records.check_prompts(
+            self._shards.paths[i].parent, rows, [self._prompts[n] for n in self._shards.ranges[i]]
+        )
         return rows
 
     def _finished(self, n: int, row: Responses) -> None:
@@ -143,7 +135,8 @@ class _Answers:
         i = self._shards.holding(n)
         if all(m in self._waiting for m in self._shards.ranges[i]):
             self._shards.write(i, [self._waiting.pop(m) for m in self._shards.ranges[i]])
-        self._follower.take(n, row)  # last: whoever has heard of a whole shard finds it on disk
+        # Last, so that a follower that received a shard's final row finds the shard on disk.
+        self._follower.take(n, row)
 
     def _key(self, n: int) -> str:
         return str(self._prompts[n].prompt_id)

@@ -1,5 +1,6 @@
 """Eight CPU devices, shapes and types checked at every call, and small inputs that several files share."""
 
+import functools
 import os
 import tempfile
 
@@ -17,13 +18,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 from jaxtyping import install_import_hook
 
-from tests import typechecker  # noqa: F401 (the hook below finds it by name)
+from tests import typechecker
 
-hook = install_import_hook(
-    ["sppo_jax.models", "sppo_jax.sampler", "sppo_jax.training", "sppo_jax.losses", "sppo_jax.fit"]
-    + ["sppo_jax.pairrm.jax_model", "sppo_jax.pairrm.deberta_attention"],
-    "tests.typechecker.check",
-)
+hook = install_import_hook(list(typechecker.CHECKED), "tests.typechecker.check")
 
 import fcntl
 from pathlib import Path
@@ -37,6 +34,7 @@ from sppo_jax.hub import names
 from sppo_jax.models import hf
 from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.text import chat_template
+from tests import families
 from tests.small_game import words
 
 
@@ -81,6 +79,30 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tokenizer():
     return chat_template.load_tokenizer(names.path("policy"))
+
+
+@pytest.fixture(scope="session")
+def family_directories(tmp_path_factory):
+    """Directories with the small tokenizers of all families, by name."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: families.write(family, root / name) for name, family in families.FAMILIES.items()}
+
+
+@pytest.fixture(scope="session")
+def load_family(family_directories):
+    """A function from the name of a family to its tokenizer."""
+    return functools.cache(lambda name: chat_template.load_tokenizer(family_directories[name]))
+
+
+@pytest.fixture(params=families.FAMILIES)
+def family_name(request):
+    return request.param
+
+
+@pytest.fixture
+def chat(load_family, family_name):
+    """The tokenizer of each family in turn."""
+    return load_family(family_name)
 
 
 @pytest.fixture(scope="session")

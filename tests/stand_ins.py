@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.run import shards
+from sppo_jax.run import pod
 from sppo_jax.sampler.engine import Stats
 
 PROMPTS = [Prompt(f"Question {n}?", [1, 2, 3 + n]) for n in range(7)]
@@ -77,7 +77,7 @@ class Pod:
         self.waits = []
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: self._who.i)
-        meet = shards.multihost_utils
+        meet = pod.multihost_utils
         monkeypatch.setattr(meet, "process_allgather", lambda x: np.stack(self._exchanged(x)))
         monkeypatch.setattr(meet, "broadcast_one_to_all", lambda x: self._exchanged(x)[0])
         monkeypatch.setattr(

@@ -1,7 +1,6 @@
 """Kernels of attention against dense masks: splash in Pallas' interpreter, cuDNN by what it is told, and who gets which."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import config, fit, main, session, sharding
+from sppo_jax import config, fit, main, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.training.trainer import Trainer
 from tests.conftest import ODD
 from tests.small_game import words
 
@@ -269,8 +269,7 @@ def test_the_kernel_that_is_named_trains_too(one_device, monkeypatch):
     named = []
     monkeypatch.setattr(fit, "make_programs", lambda *args: named.append(args[-1]))
     settings = config.Config(model=config.Model(attention="xla"))
-    run = SimpleNamespace(config=settings, architecture=ODD, compute_dtype=jnp.float32, mesh=one_device)
-    session.Session.programs(run, 1)
+    Trainer(settings, ODD, one_device, jnp.dtype(jnp.float32)).programs(1)
     assert named == ["xla"]
 
 

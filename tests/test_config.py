@@ -1,4 +1,4 @@
-"""Configuration: what is refused, what every enum value does, what is dumped."""
+"""Configuration: refused input, the meaning of every enum value, and what is written."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 
-from sppo_jax import config
+from sppo_jax import config, config_file
 from sppo_jax.errors import BadInput
 from sppo_jax.fit import make_loss
 from sppo_jax.preferences import probability_matrix, win_rates
@@ -17,11 +17,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def from_text(tmp_path, text, *overrides):
     (tmp_path / "c.yaml").write_text(text)
-    return config.load([tmp_path / "c.yaml"], overrides)
+    return config_file.load([tmp_path / "c.yaml"], overrides)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("fit:\n  learning_rat: 1.0", r"unknown key 'fit.learning_rat'; did you mean 'fit.learning_rate'\?"),
         ("learning_rate: 1.0", r"unknown key 'learning_rate'; did you mean 'fit.learning_rate'\?"),
@@ -40,8 +40,8 @@ def from_text(tmp_path, text, *overrides):
         ("fit: {epochs: 1", "not YAML"),
     ],
 )
-def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, said):
-    with pytest.raises(BadInput, match=said) as caught:
+def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, message):
+    with pytest.raises(BadInput, match=message) as caught:
         from_text(tmp_path, text)
     assert "\n" not in str(caught.value)
 
@@ -56,47 +56,71 @@ def test_T22_unknown_keys_and_wrong_types_are_refused_and_named(tmp_path, text, 
 )  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(override):
     with pytest.raises(BadInput, match=override[2:].split("=")[0]):
-        config.load([], [override])
+        config_file.load([], [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--fit.warmup=1", "fit.warmup=1.0 must be at least 0 and below 1"),
+        ("--sampling.top_p=0", "sampling.top_p=0.0 must be above 0 and at most 1"),
+        ("--sampling.responses=1", "sampling.responses=1 must be at least 2"),
+        ("--fit.eta=.nan", "fit.eta=nan must be above 0"),
+        ("--fit.epochs=99999999999", "fit.epochs=99999999999 must be at least 1 and below 2**31"),
+        ("--seed=4294967296", "seed=4294967296 must be at least 0 and below 4294967296"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_the_range(override, message):
+    with pytest.raises(BadInput) as caught:
+        config_file.load([], [override])
+    assert str(caught.value) == message
+
+
+def test_every_number_but_the_mesh_has_a_range_or_a_check_of_its_own():
+    bare = [knob.key for knob in config.knobs() if knob.kind in ("int", "float") and knob.range is None]
+    own = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")]
+    own += [f"judge.{limit}_tokens" for limit in ("source", "candidate", "total")]
+    assert bare == own
 
 
 def test_losses_of_pairs_are_refused_for_all_k_and_other_baselines():
     with pytest.raises(BadInput, match=r"pairs\.select=all needs fit\.loss=sppo"):
-        config.load([], ["--pairs.select", "all", "--fit.loss", "dpo"])
+        config_file.load([], ["--pairs.select", "all", "--fit.loss", "dpo"])
     with pytest.raises(BadInput, match=r"fit\.baseline"):
-        config.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
+        config_file.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
 
 
-def test_a_missing_file_is_told():
+def test_a_missing_file_is_named():
     with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
-        config.load(["nowhere.yaml"])
+        config_file.load(["nowhere.yaml"])
 
 
 @pytest.mark.parametrize("words", [["epochs", "3"], ["--fit.epochs"], ["--fit.epochs", "3", "stray"]])
 def test_flags_that_cannot_be_read_are_refused(words):
     with pytest.raises(BadInput):
-        config.load([], words)
+        config_file.load([], words)
 
 
 def test_later_files_and_flags_override(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\nfit: {eta: 5, learning_rate: 1e-6}")
     (tmp_path / "b.yaml").write_text("fit: {eta: 7}")
-    loaded = config.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["--seed", "9"])
+    loaded = config_file.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["--seed", "9"])
     assert (loaded.seed, loaded.fit.eta, loaded.fit.learning_rate) == (9, 7.0, 1e-6)
 
 
 def test_texts_on_the_command_line_are_taken_as_they_are():
-    loaded = config.load([], ["--out", "007", "--judge.path", "x #y", "--eval.oracle", ""])
+    loaded = config_file.load([], ["--out", "007", "--judge.path", "x #y", "--eval.oracle", ""])
     assert (loaded.out, loaded.judge.path, loaded.eval.oracle) == ("007", "x #y", "")
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
-    before = config.load([], ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7"])
-    assert from_text(tmp_path, config.dump(before)) == before
+    before = config_file.load([], ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7"])
+    assert from_text(tmp_path, config_file.dump(before)) == before
 
 
 def test_changed_keys_name_what_changes_results_only():
-    before = config.load()
-    after = config.load([], ["--fit.eta", "5", "--mesh.tensor", "2", "--iterations", "9", "--out", "x"])
+    before = config_file.load()
+    after = config_file.load([], ["--fit.eta", "5", "--mesh.tensor", "2", "--iterations", "9", "--out", "x"])
     assert config.changed_keys(before, after) == ["fit.eta"]
 
 
@@ -116,8 +140,8 @@ LOSSES = {"sppo": 4.0, "sppo_single": 1.0, "sppo_hard": 25.0, "dpo": 0.6931, "ip
 
 @pytest.mark.parametrize(("key", "value"), list(enums()))
 def test_T26_every_enum_value_has_its_own_meaning(key, value):
-    """The few that a formula tells apart are told apart by it here; the others end to end."""
-    loaded = config.load([], [f"--{key}", str(value), "--fit.eta", "10"])
+    """Values that differ in a formula are compared by it here, the others end to end."""
+    loaded = config_file.load([], [f"--{key}", str(value), "--fit.eta", "10"])
     assert config.flat(loaded)[key] == value
     if key == "fit.loss":
         zero = np.zeros((1, 2), np.float32)
@@ -135,7 +159,7 @@ def test_T26_every_enum_value_has_its_own_meaning(key, value):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(path):
-    config.load([CONFIGS / "quickstart.yaml", path])
+    config_file.load([CONFIGS / "quickstart.yaml", path])
 
 
 def test_configs_readme_is_in_step_with_the_dataclasses():

@@ -1,8 +1,8 @@
-"""Exports: of a run's checkpoints from whatever mesh, whole or not at all, described, and pushed as a last step."""
+"""Exports: of a run's checkpoints from any mesh, whole or not at all, and pushed as the last step."""
 
+import functools
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -13,54 +13,24 @@ import jax
 import numpy as np
 import optax
 import pytest
-import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from sppo_jax import config as configuration
-from sppo_jax import export, files, sharding
+from sppo_jax import export, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.fit import TrainState
 from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Adapter
 from sppo_jax.report import model_card
-from sppo_jax.run.directory import RunDir
 from sppo_jax.training import checkpoint
 from tests import hub_stub
-
-MANIFEST = {
-    "model": {"name": "embedded:policy", "revision": None},
-    "versions": {"sppo_jax": "0.1.0", "jax": "0.10.2"},
-    "devices": {"platform": "cpu", "names": ["a", "b"], "mesh": {"data": 1, "fsdp": 2, "tensor": 1}},
-    "seed": 3,
-    "sha256": {"base_weights": "c0ffee", "judge": "j"},
-    "prompts": {"iteration 1": {"kept": 128, "no_text": 1}, "heldout": {"kept": 6}},
-}
-RATE = {"mean": 0.625, "stderr": 0.0123}
-
-
-def evaluated(t, **rates):
-    return {
-        "iteration": t,
-        "prompts": 6,
-        "win_rate": {"judge": rates},
-        "length": {"tokens": 20.25, "words": 1.0},
-    }
+from tests.run_directory import begun
 
 
 @pytest.fixture
 def begin(tmp_path):
-    """A run directory with a configuration and a manifest."""
-
-    def begin(*flags, **manifest):
-        run = RunDir(tmp_path / "out")
-        run.root.mkdir()
-        run.config.write_text(configuration.dump(configuration.load([], ["--out", str(run.root), *flags])))
-        files.write_json(run.manifest, MANIFEST | manifest)
-        return run
-
-    return begin
+    return functools.partial(begun, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +69,9 @@ def test_a_checkpoint_becomes_what_the_policy_was_on_another_mesh(begin, trained
     save(run, 1, 3, trained)
     before = sorted(p.relative_to(run.root) for p in run.root.rglob("*"))
     export.main(command(run, to))
-    said = capsys.readouterr()
-    assert said.out == f"{to}\n"
-    assert said.err == "iteration 1 is unfinished: this is its policy after update 3\n"
+    shown = capsys.readouterr()
+    assert shown.out == f"{to}\n"
+    assert shown.err == "iteration 1 is unfinished: this is its policy after update 3\n"
     wanted = tmp_path / "wanted"
     wanted.mkdir()
     hf.save(trained, wanted)
@@ -164,7 +134,7 @@ def test_iteration_0_is_the_base_itself(begin, tmp_path):
 
 @pytest.fixture
 def brain(tmp_path):
-    """The embedded policy as checkpoints are published: bfloat16, said by torch_dtype, with files of all kinds."""
+    """The embedded policy as checkpoints are published: bfloat16, as torch_dtype names it, with files of all kinds."""
     base = shutil.copytree(names.path("policy"), tmp_path / "brain")
     found = {name: x.astype(jax.numpy.bfloat16) for name, x in weights(base).items()}
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
@@ -180,11 +150,11 @@ def brain(tmp_path):
     ):
         (base / name).write_text(f"of {name}")
     for name in ("pytorch_model.bin", "README.md", "optimizer.pt"):
-        (base / name).write_text("not ours to hand on")
+        (base / name).write_text("not part of an export")
     return base
 
 
-def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_says_it(begin, brain, tmp_path):
+def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_names_it(begin, brain, tmp_path):
     run = begin("--model.path", str(brain))
     export.main(command(run, tmp_path / "own", t=0))
     export.main(command(run, tmp_path / "wide", "--dtype", "float32", t=0))
@@ -213,10 +183,10 @@ def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, br
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"--run": "nowhere"}, "--run nowhere: no run directory"),
-        ({"--iteration": "7"}, r"--iteration 7: .* has no policy of that; there are 0, 1 \(0: the base\)"),
+        ({"--run": "nowhere"}, "--run nowhere: not a run directory"),
+        ({"--iteration": "7"}, r"--iteration 7: .* has no policy of it; there are 0, 1 \(0: the base\)"),
         ({"--iteration": "-1"}, "--iteration -1: .* there are 0, 1"),
         ({"--to": "full"}, "--to full: not empty; choose another directory"),
         ({"--to": "full/file"}, "--to full/file: a file is in the way"),
@@ -229,7 +199,7 @@ def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, br
         ({"--push": "a/b@c"}, "--push a/b@c: no revision here"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, said):
+def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     run = begin()
     export.export(policy, names.path("policy"), run.export(1))
@@ -238,12 +208,12 @@ def test_bad_input_is_refused_and_leaves_nothing(begin, policy, tmp_path, monkey
     (tmp_path / "full/file").write_text("mine")
     words = {"--run": "out", "--iteration": "1", "--to": "to"} | change
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         export.main([word for pair in words.items() if pair[1] is not None for word in pair])
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(policy, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_refused_before_anything_is_written(policy, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 3_000_000))
     monkeypatch.setattr(hf, "save", None)
@@ -314,121 +284,6 @@ def test_what_is_no_whole_checkpoint_is_not_pushed(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"no model\.safetensors"):
         export.main(["--to", str(tmp_path), "--push", "me/mine"])
-
-
-# The model card
-
-
-def front(text):
-    return yaml.safe_load(text.split("---\n")[1])
-
-
-def test_the_card_says_what_made_the_policy_and_how_it_was_measured(begin):
-    run = begin(
-        "--model.path", "owner/base@v1", "--prompts.source", "hf:owner/prompts", "--iterations", "2",
-        "--sampling.temperature", "0.7", "--judge.path", "owner/PairRM", "--fit.eta", "1000",
-        model={"name": "owner/base", "revision": "f" * 40},
-    )  # fmt: skip
-    files.write_json(run.evaluation(0), evaluated(0, base=RATE))
-    files.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
-    text = model_card.text(run, 1)
-    assert front(text) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": "owner/base",
-        "base_model_relation": "finetune",
-        "datasets": ["owner/prompts"],
-        "tags": ["sppo", "self-play", "preference-optimization", "jax"],
-    }
-    assert model_card.revision(run) == "f" * 40
-    plain = text.replace("\\", "")
-    for words in (
-        f"owner/base at revision {'f' * 40}", "c0ffee", "hf:owner/prompts (heldout 6, iteration 1 128)",
-        "temperature 0.7, at most", "PairRM (owner/PairRM, torch), estimator pairwise", "sppo, eta 1000, baseline 0.5",
-        "learning rate 5e-07", "jax 0.10.2, sppo_jax 0.1.0", "2 of cpu", "nobody has evaluated its\nsafety", "2405.00675",
-        "| iteration | judge, against base | judge, against previous | mean tokens |",
-        "| 0 | 0.625 ± 0.012 |  | 20.2 |", "| 1 | 0.625 ± 0.012 | 0.625 ± 0.012 | 20.2 |",
-    ):  # fmt: skip
-        assert words in plain, words
-    assert "not measured yet" not in text
-
-
-def test_the_card_does_without_evaluations_and_is_replaced_when_they_come(begin):
-    run = begin()
-    run.export(1).mkdir(parents=True)
-    model_card.write(run, 1)
-    assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
-    files.write_json(run.evaluation(0), evaluated(0, base=RATE))
-    model_card.write(run, 1)
-    assert "Iteration 1 is not measured yet." in (run.export(1) / "README.md").read_text()
-    files.write_json(run.evaluation(1), evaluated(1, base=RATE, previous=RATE))
-    model_card.write(run, 1)
-    assert "not measured yet" not in (run.export(1) / "README.md").read_text()
-    assert [p.name for p in run.export(1).iterdir()] == ["README.md"]
-
-
-def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
-    (home := tmp_path / "home/jane/secret").mkdir(parents=True)
-    run = begin(
-        "--model.path", f"{home}/my-model", "--judge.path", f"{home}/judge", "--prompts.source", f"jsonl:{home}/p.jsonl",
-        "--prompts.heldout", f"jsonl:{home}/h.jsonl",
-    )  # fmt: skip
-    text = model_card.text(run, 1)
-    for word in ("jane", "secret", str(tmp_path), str(run.root)):
-        assert word not in text
-    assert "base_model" not in front(text)
-    for word in (
-        "# my-model, SPPO iteration 1",
-        "jsonl:p.jsonl",
-        "--prompts.heldout jsonl:h.jsonl",
-        "PairRM (judge,",
-    ):
-        assert word in text
-
-
-def test_the_cards_command_gives_the_runs_configuration(begin):
-    run = begin("--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b")
-    words = re.search(r"python -m sppo_jax\.main (.*?)\n```", model_card.text(run, 1), re.DOTALL)[1]
-    again = configuration.load([], shlex.split(words.replace("\\\n", "")))
-    assert configuration.changed_keys(configuration.load([run.config]), again) == []
-
-
-@pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
-def test_names_from_outside_stay_text(begin, name):
-    run = begin("--model.path", name, "--prompts.source", f"hf:{name}", versions={name: name})
-    text = model_card.text(run, 1)
-    assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    assert not re.search(r"<script>|[^\\][`]|[^\\]\]\(|\x1b|^b", prose, re.MULTILINE)
-    (row,) = [line for line in prose.splitlines() if line.startswith("| Versions")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 3
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"versions": 3}'])
-def test_a_damaged_manifest_is_named(begin, text):
-    run = begin()
-    run.manifest.write_text(text)
-    with pytest.raises(BadInput, match=r"manifest\.json"):
-        model_card.text(run, 1)
-
-
-def test_the_card_of_given_pairs_says_nothing_of_a_game(begin):
-    run = begin(
-        "--pairs.source", "hf:owner/pairs:config@main", "--iterations", "1",
-        prompts={"given pairs 1": {"kept": 99, "rows": 120}, "heldout": {"kept": 6}},
-    )  # fmt: skip
-    text = model_card.text(run, 1)
-    assert front(text)["datasets"] == ["owner/pairs"]
-    assert "given pairs 1 99" in text
-    for word in ("plays against itself", "Sampling", "Responses per prompt", "embedded:prompts/train"):
-        assert word not in text
-
-
-def test_a_damaged_evaluation_is_named(begin):
-    run = begin()
-    files.write_json(run.evaluation(1), {"iteration": 1})
-    with pytest.raises(BadInput, match=r"eval\.json: damaged"):
-        model_card.text(run, 1)
 
 
 def test_a_link_is_not_written_through(begin, tmp_path):

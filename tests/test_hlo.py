@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text: cycles, loops, branches, and collectives in every place where they hide."""
+"""Reading a compiled program's text: cycles, loops, branches, and collectives wherever the compiler prints them."""
 
 import pytest
 
@@ -41,7 +41,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-def test_loops_are_counted_by_their_turns_and_collectives_by_what_leaves_a_chip():
+def test_loops_are_multiplied_out_and_collectives_counted_by_the_bytes_that_leave_a_chip():
     cost = hlo.Module(HLO).cost()
     gathered = 4096 * 1024 * 2
     assert cost.cycles == 32 * 100 + 7
@@ -49,26 +49,26 @@ def test_loops_are_counted_by_their_turns_and_collectives_by_what_leaves_a_chip(
     assert cost.sent == pytest.approx(32 * gathered * 3 / 4 + 4096 * 2 * 7 / 8)
 
 
-def test_a_loops_own_constant_goes_before_what_is_told_of_loops():
+def test_a_loops_own_constant_comes_before_the_given_counts():
     assert hlo.Module(HLO, {"while": 3}).cost().cycles == 32 * 100 + 7
 
 
 @pytest.mark.parametrize(
     "condition",
     [
-        "compare(%i, %n), direction=LT",  # against a number that is computed
-        "and(%lt, %constant.5)",  # more than the counter decides
+        "compare(%i, %n), direction=LT",  # with a computed number
+        "and(%lt, %constant.5)",  # with another condition beside the counter's
         "fusion(%i, %constant.5, %left), kind=kLoop, calls=%c",
     ],
 )
-def test_loops_of_unknown_length_are_told_by_name_or_refused(condition):
+def test_loops_of_unknown_length_have_a_given_count_or_are_refused(condition):
     text = HLO.replace("compare(%i, %constant.5), direction=LT", condition)
     assert hlo.Module(text, {"other": 5, r"^jit\(f\)/while$": 3}).cost().cycles == 307
     with pytest.raises(ValueError, match=r"loop jit\(f\)/while is not known"):
         hlo.Module(text).cost()
 
 
-def test_of_a_conditionals_branches_the_longest_counts():
+def test_the_longest_branch_of_a_conditional_counts():
     text = """HloModule jit_f
 
 %short (p: f32[8]) -> f32[8] {
@@ -123,7 +123,7 @@ ENTRY %main (a: bf16[256,1024]) -> f32[8] {
 """
 
 
-def test_a_collective_that_runs_beside_products_counts_once_and_is_not_waited_for():
+def test_a_collective_that_runs_beside_products_counts_once_and_adds_no_waiting():
     cost = hlo.Module(CHAIN).cost()
     gathered, scattered = 4096 * 1024 * 2, 256 * 1024 * 2
     assert cost.cycles == 40

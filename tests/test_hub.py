@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sppo_jax import models, pairrm
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import names, repositories
+from sppo_jax.hub import environment, names, repositories
 from tests import hub_stub
 from tests.small_game import ONE_DEVICE, words
 
@@ -209,8 +210,8 @@ def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no name is a directory by chance
-    monkeypatch.setattr(repositories, "_endpoint", lambda: "http://127.0.0.1:9")
-    monkeypatch.setattr(repositories, "_offline", lambda: False)
+    monkeypatch.setattr(environment, "endpoint", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(environment, "offline", lambda: False)
     with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
         repositories.fetch(name)
 
@@ -235,3 +236,47 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
     assert json.loads((out / "manifest.json").read_text())["model"]["revision"] == begun
     assert (out / "iter_2/eval.json").exists()
     assert "base_model: owner/policy" in (out / "iter_2/export/README.md").read_text()
+
+
+LOADS = """
+import json, sys
+import numpy as np
+from sppo_jax import models, pairrm
+
+if __name__ == "__main__":
+    policies, judges = json.loads(sys.argv[1])
+    norms = [np.asarray(models.load(name).norm[...]).tolist() for name in policies]
+    opened = [pairrm.load(name, "jax", tell=lambda line: None) for name in judges]
+    print(json.dumps([norms, [[judge.identity, judge.sources] for judge in opened]]))
+"""
+
+
+def test_models_and_judges_are_loaded_by_every_name_that_the_command_line_takes(hub, files, tmp_path):
+    judge_files = {path.name: path.read_bytes() for path in names.path("pairrm").iterdir()}
+    hub.add("owner/policy", files)
+    pinned = hub.add("owner/judge", judge_files)
+    hub.add("owner/judge", judge_files | {"config.json": b"{}"})
+    policies = ["embedded:policy", str(names.path("policy")), "owner/policy"]
+    judges = ["embedded:pairrm", str(names.path("pairrm")), f"owner/judge@{pinned}"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, json.dumps([policies, judges])],
+        env=hub_stub.environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    norms, identities = json.loads(done.stdout)
+    assert len(norms[0]) > 1
+    assert norms[0] == norms[1] == norms[2]
+    assert len({identity for identity, _ in identities}) == 1
+    assert [sources for _, sources in identities] == [{}, {}, {"owner/judge": pinned}]
+
+
+@pytest.mark.parametrize("load", [models.load, pairrm.load])
+def test_a_name_that_is_not_embedded_is_refused_with_the_names_that_are(load):
+    with pytest.raises(
+        BadInput, match="nothing named 'nobody' is embedded; there are: pairrm, policy, prompts"
+    ):
+        load("embedded:nobody")

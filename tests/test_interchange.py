@@ -1,4 +1,4 @@
-"""The official code's parquet in and out: what it holds arrives, what it lacks is counted or told."""
+"""The official code's parquet, read and written: its columns arrive, and rows that cannot be used are counted or refused."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, interchange, records
+from sppo_jax import config_file, interchange, records
 from sppo_jax.errors import BadInput
 from sppo_jax.interchange import COLUMNS
 from sppo_jax.records import Pair, prompt_id
@@ -25,8 +25,8 @@ ROWS = [
 ]
 
 
-def turns(prompt, answer):
-    return [{"content": prompt, "role": "user"}, {"content": answer, "role": "assistant"}]
+def turns(prompt, response):
+    return [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]
 
 
 def row(prompt="Q?", better="yes", worse="no", won=0.8, win=0.7, lose=0.3, **other):
@@ -64,7 +64,7 @@ def official(tmp_path):
 
 
 def read(tokenizer, source, *words, heldout=(), positions=128, t=1):
-    settings = config.load([], [f"--pairs.source={source}", "--iterations=1", "--fit.eta=10", *words])
+    settings = config_file.load([], [f"--pairs.source={source}", "--iterations=1", "--fit.eta=10", *words])
     return interchange.read(settings, t, tokenizer, eos=EOS, positions=positions, heldout=heldout)
 
 
@@ -212,20 +212,20 @@ def test_each_iteration_may_have_pairs_of_its_own(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--pairs.select=all"], "pairs.select=all"), (["--fit.baseline=log_partition"], "log_partition"),
         (["--iterations=2"], "{iteration}"),
     ],
 )  # fmt: skip
-def test_settings_that_need_more_than_two_responses_or_files_are_refused(words, said):
+def test_settings_that_need_more_than_two_responses_or_files_are_refused(words, message):
     with pytest.raises(BadInput) as caught:
-        config.load([], ["--pairs.source=parquet:x", "--iterations=1", *words])
-    assert said in str(caught.value)
+        config_file.load([], ["--pairs.source=parquet:x", "--iterations=1", *words])
+    assert message in str(caught.value)
     assert "pairs.source=parquet:x" in str(caught.value)
 
 
-def test_files_that_hold_no_pairs_are_told(official, tokenizer, tmp_path):
+def test_files_that_hold_no_pairs_are_named(official, tokenizer, tmp_path):
     table = pq.read_table(official).drop_columns(["chosen_probs_win"])
     pq.write_table(table, tmp_path / "p.parquet")
     with pytest.raises(

@@ -13,11 +13,13 @@ import pytest
 
 from sppo_jax import config, judge, respond
 from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.judges import CheckedJudge
 from sppo_jax.pairrm.mesh_judge import JaxJudge
 from sppo_jax.run import metrics as metrics_
 from sppo_jax.run import shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics, read
+from sppo_jax.run.stage import Stage
 from tests.stand_ins import PROMPTS, Counting, K, Pod, Streaming, answer
 
 
@@ -29,18 +31,13 @@ def play(tmp_path):
         run = RunDir(tmp_path / name)
         run.root.mkdir(exist_ok=True)
         sampler = sampler or Streaming()
-        shared = {"run": run, "iteration": 1, "shard_prompts": 3, "made_from": {"policy": "p"}}
-        checked = judge.Checked(backend, "judge.backend")
+        checked = CheckedJudge(backend, "judge.backend")
         alone = threading.current_thread() is threading.main_thread()
         with Metrics(run) as metrics, metrics.stopping_on_sigterm() if alone else contextlib.nullcontext():
-            judging = judge.Judging(
-                checked, config.Judge(), str, prompts=len(PROMPTS), metrics=metrics, **shared
-            )
-            with judging:
+            stage = Stage(run, 1, seed, shard_prompts=3, made_from={"policy": "p"}, metrics=metrics)
+            with judge.Judging(stage, checked, config.Judge(), str, len(PROMPTS)) as judging:
                 if beside:
-                    rows = respond.respond(
-                        PROMPTS, lambda: sampler, judging, seed=seed, metrics=metrics, **shared
-                    )
+                    rows = respond.respond(PROMPTS, lambda: sampler, judging, stage)
                 else:
                     rows = [answer(prompt, seed) for prompt in PROMPTS]
                 return judging.finish(rows)

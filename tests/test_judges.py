@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sppo_jax import config, judge, main, preferences
+from sppo_jax import config, config_file, judges, main, preferences
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.pairrm import files, mesh_judge
@@ -70,7 +70,7 @@ def test_the_documented_reward_model_gives_bradley_terry_matrices(tmp_path, exam
     AutoTokenizer.from_pretrained(names.path("policy")).save_pretrained(tmp_path / "reward")
     monkeypatch.setenv("REWARD_MODEL", str(tmp_path / "reward"))
     example("my_reward_model.py")
-    opened = judge.from_attribute("judge.backend", "my_reward_model:judge")
+    opened = judges.from_attribute("judge.backend", "my_reward_model:judge")
     seen = []
     logits = opened.compare(
         ["Who?", "What?"], [["I", "you", "the moon"], ["a", "b", "b"]], lambda *s: seen.append(s)
@@ -142,7 +142,7 @@ def test_a_game_judged_on_the_mesh_has_the_logits_of_the_process(tmp_path):
     for kind in ("responses", "preferences"):
         shards = sorted((tmp_path / "run/iter_1" / kind).glob("*.parquet"))
         rows[kind] = [row for shard in shards for row in pq.read_table(shard).to_pylist()]
-    opened = judge.open_judge(config.load().judge)
+    opened = judges.open_judge(config_file.load().judge)
     try:
         expected = opened.compare(
             [row["prompt"] for row in rows["responses"]], [row["responses"] for row in rows["responses"]]
@@ -159,16 +159,16 @@ def test_devices_without_room_for_the_judge_are_one_line(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(mesh_judge.JaxJudge, "_dispatch", full)
-    settings = config.load(overrides=["--judge.backend", "jax"])
+    settings = config_file.load(overrides=["--judge.backend", "jax"])
     with pytest.raises(BadInput, match=r"no room .* lower judge.total_tokens"):
-        judge.open_judge(settings.judge).compare(["Who?"], [["I", "you"]])
+        judges.open_judge(settings.judge).compare(["Who?"], [["I", "you"]])
 
 
 def test_sharpness_reaches_the_win_rates():
     row = Responses(1, "Who?", [1], [[2], [2], [2]], ["a", "b", "c"], ["stop"] * 3, [-1.0] * 3)
     for sharpness in (1.0, 2.0):
         settings = config.Judge(sharpness=sharpness)
-        [found] = judge.prefer([row], Scripted(), settings, str)
+        [found] = judges.prefer([row], Scripted(), settings, str)
         np.testing.assert_allclose(found.probability[0][1], 1 / (1 + np.exp(-sharpness * 2)))
 
 
@@ -229,13 +229,15 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
 )
 def test_settings_that_no_judge_would_hear_are_refused(flags, complaint):
     with pytest.raises(BadInput, match=complaint):
-        config.load(overrides=flags)
+        config_file.load(overrides=flags)
 
 
 def test_limits_reach_the_judge_and_change_what_it_reads():
     def logits(**limits):
-        settings = config.load(overrides=[w for k, v in limits.items() for w in (f"--judge.{k}", str(v))])
-        opened = judge.open_judge(settings.judge)
+        settings = config_file.load(
+            overrides=[w for k, v in limits.items() for w in (f"--judge.{k}", str(v))]
+        )
+        opened = judges.open_judge(settings.judge)
         try:
             long = "the moon is far away and the sun is farther " * 4
             return opened.compare(["Who?"], [[long, "the moon"]]), opened.cut

@@ -22,7 +22,7 @@ TEXTS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text())
 TOLERANCE = 2e-5
 PYTHON = os.environ.get("LLM_BLENDER_PYTHON", "")
 
-# What original.py touches of llm-blender, torch and transformers. The "logit" of i against j is made of lengths.
+# What llm_blender.py uses of llm-blender, torch and transformers. The "logit" of i against j is made of lengths.
 STAND_INS = {
     "torch.py": """
         class cuda:
@@ -248,7 +248,7 @@ def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) 
     # The package as it lies when installed, beside a llm_blender that the other interpreter must not find.
     site, theirs = tmp_path / "site-packages", tmp_path / "theirs"
     (site / "sppo_jax" / "pairrm").mkdir(parents=True)
-    for name in ("original.py", "wire.py"):
+    for name in ("llm_blender.py", "protocol.py"):
         shutil.copy(Path(llm_blender.__file__).with_name(name), site / "sppo_jax" / "pairrm")
     (site / "llm_blender").mkdir()
     (site / "llm_blender" / "__init__.py").write_text("raise RuntimeError('ours')")
@@ -256,7 +256,7 @@ def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) 
     (theirs / "torch.py").write_text("class cuda: is_available = staticmethod(lambda: False)")
     (theirs / "config.json").write_text('{"ranker_type": "pairranker"}')
     run = subprocess.run(
-        [sys.executable, str(site / "sppo_jax" / "pairrm" / "original.py"), "--path", str(theirs)],
+        [sys.executable, str(site / "sppo_jax" / "pairrm" / "llm_blender.py"), "--path", str(theirs)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(theirs)])},
         capture_output=True,
         timeout=60,

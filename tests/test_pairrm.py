@@ -81,7 +81,7 @@ def in_process(
     """Logits [n, K, K] in this process, in batches of at most so many tokens."""
     logits = np.zeros((len(prompts), len(responses[0]), len(responses[0])), np.float32)
     for batch in comparisons.batches(comparisons.plan(formatter, prompts, responses), tokens):
-        comparisons.scatter(logits, batch, model.logits([work.pair for work in batch]))
+        comparisons.scatter(logits, batch, model.logits([comparison.pair for comparison in batch]))
     return logits
 
 
@@ -258,18 +258,18 @@ def test_any_text_gets_finite_scores_and_antisymmetric_preferences(
 
 def test_equal_responses_are_scored_once(formatter: Formatter) -> None:
     assert len(comparisons.plan(formatter, ["x"], [["a", "b", "c", "d", "e"]])) == 20
-    works = comparisons.plan(formatter, ["x"], [["a", "a", "a", "b"]])
-    assert len(works) == 3  # a-a, a-b, b-a
-    assert sorted(cell for work in works for cell in work.cells) == [
+    todo = comparisons.plan(formatter, ["x"], [["a", "a", "a", "b"]])
+    assert len(todo) == 3  # a-a, a-b, b-a
+    assert sorted(cell for comparison in todo for cell in comparison.cells) == [
         (0, i, j) for i in range(4) for j in range(4) if i != j
     ]
 
 
 def test_batches_stay_within_their_tokens(formatter: Formatter) -> None:
     _, prompts, responses = case("full_b1")
-    works = comparisons.plan(formatter, prompts, responses)
-    batches = list(comparisons.batches(works, 300))
-    assert sorted(id(work) for batch in batches for work in batch) == sorted(map(id, works))
+    todo = comparisons.plan(formatter, prompts, responses)
+    batches = list(comparisons.batches(todo, 300))
+    assert sorted(id(comparison) for batch in batches for comparison in batch) == sorted(map(id, todo))
     assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= 300 for batch in batches)
 
 

@@ -130,13 +130,13 @@ def test_hidden_states_of_every_layer_equal_the_reference(
 
 def test_logits_of_the_network_equal_the_reference(arrays: dict[str, np.ndarray], one_device: Mesh) -> None:
     network = jax_model.load(CHECKPOINT, one_device, jnp.float32)
-    works = comparisons.in_order(comparisons.plan(*case("short_b1")))
+    todo = comparisons.in_order(comparisons.plan(*case("short_b1")))
     wanted = arrays["short_b1/logits"]
-    for work in (works[0], works[-1]):  # alone, without padding
-        pair = work.pair
+    for comparison in (todo[0], todo[-1]):  # alone, without padding
+        pair = comparison.pair
         ids, marks = jnp.asarray(pair.ids)[None], jnp.asarray(pair.marks)[None]
         found = jax.jit(network)(ids, jnp.asarray([len(pair)]), marks)
-        np.testing.assert_allclose(found[0], wanted[work.cells[0]], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(found[0], wanted[comparison.cells[0]], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("name", "devices"), [*((name, "eight") for name in CASES), ("short_b1", "one")])
@@ -208,8 +208,8 @@ def test_one_program_per_bucket_whatever_is_left_over(eight_devices: Mesh) -> No
     seen: list[tuple[int, int]] = []
     with JaxJudge(CHECKPOINT, mesh=eight_devices) as opened:
         whole = opened.compare(prompts, responses, lambda *step: seen.append(step))
-        works = comparisons.plan(opened._formatter, prompts, responses)
-        used = {size for size, _ in mesh_judge.batches(works, "cpu", 8)}
+        todo = comparisons.plan(opened._formatter, prompts, responses)
+        used = {size for size, _ in mesh_judge.batches(todo, "cpu", 8)}
         assert opened._forward._cache_size() == len(used)
         opened.compare(prompts[:3], [row[:2] for row in responses[:3]])
         program = opened._forward
@@ -226,10 +226,10 @@ def test_one_program_per_bucket_whatever_is_left_over(eight_devices: Mesh) -> No
 
 def test_batches_hold_every_pair_once_in_few_shapes() -> None:
     _, prompts, responses = case("full_b1")
-    works = comparisons.plan(Formatter.of(CHECKPOINT), prompts, responses)
+    todo = comparisons.plan(Formatter.of(CHECKPOINT), prompts, responses)
     for platform in ("cpu", "tpu"):
-        found = list(mesh_judge.batches(works, platform, 4))
-        assert sorted(id(work) for _, batch in found for work in batch) == sorted(map(id, works))
+        found = list(mesh_judge.batches(todo, platform, 4))
+        assert sorted(id(comparison) for _, batch in found for comparison in batch) == sorted(map(id, todo))
         for size, batch in found:
             assert len(batch[0].pair) <= size
             assert len(batch) <= 4 * mesh_judge.rows(size, platform)
@@ -383,7 +383,7 @@ def test_the_real_size_equals_torch(real_size: files.Checkpoint, one_device: Mes
     del theirs
     network = jax_model.load(checkpoint, one_device, jnp.float32)
     ids, lengths, marks = (
-        jnp.asarray(x) for x in mesh_judge.padded([comparisons.Work(pair, [(0, 0, 1)])], 384, 1)
+        jnp.asarray(x) for x in mesh_judge.padded([comparisons.Comparison(pair, [(0, 0, 1)])], 384, 1)
     )
     graph, weights = nnx.split(network)  # weights are arguments: as constants the compiler would copy them
     hidden = jax.jit(lambda w, i, n: nnx.merge(graph, w).hidden(i, n)[0])(weights, ids, lengths)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sppo_jax.pairrm import files, torch_model
-from sppo_jax.pairrm.format import Pair
+from sppo_jax.pairrm.format import TextPair
 
 MODEL = Path(__file__).parent / "golden" / "pairrm" / "pairrm_hf"
 CONFIG: dict[str, Any] = {
@@ -55,12 +55,12 @@ def model_of(**changed: Any) -> torch_model.PairRM:
     return model.eval()
 
 
-def pair_of(tokens: int) -> Pair:
+def pair_of(tokens: int) -> TextPair:
     ids = np.random.default_rng(tokens).integers(4, 90, tokens).astype(np.int32)
-    return Pair(*np.split(ids, [tokens // 4, tokens // 2]))
+    return TextPair(*np.split(ids, [tokens // 4, tokens // 2]))
 
 
-def of_transformers(model: torch_model.PairRM, pairs: list[Pair]) -> list[torch.Tensor]:
+def of_transformers(model: torch_model.PairRM, pairs: list[TextPair]) -> list[torch.Tensor]:
     """Last hidden states of each pair by itself, by transformers' own module."""
     whole = [torch.from_numpy(pair.ids.astype(np.int64))[None] for pair in pairs]
     return [model.pretrained_model(ids, torch.ones_like(ids)).last_hidden_state[0] for ids in whole]

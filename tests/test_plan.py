@@ -1,4 +1,4 @@
-"""The plan: its figures against programs that run, its formulas, its flags, and the headers of what is shipped."""
+"""The plan: its figures against programs that run, its formulas, its flags, and the headers of shipped configurations."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import config, fit, models, pairs, sharding
+from sppo_jax import config, config_file, fit, models, pairs, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
-from sppo_jax.plan import compiled, config_header, cost, hlo, search, target, workload
+from sppo_jax.plan import compiled, config_header, cost, hlo, target, workload
+from sppo_jax.plan.__main__ import main
 from sppo_jax.plan.chips import GPUS, TPUS, stand_ins
 from sppo_jax.plan.workload import Lengths
 from sppo_jax.training import memory
@@ -32,21 +34,21 @@ PODS = ("mistral_7b", "llama3_8b", "gemma2_9b")
 
 @pytest.mark.parametrize("name", PODS)
 def test_a_shipped_configurations_figures_are_of_that_configuration(name):
-    """`make plan` writes them; whoever changes a knob that a plan depends on runs it again."""
+    """`make plan` writes the figures: run it again after a change of a knob that a plan depends on."""
     path = CONFIGS / f"{name}.yaml"
-    assert config_header.planned(path) == config_header.digest(config.load([path]))
+    assert config_header.planned(path) == config_header.digest(config_file.load([path]))
 
 
 def test_a_header_is_written_once_replaced_and_leaves_the_configuration_as_it_is(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("# What it is.\n# More.\nseed: 7\n")
-    before = config.load([path])
+    before = config_file.load([path])
     config_header.write(path, before, ["one"])
     config_header.write(path, before, ["two", "three"])
     text = path.read_text()
     assert text.startswith("# What it is.\n# More.\n# Planned")
     assert text.endswith("#   two\n#   three\n# (end of the plan)\nseed: 7\n")
-    assert config.load([path]) == before
+    assert config_file.load([path]) == before
     assert config_header.planned(path) == config_header.digest(before)
     assert config_header.digest(dataclasses.replace(before, seed=8)) == config_header.digest(before)
     other = dataclasses.replace(before, fit=dataclasses.replace(before.fit, global_batch=8))
@@ -61,7 +63,7 @@ def test_drawn_lengths_have_the_mean_that_is_asked_and_keep_the_limit(mean):
 
 
 def test_a_workload_counts_what_an_iteration_does():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     work = workload.workload(c, Lengths(180, 350))
     assert work.updates == math.ceil(20_000 / 64)
     assert work.sampled_tokens == pytest.approx((20_000 * 5 + 1000 + 100 * 5) * 350, rel=0.05)
@@ -74,7 +76,7 @@ def test_a_workload_counts_what_an_iteration_does():
 
 
 def test_pairs_that_are_given_are_neither_sampled_nor_judged():
-    c = config.load(
+    c = config_file.load(
         [CONFIGS / "mistral_7b.yaml"], ["--pairs.source", "hf:a/b-{iteration}", "--eval.probe_prompts", "1"]
     )
     work = workload.workload(c, Lengths(180, 350))
@@ -92,7 +94,7 @@ def test_pairs_that_are_given_are_neither_sampled_nor_judged():
     ],
 )
 def test_pairs_are_as_long_as_pairrm_reads_them(judge, expected):
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     c = dataclasses.replace(
         c,
         judge=dataclasses.replace(c.judge, **judge),
@@ -105,7 +107,7 @@ def test_pairs_are_as_long_as_pairrm_reads_them(judge, expected):
 @pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
 @pytest.mark.parametrize("most", [None, 512])
 def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, most, request):
-    """Arrays and temporaries of the programs that were executed, against the plan's for shapes alone, within 10 %."""
+    """Bytes of programs that were executed, against the plan's for shapes alone, within 10 %."""
     mesh = request.getfixturevalue(mesh)
     settings = dataclasses.replace(config.Fit(), global_batch=16, eta=10.0)
     rows = pairs_of(16, longest=40)
@@ -135,7 +137,7 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
     state, _ = programs.train_step(state, frozen, placed)
 
     c = dataclasses.replace(config.Config(), fit=settings)
-    found = compiled.fitted(c, model.architecture, mesh, model.compute_dtype, batches.layout)
+    found = compiled.compile_update(c, model.architecture, mesh, model.compute_dtype, batches.layout)
 
     def total(program):
         memory = program.memory_analysis()
@@ -159,7 +161,7 @@ def update_of(c: config.Config, chips: int, **knobs: Any) -> memory.Update:
 
 
 def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     assert memory.parameters(target.architecture(c)) == 7_241_732_096
     update = update_of(c, 16)
     many, few = update.most_tokens(95 * 2**30), update.most_tokens(12 * 2**30)
@@ -168,20 +170,17 @@ def test_the_formula_of_the_updates_memory_shrinks_the_microbatch_until_it_fits(
     assert sum(update.kinds(few / 16, accumulated=True).values()) <= memory.FILLED * 12 * 2**30
 
 
-def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+def test_the_formula_depends_on_remat_kernel_and_compute_dtype():
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     layer = update_of(c, 16).kinds(4096, accumulated=False)
     attention = update_of(c, 16, remat="attention").kinds(4096, accumulated=False)
     wide = update_of(c, 16, width=4).kinds(4096, accumulated=False)
     plain, scores = (update_of(c, 16, kernel=k).kinds(16_384, accumulated=False) for k in ("splash", "xla"))
     saved = 4096 * 32 * 4096 * 2  # tokens, layers, width, bytes
-    behind = (
-        4096 * 4096
-    )  # what comes after the last layer: one array in float32 and three in the compute dtype
+    behind = 4096 * 4096  # after the last layer: one array in float32 and three in the compute dtype
     assert layer["saved activations"] == saved + 10 * behind
-    assert (
-        attention["saved activations"] == 2 * saved + 10 * behind + 4096 * 32 * 32 * 4
-    )  # the softmax's sums of each head
+    sums = 4096 * 32 * 32 * 4  # of each head's softmax
+    assert attention["saved activations"] == 2 * saved + 10 * behind + sums
     assert wide["saved activations"] == 2 * saved + 16 * behind
     assert wide["parameters"] == layer["parameters"]
     assert scores["temporaries"] - plain["temporaries"] == 16_384 * 2560 * 32 * 4 * 2
@@ -190,7 +189,7 @@ def test_the_formula_knows_what_is_kept_computed_and_in_which_numbers():
 # A column has weights and, three times, the logits of 128 tokens; a gathered one also its gradient.
 @pytest.mark.parametrize(("fsdp", "column"), [(1, 2 * 4096 + 3 * 4 * 128), (4, (2 + 8) * 4096 + 3 * 4 * 128)])
 def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabulary(fsdp, column):
-    c = config.load([CONFIGS / "mistral_7b.yaml"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"])
     a, mesh = target.architecture(c), sharding.make_mesh(1, fsdp, 2, devices=jax.devices()[: 2 * fsdp])
     even, odd = (
         update_of(c, 1, a=dataclasses.replace(a, vocab=vocab), mesh=mesh).kinds(128, accumulated=False)
@@ -201,14 +200,14 @@ def test_the_formula_has_the_whole_head_where_tensor_does_not_divide_the_vocabul
 
 def test_adapters_alone_have_masters_moments_and_gradients():
     """The formula against the shapes of what would be trained."""
-    c = config.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
+    c = config_file.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
     update = update_of(c, 4)
     model = compiled.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
     _, params, frozen = fit.split(model)
     kinds = update.kinds(1024, accumulated=False)
     assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == compiled.local_bytes(params)
     assert kinds["frozen"] == compiled.local_bytes(frozen)
-    whole = update_of(config.load([CONFIGS / "mistral_7b.yaml"]), 4)
+    whole = update_of(config_file.load([CONFIGS / "mistral_7b.yaml"]), 4)
     limit = 31.25 * 2**30
     assert update.most_tokens(limit) == 4 * memory.MOST > whole.most_tokens(limit)
 
@@ -218,7 +217,7 @@ def by_formula(*words: str, count: int = 8) -> dict[str, Any]:
     """Return what the command prints as JSON for Mistral-7B on `count` H100."""
     base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        search.main([*base, "--device", "h100", "--count", str(count), *words])
+        main([*base, "--device", "h100", "--count", str(count), *words])
     return json.loads(shown.getvalue().splitlines()[-1])
 
 
@@ -263,7 +262,7 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
     words = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json", "--price", "2"]
     found = []
     for count in ("8", "16"):
-        search.main([*words, "--device", "h100", "--count", count])
+        main([*words, "--device", "h100", "--count", count])
         out = capsys.readouterr().out
         assert "by formula alone" in out
         found.append(json.loads(out.splitlines()[-1]))
@@ -283,8 +282,8 @@ def test_a_plan_by_formula_says_so_and_scales(capsys):
     assert kinds[1]["optimiser"] == pytest.approx(kinds[0]["optimiser"] / 2, rel=0.01)
 
 
-def test_a_mesh_that_does_not_fit_gives_way_to_the_best_of_those_that_do():
-    """Eight whole copies of the masters have no room; the plan says which mesh has, and in which microbatches."""
+def test_where_a_mesh_does_not_fit_the_fastest_that_does_is_planned():
+    """Eight whole copies of the masters do not fit; the plan is of a mesh that does, with its microbatches."""
     found = by_formula("--mesh.data", "8", "--mesh.fsdp", "1")
     assert found["mesh"] != {"data": 8, "fsdp": 1, "tensor": 1}
     assert found["other_meshes"][0].startswith("data 8: does not fit (")
@@ -295,7 +294,7 @@ def test_a_mesh_that_does_not_fit_gives_way_to_the_best_of_those_that_do():
     assert found["iteration_hours"] <= by_formula()["iteration_hours"]
 
 
-def test_a_mesh_that_is_much_slower_than_another_is_told_which():
+def test_a_mesh_that_is_much_slower_than_another_gets_advice():
     found = by_formula("--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
     better = found["advice"]
     assert better.startswith("by formula --mesh.data ")
@@ -303,13 +302,13 @@ def test_a_mesh_that_is_much_slower_than_another_is_told_which():
     assert by_formula(*flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
 
 
-def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time():
+def test_one_utilisation_is_of_the_cycles_alone_and_the_other_of_all_seconds():
     chip = dataclasses.replace(TPUS["v5e"], latency=0.0)
-    one = cost.Stage("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
+    one = cost.UnitCost("unit", 1, chip, flops=0.5 * chip.flops, bytes=0.0)
     one.add(
         hlo.Cost(cycles=chip.cycles, sent=chip.links, waited=0.5 * chip.links), times=1, compile_seconds=3
     )
-    one.left_out = 0.25
+    one.uncounted = 0.25
     assert one.mfu_compiler == pytest.approx(0.5)
     assert one.seconds == pytest.approx(1 + 0.25 + 0.5)
     assert one.mfu == pytest.approx(0.5 / 1.75)
@@ -317,13 +316,13 @@ def test_the_two_utilisations_are_of_the_cycles_alone_and_of_all_that_takes_time
     assert one.seconds == pytest.approx(2)
 
 
-def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
+def test_a_slice_that_is_too_small_is_refused_with_the_meshes_that_were_tried():
     with pytest.raises(BadInput, match=r"nothing that was tried fits: .*Take more chips, or train adapters"):
-        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
+        main(["--config", str(CONFIGS / "mistral_7b.yaml"), "--device", "a100", "--count", "1"])
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "name a slice"),
         (["--topology", "v9:2x2"], "unknown; TPUs are v4, v5e, v5p, v6e"),
@@ -335,9 +334,24 @@ def test_a_slice_that_is_too_small_is_refused_with_what_was_tried():
         (["--device", "h100", "--mesh.tensor", "0"], "does not fit 8 devices"),
     ],
 )
-def test_what_is_wrong_with_the_flags_is_said_in_one_line(words, said):
-    with pytest.raises(BadInput, match=said):
-        search.main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
+def test_wrong_flags_are_refused_in_one_line(words, message):
+    with pytest.raises(BadInput, match=message):
+        main(["--config", str(CONFIGS / "mistral_7b.yaml"), *words])
+
+
+def test_only_the_command_changes_the_environment():
+    """Importing a plan's modules, in a notebook say, does not choose jax's platform; the command does before jax is imported."""
+    code = (
+        "import os, sys; before = dict(os.environ); import sppo_jax.plan; assert 'jax' not in sys.modules; "
+        "import sppo_jax.plan.search, sppo_jax.plan.__main__; assert dict(os.environ) == before; "
+        "import runpy; sys.argv = ['plan', '--help']; "
+        "runpy.run_module('sppo_jax.plan', run_name='__main__'); assert os.environ['JAX_PLATFORMS'] == 'cpu'"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "python -m sppo_jax.plan --config FILE --topology v5e:4x4" in done.stdout
 
 
 def test_every_chip_has_its_figures():
@@ -347,29 +361,15 @@ def test_every_chip_has_its_figures():
 
 
 def test_a_small_model_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
-    """With libtpu on PYTHONPATH: the whole command, in a process of its own, on two layers of a narrow Mistral."""
+    """Needs libtpu on PYTHONPATH. Runs the whole command in a process of its own, on two layers of a narrow Mistral."""
     pytest.importorskip("libtpu")
     options = json.loads((target.PUBLISHED / "mistralai/Mistral-7B-Instruct-v0.2/config.json").read_text())
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    small |= {"hidden_size": 512, "intermediate_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(options | small))
-    words = [
-        "--config",
-        str(CONFIGS / "mistral_7b.yaml"),
-        "--topology",
-        "v5e:2x2",
-        "--json",
-        "--model.path",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "sppo_jax.plan", *words], capture_output=True, text=True, check=True
-    )
+    options = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--model.path", str(tmp_path)]
+    command = [sys.executable, "-m", "sppo_jax.plan", "--topology", "v5e:2x2", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["compiled"]
     assert found["chips"] == 4

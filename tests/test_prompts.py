@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import config, prompts
+from sppo_jax import config_file, prompts
 from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import prompt_id
@@ -77,7 +77,7 @@ def test_T02_a_template_with_an_assistant_header_ends_in_it(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", ["hello", "<s> hello", "</s>", "<s><s>[INST]"])
-def test_T03_exactly_one_bos_whatever_the_text_says(tokenizer, text):
+def test_T03_exactly_one_bos_for_any_text(tokenizer, text):
     ids = chat_template.chat_prompt(tokenizer, text).ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -117,7 +117,7 @@ def test_T17_no_prompt_is_both_held_out_and_trained_on(tmp_path, tokenizer):
 
 
 def test_T17_the_embedded_sets_are_disjoint(tokenizer):
-    found = prompts.load(config.load(), tokenizer)
+    found = prompts.load(config_file.load(), tokenizer)
     sets = [{p.prompt_id for p in part} for part in (*found.train, found.heldout)]
     assert [len(s) for s in sets] == [128, 128, 128, 500]
     assert len(set().union(*sets)) == 128 * 3 + 500
@@ -132,16 +132,16 @@ def test_one_pool_is_divided_by_the_seed_and_the_division_outlives_more_iteratio
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("jsonl:nowhere.jsonl", r"^prompts.source=jsonl:nowhere.jsonl: no such file$"),
         ("csv:x", "jsonl:PATH"),
         ("nowhere", "jsonl:PATH"),
     ],
 )
-def test_sources_that_cannot_be_read_are_told(tokenizer, source, said):
+def test_sources_that_cannot_be_read_are_named(tokenizer, source, message):
     settings = dataclasses.replace(Config(), prompts=Prompts(source=source))
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         prompts.load(settings, tokenizer)
 
 
@@ -192,9 +192,9 @@ def test_the_held_out_set_is_one_for_all_iterations(tokenizer, knob):
 
 
 def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, tokenizer):
-    user, answer, system = ({"role": r, "content": r + "!"} for r in ("user", "assistant", "system"))
+    user, assistant, system = ({"role": r, "content": r + "!"} for r in ("user", "assistant", "system"))
     more = {"role": "user", "content": "And then?"}
-    rows = [[user, answer, more], [answer], [system, user], [], [[user]], "as it is", ["user"]]
+    rows = [[user, assistant, more], [assistant], [system, user], [], [[user]], "as it is", ["user"]]
     found = load(tmp_path, tokenizer, [{"prompt": row} for row in rows], iterations=1)
     assert {p.text for p in found.train[0]} == {"user!", "as it is"}
     assert found.counts["train"] == {"rows": 7, "no_text": 5, "kept": 2}
@@ -203,7 +203,7 @@ def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, token
 def test_held_out_texts_beyond_those_that_are_asked_stay_held_out(tmp_path, tokenizer):
     write(tmp_path / "all.jsonl", texts(9))
     write(tmp_path / "some.jsonl", texts(6))
-    settings = config.load(
+    settings = config_file.load(
         [],
         [
             f"--prompts.source=jsonl:{tmp_path}/all.jsonl", f"--prompts.heldout=jsonl:{tmp_path}/some.jsonl",
@@ -220,11 +220,11 @@ def test_pairs_that_are_given_need_no_prompts_to_sample(tmp_path, tokenizer):
     words = [
         "--pairs.source=parquet:x", "--iterations=1", "--prompts.source=jsonl:nowhere", f"--prompts.heldout=jsonl:{tmp_path}/heldout.jsonl",
     ]  # fmt: skip
-    found = prompts.load(config.load([], words), tokenizer)
+    found = prompts.load(config_file.load([], words), tokenizer)
     assert (len(found.heldout), found.train, list(found.counts)) == (2, [], ["heldout"])
 
 
-def test_too_few_prompts_for_an_iteration_is_told(tmp_path, tokenizer):
+def test_too_few_prompts_for_an_iteration_is_named(tmp_path, tokenizer):
     with pytest.raises(BadInput, match="no prompts for iteration 2"):
         load(tmp_path, tokenizer, texts(5), per_iteration=5)
 

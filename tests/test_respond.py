@@ -12,6 +12,7 @@ from sppo_jax.run import metrics as metrics_
 from sppo_jax.run import shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
+from sppo_jax.run.stage import Stage
 from tests.stand_ins import PROMPTS, Pod, Streaming, answer
 
 MADE_FROM = {"policy": "p", "configuration": "c"}
@@ -48,10 +49,8 @@ def play(tmp_path):
             return sampler
 
         with Metrics(run) as metrics:
-            rows = respond.respond(
-                prompts, make, follower, run=run, iteration=1, seed=0, shard_prompts=shard_prompts,
-                made_from=MADE_FROM | made_from, metrics=metrics,
-            )  # fmt: skip
+            stage = Stage(run, 1, 0, shard_prompts, MADE_FROM | made_from, metrics)
+            rows = respond.respond(prompts, make, follower, stage)
         return rows, sampler, follower
 
     return play
@@ -152,7 +151,7 @@ def test_whole_shards_are_looked_at_before_anything_is_sampled(tmp_path, play):
     (tmp_path / "run/iter_1/responses/shard-00002-of-00003.parquet").unlink()
     other = [*PROMPTS[:2], answer(PROMPTS[5]), *PROMPTS[3:]]
     sampler = Streaming()
-    with pytest.raises(BadInput, match="answers other prompts than asked"):
+    with pytest.raises(BadInput, match="belongs to other prompts than asked"):
         play(sampler=sampler, prompts=other)
     assert sampler.asked == []
 

@@ -67,7 +67,7 @@ def test_T14_a_copied_shard_is_refused_and_judgements_of_other_responses_too(run
     shards = run / "iter_2/responses"
     kept = (shards / "shard-00001-of-00003.parquet").read_bytes()
     shutil.copy(shards / "shard-00000-of-00003.parquet", shards / "shard-00001-of-00003.parquet")
-    with pytest.raises(BadInput, match="answers other prompts than asked"):
+    with pytest.raises(BadInput, match="belongs to other prompts than asked"):
         main.main(words(run, iterations=2))
     (shards / "shard-00001-of-00003.parquet").write_bytes(kept)
 

@@ -32,11 +32,11 @@ def formatter() -> Formatter:
 def answered(
     message: dict[str, Any], formatter: Formatter, scorer: sidecar.Scorer, tokens: int = 4096
 ) -> Any:
-    return list(sidecar.answer(message, formatter, scorer, sidecar.Budget(tokens)))
+    return list(sidecar.replies_to(message, formatter, scorer, sidecar.Budget(tokens)))
 
 
-def lengths(batch: list[comparisons.Work]) -> np.ndarray:
-    return np.array([len(work.pair) for work in batch], np.float64)
+def lengths(batch: list[comparisons.Comparison]) -> np.ndarray:
+    return np.array([len(comparison.pair) for comparison in batch], np.float64)
 
 
 def test_request_that_is_none_is_refused(formatter: Formatter) -> None:
@@ -65,7 +65,9 @@ def test_a_score_that_is_no_number_fails_alone(formatter: Formatter) -> None:
     found: list[Any] = []
     with pytest.raises(sidecar.Unscored, match=r"responses 0 and 1 to prompt 0 is not a finite") as caught:
         found.extend(
-            sidecar.answer(message, formatter, lambda batch: np.array([np.nan, 2.5]), sidecar.Budget(4096))
+            sidecar.replies_to(
+                message, formatter, lambda batch: np.array([np.nan, 2.5]), sidecar.Budget(4096)
+            )
         )
     assert caught.value.cells == [(0, 0, 1)]
     assert [(frame["cells"], frame["logits"]) for frame in found] == [([(0, 1, 0)], [2.5])]
@@ -74,20 +76,22 @@ def test_a_score_that_is_no_number_fails_alone(formatter: Formatter) -> None:
 def test_both_orders_of_a_pair_share_a_batch(formatter: Formatter) -> None:
     prompts, responses = golden()
     equal_lengths = [["a", "b", "c", "d", "e"]]
-    works = comparisons.plan(formatter, [*prompts, "x"], responses + equal_lengths)
+    todo = comparisons.plan(formatter, [*prompts, "x"], responses + equal_lengths)
     for tokens in (50, 300, 777, 4096):
-        found = list(comparisons.batches(works[::-1], tokens))
-        assert sorted(map(id, (work for batch in found for work in batch))) == sorted(map(id, works))
+        found = list(comparisons.batches(todo[::-1], tokens))
+        assert sorted(map(id, (comparison for batch in found for comparison in batch))) == sorted(
+            map(id, todo)
+        )
         assert all(len(batch) == 1 or len(batch) * len(batch[0].pair) <= tokens for batch in found)
-        where = {work.cells[0]: b for b, batch in enumerate(found) for work in batch}
+        where = {comparison.cells[0]: b for b, batch in enumerate(found) for comparison in batch}
         for (n, i, j), b in where.items():
-            size = 2 * max(len(work.pair) for work in works if work.cells[0] == (n, i, j))
+            size = 2 * max(len(comparison.pair) for comparison in todo if comparison.cells[0] == (n, i, j))
             assert where[n, j, i] == b or size > tokens, (n, i, j)
 
 
 def test_equal_pairs_are_scored_once_across_prompts(formatter: Formatter) -> None:
-    works = comparisons.plan(formatter, ["x", "y", "x"], [["a", "b"], ["a", "b"], ["b", "a"]])
-    assert [work.cells for work in works] == [
+    todo = comparisons.plan(formatter, ["x", "y", "x"], [["a", "b"], ["a", "b"], ["b", "a"]])
+    assert [comparison.cells for comparison in todo] == [
         [(0, 0, 1), (2, 1, 0)],
         [(0, 1, 0), (2, 0, 1)],
         [(1, 0, 1)],
@@ -117,7 +121,7 @@ def test_texts_that_are_cut_are_counted_once(formatter: Formatter) -> None:
 def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, error: Exception) -> None:
     sizes: list[int] = []
 
-    def scorer(batch: list[comparisons.Work]) -> np.ndarray:
+    def scorer(batch: list[comparisons.Comparison]) -> np.ndarray:
         sizes.append(len(batch) * len(batch[0].pair))
         if sizes[-1] > 60:
             raise error
@@ -125,11 +129,11 @@ def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, err
 
     budget = sidecar.Budget(4096)
     message = {"prompts": ["x"] * 2, "responses": [["a", "b b", "c c c", "d d d d"]] * 2}
-    first = list(sidecar.answer(message, formatter, scorer, budget))
+    first = list(sidecar.replies_to(message, formatter, scorer, budget))
     assert sum(len(frame.get("cells", [])) for frame in first) == 24
     assert max(sizes) > 120
     sizes.clear()
-    assert len(list(sidecar.answer(message, formatter, scorer, budget))) > 2
+    assert len(list(sidecar.replies_to(message, formatter, scorer, budget))) > 2
     assert max(sizes) <= 60  # remembered
     with pytest.raises(sidecar.Unscored, match=r"a pair of \d+ tokens does not fit") as caught:
         answered({"prompts": ["x " * 60], "responses": [["a", "b"]]}, formatter, scorer)
@@ -189,7 +193,7 @@ def test_memory_goes_back_when_it_was_short_and_after_each_request(
     formatter: Formatter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("given back"))
-    assert sidecar.giver_back("cpu")() is None
+    assert sidecar.memory_freer("cpu")() is None
     events: list[Any] = []
 
     class Model:
@@ -206,7 +210,7 @@ def test_memory_goes_back_when_it_was_short_and_after_each_request(
         def send(self, frame: dict[str, Any]) -> None:
             events.append("an error" if "error" in frame else len(frame.get("cells", [])))
 
-    budget = sidecar.Budget(4096, sidecar.giver_back("cuda"), events.append)
+    budget = sidecar.Budget(4096, sidecar.memory_freer("cuda"), events.append)
     sidecar.serve(Replies(), Model(), formatter, budget)  # type: ignore[arg-type]
     short = "out of memory with a batch of 6 pairs; going on with 3"
     # Two orders of a pair share a batch, so of three pairs there is one for two.
@@ -259,9 +263,9 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 GARBAGE: list[tuple[dict[str, Any], str]] = [
-    ({"id": 0, "end": True}, "an answer to '0'"),
-    ({"end": True}, "an answer without 2 of its scores"),
-    ({"hello": 1}, "an answer that is none"),
+    ({"id": 0, "end": True}, "a reply to '0'"),
+    ({"end": True}, "a reply without 2 of its scores"),
+    ({"hello": 1}, "a reply without cells, end or error"),
     (ANSWER | {"cut": {"prompts": "many"}}, "a cut that counts nothing"),
     (ANSWER | {"logits": [1, float("inf")]}, "not a finite number"),
     (ANSWER | {"logits": [1, 1e300]}, "not a finite number"),
@@ -305,7 +309,7 @@ def test_batches_shrink_from_what_the_program_said(played: Callable[..., Any]) -
     for odd in (0, -1, "many", True):
         judge = played([READY | {"tokens": odd}], [READY, ANSWER, {"end": True}])
         judge.compare(["x"], [["a", "b"]])
-        assert "no word that it is ready" in judge.told[0]
+        assert "no frame that it is ready" in judge.told[0]
 
 
 def test_what_the_program_tells_goes_to_whoever_listens_now(played: Callable[..., Any]) -> None:

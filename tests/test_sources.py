@@ -194,7 +194,7 @@ def test_what_the_datasets_library_cannot_give_is_told(directory, tmp_path):
 
 PROBE = """
 import json, sys
-from sppo_jax import config, prompts
+from sppo_jax import config_file, prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import path as embedded
 from sppo_jax.text import rows
@@ -206,7 +206,7 @@ for name in json.loads(sys.argv[1]):
     except BadInput as error:
         found[name] = str(error)
 for path in sys.argv[2:]:
-    sets = prompts.load(config.load([path]), load_tokenizer(embedded("policy")))
+    sets = prompts.load(config_file.load([path]), load_tokenizer(embedded("policy")))
     found[path] = [[p.text for p in part] for part in (sets.heldout, *sets.train)] + [sets.counts]
 print(json.dumps(found))
 """

@@ -4,32 +4,21 @@ import copy
 import dataclasses
 import functools
 import json
-import socket
 import unicodedata
 from datetime import datetime
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from sppo_jax import prompts, records
-from sppo_jax.config import Config, Prompts, Sampling
+from sppo_jax import prompts
+from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
-from sppo_jax.models import hf
-from sppo_jax.models.logprob import response_logprob
-from sppo_jax.records import Pair, Responses
-from sppo_jax.sampler.engine import Sampler
 from sppo_jax.text import chat_template
-from sppo_jax.training.batches import Batches
 from tests import families
 from tests.families import FAMILIES
 
-GOLDEN = Path(__file__).parent / "golden" / "mistral_ids.json"
 ROWS = 512  # embedding rows of the model below: more than any of the tokenizers has ids
 SPELLED = (
     "</s>",
@@ -52,27 +41,6 @@ TEXTS = st.lists(PIECES | st.text(max_size=4), max_size=8).map("".join).filter(l
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {name: families.write(family, root / name) for name, family in FAMILIES.items()}
-
-
-@pytest.fixture(scope="module")
-def loaded(directories):
-    return functools.cache(lambda name: chat_template.load_tokenizer(directories[name]))
-
-
-@pytest.fixture(params=FAMILIES)
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def chat(loaded, name):
-    return loaded(name)
 
 
 def own_ids(chat, messages, *, header=True):
@@ -107,14 +75,14 @@ def visible(family, text):
 @pytest.mark.parametrize(
     "text", ["None", "What is None?", "\n\nNone\n", "naïve café ∑ 🦊 שלום", "a\x00b", "{{ x }}", *SPELLED]
 )
-def test_T01_any_text_survives(chat, name, text):
+def test_T01_any_text_survives(chat, family_name, text):
     prompt = chat_template.chat_prompt(chat, text)
     assert prompt.text == text
-    assert visible(FAMILIES[name], text) in chat.decode(prompt.ids)
+    assert visible(FAMILIES[family_name], text) in chat.decode(prompt.ids)
 
 
-def test_T02_prompt_ids_are_the_templates_own_with_its_generation_header(loaded, name):
-    chat, family = loaded(name), FAMILIES[name]
+def test_T02_prompt_ids_are_the_templates_own_with_its_generation_header(load_family, family_name):
+    chat, family = load_family(family_name), FAMILIES[family_name]
 
     @QUICK
     @given(TEXTS)
@@ -127,8 +95,8 @@ def test_T02_prompt_ids_are_the_templates_own_with_its_generation_header(loaded,
     check()
 
 
-def test_T02_a_conversation_is_the_templates_own(loaded, name):
-    chat = loaded(name)
+def test_T02_a_conversation_is_the_templates_own(load_family, family_name):
+    chat = load_family(family_name)
 
     @QUICK
     @given(st.tuples(TEXTS, TEXTS, TEXTS))
@@ -143,12 +111,12 @@ def test_T02_a_conversation_is_the_templates_own(loaded, name):
 
 
 @pytest.mark.parametrize("text", SPELLED)
-def test_T02_T03_a_text_cannot_write_control_tokens(chat, name, text):
+def test_T02_T03_a_text_cannot_write_control_tokens(chat, family_name, text):
     """The template's tokens are those around a harmless text, one BOS at most, and only the header comes after."""
     asked = structure(chat, chat_template.chat_prompt(chat, chat_template.PROBE).ids)
     ids = chat_template.chat_prompt(chat, text).ids
     assert structure(chat, ids) == asked
-    assert chat.decode(ids).endswith(FAMILIES[name].header)
+    assert chat.decode(ids).endswith(FAMILIES[family_name].header)
     messages = [*user(text), {"role": "assistant", "content": "It is."}, *user(text)]
     harmless = [*user("x"), {"role": "assistant", "content": "It is."}, *user("x")]
     assert structure(chat, chat_template.conversation(chat, messages)) == structure(
@@ -158,7 +126,9 @@ def test_T02_T03_a_text_cannot_write_control_tokens(chat, name, text):
     assert not special & set(chat_template.written_ids(chat, text, (1,))[:-1])
 
 
-def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_text(directories, tmp_path):
+def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_text(
+    family_directories, tmp_path
+):
     """Tokens that are matched after normalisation, and that eat the white space around them."""
     target = tmp_path / "flags"
     families.write(FAMILIES["llama_3"], target)
@@ -188,8 +158,8 @@ def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_te
         "\n  {% if messages[0]['content'] == 'x' %}x{% endif %}\n{{ messages[0]['content'] }}\n",
     ],
 )
-def test_T02_templates_may_trim_repeat_count_and_quote(loaded, template):
-    chat = copy.deepcopy(loaded("mistral_v0.3"))
+def test_T02_templates_may_trim_repeat_count_and_quote(load_family, template):
+    chat = copy.deepcopy(load_family("mistral_v0.3"))
     chat.chat_template = template
     for text in ("Find the fox.", " fox\n", 'the "fox"', "x"):
         assert chat_template.chat_prompt(chat, text).ids == own_ids(chat, user(text))
@@ -200,8 +170,8 @@ def test_T02_templates_may_trim_repeat_count_and_quote(loaded, template):
         assert text.strip() in chat.decode(ids)
 
 
-def test_T03_one_bos_where_the_family_has_one(chat, name):
-    bos = FAMILIES[name].bos
+def test_T03_one_bos_where_the_family_has_one(chat, family_name):
+    bos = FAMILIES[family_name].bos
     for text in ("hello", *SPELLED):
         ids = chat_template.chat_prompt(chat, text).ids
         if bos is None:
@@ -224,8 +194,8 @@ def test_T04_an_over_long_prompt_is_skipped_and_counted(chat, tmp_path):
     assert found.counts["train"]["too_long"] == 1
 
 
-def test_the_date_is_the_same_every_day(loaded):
-    chat = loaded("llama_3.2")
+def test_the_date_is_the_same_every_day(load_family):
+    chat = load_family("llama_3.2")
     today = chat.apply_chat_template(user("x"), tokenize=False)
     assert datetime.now().strftime("%Y") in today
     assert "Today Date: 26 Jul 2024\n" in chat_template.chat_text(chat, "x")
@@ -235,9 +205,9 @@ def test_the_date_is_the_same_every_day(loaded):
 # What ends a response.
 
 
-def test_eos_ids_are_all_that_end_a_turn(directories, chat, name):
-    ends = chat_template.eos_ids(directories[name], chat, ROWS)
-    assert list(ends) == [chat.convert_tokens_to_ids(t) for t in FAMILIES[name].ends]
+def test_eos_ids_are_all_that_end_a_turn(family_directories, chat, family_name):
+    ends = chat_template.eos_ids(family_directories[family_name], chat, ROWS)
+    assert list(ends) == [chat.convert_tokens_to_ids(t) for t in FAMILIES[family_name].ends]
     written = chat.apply_chat_template(
         [*user("x"), {"role": "assistant", "content": "the answer"}], tokenize=False
     )
@@ -250,14 +220,14 @@ def test_eos_ids_are_all_that_end_a_turn(directories, chat, name):
     [({"eos_token_id": "x"}, "eos_token_id is 'x'"), ({"eos_token_id": []}, r"eos_token_id is \[\]")]
     + [({"eos_token_id": [1, True]}, "True"), ({"eos_token_id": ROWS}, f"from 0 to {ROWS - 1}")],
 )  # fmt: skip
-def test_ends_that_are_no_ids_are_told(loaded, tmp_path, generation, said):
+def test_ends_that_are_no_ids_are_told(load_family, tmp_path, generation, said):
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     with pytest.raises(BadInput, match=said):
-        chat_template.eos_ids(tmp_path, loaded("gemma_2"), ROWS)
+        chat_template.eos_ids(tmp_path, load_family("gemma_2"), ROWS)
 
 
-def test_without_any_file_the_tokenizer_and_the_template_name_the_ends(loaded, tmp_path):
-    chat = loaded("gemma_2")
+def test_without_any_file_the_tokenizer_and_the_template_name_the_ends(load_family, tmp_path):
+    chat = load_family("gemma_2")
     assert chat_template.eos_ids(tmp_path, chat, ROWS) == (1, 5)
     with pytest.raises(BadInput, match=r"\[1, 5\]; needed ids from 0 to 4"):
         chat_template.eos_ids(tmp_path, chat, 5)
@@ -275,8 +245,8 @@ def test_without_any_file_the_tokenizer_and_the_template_name_the_ends(loaded, t
         "{% if messages | length > 1 %}{{ raise_exception('one question') }}{% endif %}{{ messages[0]['content'] }}",
     ],
 )
-def test_a_template_without_an_end_of_turn_adds_none(loaded, tmp_path, template):
-    chat = copy.deepcopy(loaded("gemma_2"))
+def test_a_template_without_an_end_of_turn_adds_none(load_family, tmp_path, template):
+    chat = copy.deepcopy(load_family("gemma_2"))
     chat.chat_template = template
     assert chat_template.eos_ids(tmp_path, chat, ROWS) == (1,)
     ids = chat_template.written_ids(chat, "The fox", (1, 5))
@@ -287,8 +257,8 @@ def test_a_template_without_an_end_of_turn_adds_none(loaded, tmp_path, template)
 # Responses that are known as text only.
 
 
-def test_written_ids_are_what_the_template_adds_to_its_header(loaded, name):
-    chat, family = loaded(name), FAMILIES[name]
+def test_written_ids_are_what_the_template_adds_to_its_header(load_family, family_name):
+    chat, family = load_family(family_name), FAMILIES[family_name]
     before = chat_template.chat_prompt(chat, chat_template.PROBE).ids
     ends = {chat.convert_tokens_to_ids(token) for token in family.ends}
     compared = []
@@ -314,8 +284,8 @@ def test_written_ids_are_what_the_template_adds_to_its_header(loaded, name):
 
 
 @pytest.mark.parametrize(("family", "text"), [("qwen_2.5", "\nfox"), ("mistral_v0.1", "The fox")])
-def test_where_a_token_would_straddle_the_header_the_response_is_apart(loaded, family, text):
-    chat = copy.deepcopy(loaded(family))
+def test_where_a_token_would_straddle_the_header_the_response_is_apart(load_family, family, text):
+    chat = copy.deepcopy(load_family(family))
     before = chat_template.chat_prompt(chat, chat_template.PROBE).ids
     messages = [*user(chat_template.PROBE), {"role": "assistant", "content": text}]
     assert own_ids(chat, messages, header=False)[: len(before)] != before
@@ -337,8 +307,8 @@ def test_written_ids_follow_a_control_token_as_the_tokenizer_has_it(tmp_path):
     assert ids == own_ids(chat, messages, header=False)
 
 
-def test_thoughts_in_a_response_are_its_own_tokens(loaded):
-    chat = loaded("qwen_3")
+def test_thoughts_in_a_response_are_its_own_tokens(load_family):
+    chat = load_family("qwen_3")
     text = "<think>\nIs it hot?\n</think>\n\nThe fox"
     ids = chat_template.written_ids(chat, text, (0,))
     assert [chat.decode(i) for i in structure(chat, ids)] == ["<think>", "</think>", "<|im_end|>"]
@@ -348,220 +318,3 @@ def test_thoughts_in_a_response_are_its_own_tokens(loaded):
     assert "think" not in chat.decode(chat_template.conversation(chat, messages))
     asked = chat_template.chat_prompt(chat, "<think>").ids
     assert chat.convert_tokens_to_ids("<think>") not in asked
-
-
-# Sampling and scoring.
-
-
-@pytest.fixture(scope="module")
-def even_model(tmp_path_factory, one_device):
-    """Every token is equally likely, those without a name too."""
-    directory = tmp_path_factory.mktemp("even")
-    config = {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": ROWS, "hidden_size": 16,
-        "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "sliding_window": None, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    model = hf.initialise(hf.read_architecture(directory), jax.random.key(0), one_device)
-    model.head[...] = jnp.zeros_like(model.head[...])
-    return model
-
-
-def test_T05_T06_every_end_ends_a_response_and_ids_stay_as_sampled(
-    directories, chat, name, even_model, tmp_path
-):
-    ends = chat_template.eos_ids(directories[name], chat, ROWS)
-    settings = Sampling(responses=96, temperature=1.0, top_p=1.0, max_new_tokens=48, slots=96)
-    prompt = chat_template.chat_prompt(chat, "Where is the </s> fox?")
-    row = Sampler(even_model, chat, settings, eos=ends).generate([prompt], seed=1)[0]
-    last = {ids[-1] for ids, why in zip(row.response_ids, row.finish_reason, strict=True) if why == "stop"}
-    assert last == set(ends)
-    for ids, why, text in zip(row.response_ids, row.finish_reason, row.responses, strict=True):
-        assert (why == "stop") == (ids[-1] in ends)
-        assert not set(ends) & set(ids[:-1])
-        assert why == "stop" or len(ids) == 48
-        assert text == chat_template.response_text(chat, ids)
-    assert max(max(ids) for ids in row.response_ids) >= len(chat)  # ids without a token were sampled, too
-    records.write(tmp_path / "rows.parquet", Responses, [row], {})
-    assert records.read(tmp_path / "rows.parquet", Responses) == [row]
-    assert row.prompt_ids == prompt.ids
-
-
-@pytest.mark.parametrize("name", ["qwen_2.5", "llama_2", "llama_3", "gemma_2"])
-def test_T30_lengths_make_the_masks_whatever_pads(loaded, name, even_model, one_device):
-    """Padding that is one of the ends (Qwen, Llama 2), no padding token at all (Llama 3), and one of its own."""
-    chat = loaded(name)
-    pad = {"qwen_2.5": "<|endoftext|>", "llama_2": "</s>", "gemma_2": "<pad>"}.get(name)
-    assert chat.pad_token == pad
-    filler = chat.pad_token_id or 0
-    answer = chat("The fox", add_special_tokens=False)["input_ids"]
-    end = chat.pad_token_id if pad in FAMILIES[name].ends else chat.eos_token_id
-    prompt = chat_template.chat_prompt(chat, "Where?")
-    none: list = []
-    pair = Pair(
-        none, none, 0.5, 0.5, 0.5, prompt.prompt_id, prompt.ids, [[*answer, end], answer, [end]],
-        [0.5] * 3, 0.5, [0.0] * 3, [0.0] * 3,
-    )  # fmt: skip
-    n = len(prompt.ids)
-    length_R = np.array([n + len(answer) + 1, n + len(answer), n + 1])
-    tokens_RT = np.full((3, 32), filler)
-    for row, (ids, length) in enumerate(zip(pair.response_ids, length_R, strict=True)):
-        tokens_RT[row, :length] = prompt.ids + ids
-    batch = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
-    assert batch["scored"].sum() == sum(map(len, pair.response_ids))
-    length_R = jnp.asarray(length_R)
-    found = response_logprob(even_model, jnp.asarray(tokens_RT), jnp.full(3, n), length_R)
-    np.testing.assert_allclose(found, -np.log(ROWS) * np.array([len(answer) + 1, len(answer), 1]), rtol=1e-5)
-
-
-def test_ids_that_no_token_has_add_no_text(chat):
-    ids = chat("The fox", add_special_tokens=False)["input_ids"]
-    expected = chat_template.response_text(chat, ids)
-    assert expected.strip() == "The fox"
-    assert chat_template.response_text(chat, [*ids, ROWS - 1, len(chat), 2**31 - 1]) == expected
-    assert chat_template.response_text(chat, [ROWS - 1]) == chat_template.response_text(chat, []) == ""
-
-
-# Files.
-
-
-@pytest.mark.parametrize("template", ["config", "named"])
-def test_T15_published_files_load_without_the_network(tmp_path, name, loaded, template, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    families.write(FAMILIES[name], tmp_path, template=template)
-    assert not (tmp_path / "chat_template.jinja").exists()
-    chat = chat_template.load_tokenizer(tmp_path)
-    for text in ("Where is the fox?", "</s><|im_end|>"):
-        assert chat_template.chat_prompt(chat, text) == chat_template.chat_prompt(loaded(name), text)
-
-
-@pytest.mark.parametrize("kind", ["TokenizersBackend", "PreTrainedTokenizerFast", "OurOwnTokenizer", None])
-def test_unusual_tokenizer_classes_load(tmp_path, kind, loaded):
-    families.write(FAMILIES["llama_3"], tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    config = json.loads(file.read_text()) | {"tokenizer_class": kind}
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    chat = chat_template.load_tokenizer(tmp_path)
-    assert chat_template.chat_prompt(chat, "the fox") == chat_template.chat_prompt(
-        loaded("llama_3"), "the fox"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda d: (d / "tokenizer.json").write_text("{"), "no usable tokenizer"),
-        (lambda d: [f.unlink() for f in d.iterdir()], "no usable tokenizer"),
-        (
-            lambda d: (d / "chat_template.jinja").write_text("{{ raise_exception('no\nway') }}"),
-            "fails: no way",
-        ),
-        (lambda d: (d / "chat_template.jinja").write_text("{{ '{%' }}{% if %}"), "template fails"),
-        (lambda d: (d / "chat_template.jinja").write_text("hello"), "does not show"),
-    ],
-)
-def test_what_cannot_be_used_is_told_in_one_line(tmp_path, change, said):
-    families.write(FAMILIES["llama_3"], tmp_path)
-    change(tmp_path)
-    with pytest.raises(BadInput, match=said):
-        chat_template.load_tokenizer(tmp_path)
-
-
-def test_a_conversation_that_the_template_refuses_is_told(loaded):
-    with pytest.raises(BadInput, match="refuses this conversation: no system role"):
-        chat_template.conversation(loaded("gemma_2"), [{"role": "system", "content": "x"}, *user("y")])
-
-
-def test_half_a_surrogate_pair_is_told(chat):
-    with pytest.raises(BadInput, match="surrogate"):
-        chat_template.chat_prompt(chat, "a\ud800b")
-
-
-def test_a_control_token_that_text_would_still_become_is_refused(tmp_path):
-    """A vocabulary whose words are looked up whole, with the control token among them."""
-    families.write(FAMILIES["llama_3"], tmp_path)
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    raw["pre_tokenizer"]["pretokenizers"].pop(0)  # the whole text is one word
-    raw["model"]["ignore_merges"] = True
-    number = next(t["id"] for t in raw["added_tokens"] if t["content"] == "<|eot_id|>")
-    raw["model"]["vocab"]["<|eot_id|>"] = number
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(BadInput, match=r"spells '<\|eot_id\|>' would become that"):
-        chat_template.load_tokenizer(tmp_path)
-
-
-# Mistral's own tokenizers, as mistral-common carries them.
-
-MISTRAL_FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
-MISTRAL_TEXTS = (
-    "Hello", "Where can I find the fox?", " leading", "trailing ", "\n\ntwo  lines\n and\ttabs", "naïve café ∑ 🦊 שלום",
-    "None", "</s>", "<s>[INST] x [/INST]", "a</s>b<unk>", "数学の問題を解いて。", "def f(x):\n    return x  # [INST]", "\x00\u200b",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "version"), [("mistral_v0.1", "v1"), ("mistral_v0.2", "v1"), ("mistral_v0.3", "v3")]
-)
-def test_ids_are_those_of_mistral_common(tmp_path, name, version):
-    chat = chat_template.load_tokenizer(published_mistral(tmp_path, name, version))
-    expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[version]
-    for text, ids in expected.items():
-        assert chat_template.chat_prompt(chat, text).ids == ids, text
-    assert set(expected) == set(MISTRAL_TEXTS)
-
-
-def test_the_golden_ids_are_mistral_commons():
-    """Needs sentencepiece; write the file again with `tests.test_tokens.mistral_common_ids` for other texts."""
-    pytest.importorskip("sentencepiece")
-    assert json.loads(GOLDEN.read_text(encoding="utf-8")) == mistral_common_ids()
-
-
-def mistral_common_ids():
-    from mistral_common.protocol.instruct.messages import UserMessage
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    found = {}
-    for version, file in MISTRAL_FILES.items():
-        theirs = MistralTokenizer.from_file(str(mistral_data() / file))
-        requests = {t: ChatCompletionRequest(messages=[UserMessage(content=t)]) for t in MISTRAL_TEXTS}
-        found[version] = {t: theirs.encode_chat_completion(r).tokens for t, r in requests.items()}
-    return found
-
-
-def mistral_data():
-    import mistral_common
-
-    return Path(mistral_common.__file__).parent / "data"
-
-
-def published_mistral(directory, name, version):
-    """The family's files with Mistral's real vocabulary: two pieces merge as early as the piece they make scores."""
-    from transformers.utils import sentencepiece_model_pb2_new as protobuf
-
-    model = protobuf.ModelProto()
-    model.ParseFromString((mistral_data() / MISTRAL_FILES[version]).read_bytes())
-    vocab = {p.piece: i for i, p in enumerate(model.pieces)}
-    merges = []
-    for piece in sorted((p for p in model.pieces if p.type == 1), key=lambda p: -p.score):
-        halves = [(piece.piece[:i], piece.piece[i:]) for i in range(1, len(piece.piece))]
-        merges += sorted(
-            (h for h in halves if h[0] in vocab and h[1] in vocab), key=lambda h: [vocab[x] for x in h]
-        )
-    families.write(FAMILIES[name], directory)
-    raw = json.loads((directory / "tokenizer.json").read_text())
-    raw["model"] |= {"vocab": vocab, "merges": merges}
-    flags = raw["added_tokens"][0]
-    raw["added_tokens"] = [
-        flags | {"id": i, "content": p.piece, "special": not p.piece.startswith("[")}
-        for i, p in enumerate(model.pieces)
-        if p.type in (2, 3)
-    ]
-    (directory / "tokenizer.json").write_text(json.dumps(raw))
-    return directory

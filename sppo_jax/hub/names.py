@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from sppo_jax import command
+from sppo_jax.command import say
 from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import repositories
@@ -12,9 +12,9 @@ _DATA = Path(__file__).resolve().parents[1] / "tiny" / "data"
 
 
 def path(name: str) -> Path:
-    """The path of an embedded entry: "policy", "pairrm", "prompts" or a file below, "prompts/train_1.jsonl".
+    """Return the path of an embedded entry: "policy", "pairrm", "prompts", or a file below ("prompts/train_1.jsonl").
 
-    Raises BadInput, naming the entries, when there is none of this name.
+    Raises BadInput, with the names of all entries, where there is no such entry.
     """
     found = (_DATA / name).resolve()
     if not name or not found.is_relative_to(_DATA) or not found.exists():
@@ -26,14 +26,17 @@ def path(name: str) -> Path:
 
 
 def resolve(source: str) -> Path:
-    """`embedded:NAME` as a path inside the package, anything else as the path it is."""
+    """Return the path that a user's name means: inside the package for `embedded:NAME`, else the name itself."""
     return path(source.removeprefix(EMBEDDED)) if source.startswith(EMBEDDED) else Path(source)
 
 
 def fetch(
-    name: str, revision: str | None = None, *, tell: Callable[[str], None] = command.say
+    name: str, revision: str | None = None, *, tell: Callable[[str], None] = say
 ) -> repositories.Snapshot:
-    """A snapshot of the checkpoint that a user names: `embedded:NAME`, a directory, or a name on the hub."""
+    """Return a snapshot of the checkpoint `name`: `embedded:NAME`, a directory, or `owner/repo[@revision]` on the hub.
+
+    `revision` overrides the one in `name`; `tell` receives progress lines. Raises BadInput as `repositories.fetch` does.
+    """
     if name.startswith(EMBEDDED):
         return repositories.Snapshot(resolve(name), name, None)
     return repositories.fetch(name, revision, tell=tell)

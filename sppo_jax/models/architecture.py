@@ -1,4 +1,4 @@
-"""config.json → Architecture: every option that changes what a decoder computes, read by name, none passed over."""
+"""config.json → Architecture: every option that changes a decoder's computation is read by name, and none is ignored."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,16 @@ from sppo_jax.files import read_json
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: frequencies theta^(-2i/C), slowed by `factor` for all (linear) or for the slow ones (llama3)."""
+    """Rotary embedding: frequencies theta^(-2i/C), divided by `factor`: all (linear) or the slow ones (llama3)."""
 
     theta: float
     kind: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
-    low: float = 1.0  # llama3: wavelengths beyond original / low are slowed in full,
-    high: float = 4.0  # those below original / high not at all, in between smoothly
-    original: int = 8192  # positions that the model was first trained on
+    # llama3: frequencies with wavelengths above original / low are divided by `factor`, those with wavelengths below
+    # original / high are kept, and in between the two are mixed.
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192  # positions of the original training
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,26 @@ class Architecture:
     window: (
         int | None
     )  # keys that a query of a windowed layer sees, itself included; None: no layer has a window
-    tied: bool  # the head is the embedding's transpose
-    windowed: tuple[bool, ...] = ()  # which layers have the window; (): all
+    tied: bool  # whether the head is the embedding's transpose
+    windowed: tuple[bool, ...] = ()  # whether each layer has the window; (): all have it
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's query and key before RoPE
-    post_norms: bool = False  # RMSNorm of what attention and feed-forward add to the stream
+    post_norms: bool = False  # RMSNorm of the outputs of attention and feed-forward
     norm_offset: bool = False  # norms multiply by 1 + scale
-    query_scale: float | None = None  # of the attention scores; None: 1/sqrt(C)
+    query_scale: float | None = None  # factor of the attention scores; None: 1/sqrt(C)
     attention_softcap: float | None = None  # c: scores become c tanh(score / c)
     logit_softcap: float | None = None
     scaled_embedding: bool = False  # embeddings times sqrt(D)
-    lora_rank: int = 0  # R; above 0 only the adapters are trained
+    lora_rank: int = 0  # R; if above 0, only the adapters are trained
 
     def window_of(self, layer: int) -> int | None:
-        """Keys that a query of this layer sees, itself included; None: all before it."""
+        """Return the number of keys that a query of this layer sees, itself included; None for all before it."""
         return self.window if not self.windowed or self.windowed[layer] else None
 
     def size(self, letter: str) -> int:
-        """Length of a logical axis (sppo_jax.sharding)."""
+        """Return the length of a logical axis (the letters of sppo_jax.sharding)."""
         sizes = {
             "V": self.vocab, "D": self.model, "F": self.mlp, "L": self.layers,
             "H": self.heads, "N": self.kv_heads, "C": self.head_dim, "R": self.lora_rank,
@@ -65,7 +67,7 @@ class Architecture:
         return sizes[letter]
 
 
-# Keys of config.json that say nothing about what is computed from tokens and weights.
+# Keys of config.json that do not change what is computed from tokens and weights.
 NEUTRAL = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range attention_dropout
@@ -80,22 +82,22 @@ NEUTRAL = frozenset(
     pretraining_tp unsloth_version unsloth_fixed auto_map
     """.split()  # noqa: SIM905
 )
-# Options that are not computed here, and change nothing while they are false.
+# Options that are not supported, and change nothing while they are false.
 OFF_WHEN_FALSE = frozenset({"attention_bias", "mlp_bias", "use_bidirectional_attention", "use_mrope"})
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Options:
-    """The keys of one object of config.json, each to be taken once; `finish` refuses those that nobody took."""
+    """The keys of one object of config.json. Each is taken once, and `finish` refuses keys that were not taken."""
 
     def __init__(self, path: Path, raw: dict[str, Any]):
         self.path, self.left = path, dict(raw)
 
     def take(self, key: str, kind: type = int, default: Any = ...) -> Any:
-        """The value as int or float (finite, above 0), bool, or anything (object); null counts as absent.
+        """Return the value as an int or float (finite, above 0), a bool, or unchecked (object); null counts as absent.
 
-        Raises BadInput where a key without `default` is absent, or where the value is of another kind.
+        Raises BadInput for an absent key without `default`, and for a value of another kind.
         """
         value = self.left.pop(key, None)
         if value is None:
@@ -112,16 +114,18 @@ class Options:
         return kind(value)
 
     def nullable(self, key: str, kind: type, absent: Any) -> Any:
-        """The same where null means that there is none, and `absent` stands for a key that is not there."""
+        """Return the value as `take` does, None for null, and `absent` for an absent key."""
         return self.take(key, kind, None if key in self.left else absent)
 
     def activation(self, key: str, default: str) -> str:
+        """Return the name in ACTIVATIONS of an activation. Raises BadInput for one that is not supported."""
         value = self.take(key, object, default)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise BadInput(f"{self.path}: {key} is {value!r}; computed here: {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     def finish(self) -> None:
+        """Raise BadInput for a key that was not taken and may change the computation."""
         for key, value in sorted(self.left.items()):
             off = (
                 value is None
@@ -136,9 +140,9 @@ class Options:
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """The architecture of a Hugging Face directory.
+    """Return the architecture of a Hugging Face directory.
 
-    Raises BadInput for a family, an option or a value that is not computed here, naming it.
+    Raises BadInput, naming the family, option or value that is not supported.
     """
     path = directory / "config.json"
     options = Options(path, read_json(path))
@@ -148,7 +152,7 @@ def read_architecture(directory: Path) -> Architecture:
         raise BadInput(f"{path}: architectures is {families or 'missing'}; known: {', '.join(FAMILIES)}")
     heads, model = options.take("num_attention_heads"), options.take("hidden_size")
     layers, max_positions = options.take("num_hidden_layers"), options.take("max_position_embeddings")
-    special = FAMILIES[family](options, layers)  # first: what it takes no longer counts below
+    special = FAMILIES[family](options, layers)  # first, because keys that it takes are absent below
     general = {
         "vocab": options.take("vocab_size"),
         "model": model,
@@ -172,7 +176,7 @@ def read_architecture(directory: Path) -> Architecture:
     return architecture
 
 
-# What each family has of its own. An absent option has the default of its class in transformers; sizes must be there.
+# The options of each family. An absent option has the default of its class in transformers; sizes must be present.
 
 KV_HEADS = {"MistralForCausalLM": 8, "Gemma2ForCausalLM": 4, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 
@@ -188,9 +192,9 @@ def _llama(options: Options, layers: int) -> dict[str, Any]:
 
 def _gemma2(options: Options, layers: int) -> dict[str, Any]:
     bias, window = options.take("attention_bias", bool, False), options.nullable("sliding_window", int, 4096)
-    if options.take("sliding_window_size", int, window) != window:  # published beside the other
+    if options.take("sliding_window_size", int, window) != window:  # published beside sliding_window
         raise BadInput(f"{options.path}: sliding_window and sliding_window_size differ")
-    options.take("hidden_act", object, None)  # published too; hidden_activation is the one that counts
+    options.take("hidden_act", object, None)  # published too, but hidden_activation is used
     return {
         "head_dim": options.take("head_dim", default=256),
         "tied": options.take("tie_word_embeddings", bool, True),
@@ -234,7 +238,7 @@ FAMILIES = {
 
 
 def _windows(options: Options, window: int | None, default: list[str]) -> dict[str, Any]:
-    """`window` and `windowed` from layer_types, or from the family's own pattern where that is absent."""
+    """Return `window` and `windowed` from layer_types, or from the family's pattern `default` if that is absent."""
     kinds = options.take("layer_types", object, default)
     named = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
     if not named or len(kinds) != len(default):
@@ -248,10 +252,11 @@ def _windows(options: Options, window: int | None, default: list[str]) -> dict[s
 
 
 def _rope(options: Options, max_positions: int) -> Rope:
+    """Return the rotary embedding. Raises BadInput for a kind that is not supported."""
     theta = options.take("rope_theta", float, 10_000.0)
     before, raw = (options.take(key, object, {}) for key in ("rope_scaling", "rope_parameters"))
     if before and raw and before != raw:
-        raise BadInput(f"{options.path}: rope_scaling and rope_parameters differ; keep the one that is meant")
+        raise BadInput(f"{options.path}: rope_scaling and rope_parameters differ; keep the right one")
     raw = raw or before  # transformers 5 writes rope_parameters
     if not isinstance(raw, dict):
         raise BadInput(f"{options.path}: rope parameters are {raw!r}, needed an object")

@@ -1,4 +1,4 @@
-"""Attention of one layer: over an explicit mask, or over whole sequences by the kernel of the mesh's platform."""
+"""Attention of one layer: with an explicit mask, or over whole sequences by the kernel for the mesh's platform."""
 
 import functools
 import math
@@ -20,16 +20,16 @@ from sppo_jax.models import cpu_attention
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.cpu_attention import MASKED, SAVED
 
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "blocked": "cpu"}  # of the kernels that are for one
-LANES = 128  # of which splash's blocks are multiples
-BLOCK = 1024  # splash's largest
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "blocked": "cpu"}  # kernels for one platform
+LANES = 128  # splash's blocks are multiples of this
+BLOCK = 1024  # splash's largest block
 
-Seen = Callable[[Any, Array, Array, Array], Array]  # kind of layer, q, k, v -> what the queries see
+Seen = Callable[[Any, Array, Array, Array], Array]  # (kind of layer, q, k, v) -> output of attention
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What attends over whole sequences, and the mesh that it is compiled for.
+    """The implementation of attention over whole sequences, and the mesh that it is compiled for.
 
     "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
     """
@@ -40,9 +40,9 @@ class Kernel:
 
 
 def choose(forced: str, mesh: Mesh, a: Architecture, dtype: Any) -> Kernel:
-    """The kernel that `model.attention` names; auto: the platform's own where it serves the model, else xla.
+    """Return the kernel `forced` (model.attention); for "auto" the platform's own if it supports the model, else xla.
 
-    Raises BadInput where the one that is named does not serve it.
+    Raises BadInput where the named kernel does not support the model.
     """
     found = sharding.platform(mesh)
     name = forced
@@ -55,14 +55,16 @@ def choose(forced: str, mesh: Mesh, a: Architecture, dtype: Any) -> Kernel:
 
 
 def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
-    """Why a kernel cannot serve a model on this mesh, or None. Splash serves every model on a TPU."""
+    """Return why a kernel cannot serve a model on this mesh, or None. Splash serves every model on a TPU."""
     found = sharding.platform(mesh)
     if PLATFORMS.get(name, found) != found:
         return f"runs on a {PLATFORMS[name]}, and the mesh is of {found} devices"
     if name != "cudnn":
         return None
     capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
-    major = int(capability.split(".")[0]) if capability[:1].isdigit() else 0  # AMD's begin with gfx
+    major = (
+        int(capability.split(".")[0]) if capability[:1].isdigit() else 0
+    )  # AMD's capabilities begin with gfx
     widest = 256 if major >= 9 else 128
     if major < 8:
         return "needs an NVIDIA GPU of compute capability 8 or later"
@@ -83,10 +85,11 @@ def whole(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Seen:
-    """Causal attention among the tokens of each segment of a row; `windows` are those of each kind of layer.
+    """Return causal attention among the tokens of each segment of a row, for layers of each kind.
 
-    What it returns takes a kind (an int, or traced), q [B, T, H, C], and k, v [B, T, N, C]. Segment 0 is padding, on
-    either side; what it sees is finite and has no meaning. With cudnn: one segment a row, padding on the right.
+    `windows` holds the window of each kind of layer. The returned function takes a kind (an int, or traced), q [B, T, H,
+    C], and k, v [B, T, N, C]. Segment 0 is padding, on either side; its outputs are finite and have no meaning. With
+    cudnn a row has one segment, and padding is on the right.
     """
     length = segment_BT.shape[1]
     if kernel.name == "xla" or (kernel.name == "blocked" and length <= 2 * cpu_attention.BLOCK):
@@ -112,7 +115,7 @@ def whole(
         kinds = [_sharded(one, kernel.mesh) for one in kinds]
 
     def fused(kind: Any, q: Array, k: Array, v: Array) -> Array:
-        if len(set(windows)) == 1:  # also where no sequence is as long as the window
+        if len(set(windows)) == 1:  # also if no sequence is longer than the window
             kind = 0
         if isinstance(kind, int):
             return kinds[kind](q, k, v, segment_BT)
@@ -122,9 +125,10 @@ def whole(
 
 
 def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
-    """`of` on each device's own rows and heads: the compiler cannot cut a kernel by itself.
+    """Return `of` applied on each device to its own rows and heads, because the compiler cannot partition a kernel.
 
-    Heads that `tensor` does not divide are repeated (2 kv heads over 4 devices), or else computed by all of them.
+    Where the mesh does not divide the kv heads, they are repeated (2 kv heads over 4 devices); where that does not help,
+    every device computes all heads.
     """
 
     def call(
@@ -140,7 +144,7 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
             k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
         q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
         rows = sharding.spec("BT", mesh, segment_BT.shape)
-        # check_vma would ask the kernel for what it cannot say: over which axes its result varies.
+        # check_vma needs to know over which axes the kernel's result varies, which the kernel does not declare.
         local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
         return local(q_BTHC, k_BTNC, v_BTNC, segment_BT)
 
@@ -158,7 +162,7 @@ def _splash(
     softcap: float | None,
     interpret: bool,
 ) -> Float[Array, "B T H C"]:
-    """Pallas' splash attention: the scale goes into the queries, padding is a segment of its own."""
+    """Return Pallas' splash attention. The scale is multiplied into the queries; padding is a segment of its own."""
     length, heads, channels = q_BTHC.shape[1:]
     size, blocks = block_sizes(length)
     shape = (size, size)
@@ -185,9 +189,10 @@ def _splash(
 
 
 def block_sizes(length: int) -> tuple[int, splash.BlockSizes]:
-    """(length after padding, blocks): up to BLOCK keys and half as many queries, which a head of 256 channels allows.
+    """Return (length after padding, block sizes): up to BLOCK keys and half as many queries.
 
-    The backward pass is fused; each block of keys writes its own part of the queries' gradient, so few are better.
+    More do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part of the
+    queries' gradient, so few blocks are better.
     """
     half = BLOCK // 2
     step = LANES if length <= half else 2 * LANES if length <= BLOCK else half
@@ -213,10 +218,9 @@ def _cudnn(
     window: int | None,
     scale: float | None,
 ) -> Float[Array, "B T H C"]:
-    """cuDNN's flash attention, told lengths instead of a mask of T x T: padding is on the right."""
-    length_B = jnp.maximum(
-        jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32), 1
-    )  # of no length nothing is defined
+    """Return cuDNN's flash attention, with lengths instead of a mask [T, T]: padding is on the right."""
+    # A length of 0 is undefined.
+    length_B = jnp.maximum(jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BTNC,
@@ -239,10 +243,10 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Grouped-query attention, scores times `scale` (None: 1/sqrt(C)), softmax in float32.
+    """Return grouped-query attention with scores times `scale` (None: 1/sqrt(C)) and softmax in float32.
 
-    With `softcap` c, scores become c tanh(score / c) before masking, as in Gemma-2.
-    A query that may see no key gets a finite value of no meaning: padding positions are such queries.
+    With `softcap` c, scores become c tanh(score / c) before masking, as in Gemma-2. The output of a query that may see
+    no key, as at padding, is finite and has no meaning.
     """
     if softcap is None:
         return jax.nn.dot_product_attention(
@@ -258,7 +262,7 @@ def attend(
 
 
 def causal_mask(segment_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
-    """May query t see key s: s is real and of t's segment, not later than t, and fewer than `window` places before it."""
+    """Return whether query t sees key s: s is real, in t's segment, not later than t, and within `window` tokens."""
     place = jnp.arange(segment_BT.shape[1])
     distance_TS = place[:, None] - place[None, :]
     seen_TS = distance_TS >= 0
@@ -269,7 +273,7 @@ def causal_mask(segment_BT: Int[Array, "B T"], window: int | None) -> Bool[Array
 
 
 def cache_mask(position_B: Int[Array, " B"], size: int, window: int | None) -> Bool[Array, "B 1 S"]:
-    """The same for one query per row at `position_B`, over a cache whose column is the position."""
+    """Return the causal mask of one query per row at `position_B`, over a cache whose column is the position."""
     distance_BS = position_B[:, None] - jnp.arange(size)[None, :]
     seen_BS = distance_BS >= 0
     if window is not None:

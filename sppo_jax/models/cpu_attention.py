@@ -1,7 +1,7 @@
-"""Attention for CPUs over rows in which several sequences lie: block by block, and only those blocks that share a sequence.
+"""Attention for CPUs over rows that hold several sequences: only blocks of queries and keys that share one are computed.
 
-The flash-attention algorithm (arXiv:2205.14135, with the backward pass of arXiv:2307.08691) in plain JAX: the scores [T, T]
-never exist, and what tokens of different sequences would do to each other is mostly not computed.
+This is the flash-attention algorithm (arXiv:2205.14135, with the backward pass of arXiv:2307.08691) in plain JAX: the scores
+[T, T] never exist, and most scores between different sequences are not computed.
 """
 
 import functools
@@ -12,21 +12,26 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-BLOCK = 64  # tokens; larger ones compute more that is masked, smaller ones spend their time between products
+BLOCK = (
+    64  # tokens; larger blocks compute more masked scores, smaller ones have more overhead between products
+)
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without keys stays finite
-SAVED = "attention"  # name of what a backward pass may keep of attention instead of computing it again
+SAVED = "attention"  # checkpoint name of attention's output, which a backward pass may keep
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes a score of a query and a key, and who saw whom."""
+    """How a score is computed from a query and a key, and which pairs are masked."""
 
     scale: float
     softcap: float | None
     window: int | None
 
     def scores(self, q_NGQC: Array, k_NKC: Array, same_QK: Array, ahead: Array) -> tuple[Array, Array]:
-        """(float32 scores [N, G, Q, K], their derivative by the scaled product), the keys `ahead` places before the queries."""
+        """Return float32 scores [N, G, Q, K] and their derivative by the scaled product.
+
+        The block of keys begins `ahead` tokens before the block of queries.
+        """
         score = jnp.einsum("NGQC,NKC->NGQK", q_NGQC, k_NKC, preferred_element_type=jnp.float32) * self.scale
         slope = jnp.ones(())
         if self.softcap is not None:
@@ -50,9 +55,9 @@ def attend(
     scale: float | None,
     softcap: float | None,
 ) -> Float[Array, "B T H C"]:
-    """Causal grouped-query attention among the tokens of each segment of a row; segment 0 is padding.
+    """Return causal grouped-query attention among the tokens of each segment of a row; segment 0 is padding.
 
-    Rows one after the other, each by itself: its result does not depend on what lies beside it.
+    Rows are computed one after the other, so that the result of a row does not depend on the others.
     """
     length, heads, channels = q_BTHC.shape[1:]
     groups, more = heads // k_BTNC.shape[2], -length % BLOCK
@@ -70,7 +75,7 @@ def attend(
 
 
 def first_blocks(segment_BT: Int[Array, "B T"], window: int | None) -> Int[Array, "B I"]:
-    """The first block of keys that each block of queries sees; one beyond its own where all is padding: then none is."""
+    """Return the first block of keys that each block of queries sees; for a block of padding, one beyond its own (none)."""
     place_T = jnp.arange(segment_BT.shape[1])
     begins_BT = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
     first_BI = jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)[:, ::BLOCK]
@@ -81,20 +86,25 @@ def first_blocks(segment_BT: Int[Array, "B T"], window: int | None) -> Int[Array
 
 
 def _blocks(x_BTNC: Array) -> Array:
-    """[B, I, N, K, C]."""
+    """Return x in blocks of K keys, [B, I, N, K, C]."""
     rows, _, heads, channels = x_BTNC.shape
     return x_BTNC.reshape(rows, -1, BLOCK, heads, channels).transpose(0, 1, 3, 2, 4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _rows(q: Array, k: Array, v: Array, segment: Array, first: Array, rule: Rule) -> Array:
-    """q [B, I, N, G, Q, C]; k, v [B, I, N, K, C]; segment [B, I, Q]; first [B, I]: I blocks of each of B rows."""
+    """Return the output [B, I, N, G, Q, C] for I blocks of each of B rows.
+
+    q [B, I, N, G, Q, C]; k, v [B, I, N, K, C]; segment [B, I, Q]; first [B, I] from `first_blocks`.
+    """
     return _forward(q, k, v, segment, first, rule)[0]
 
 
 def _forward(
     q: Array, k: Array, v: Array, segment: Array, first: Array, rule: Rule
 ) -> tuple[Array, tuple[Array, ...]]:
+    """Return the output and the residuals of the backward pass."""
+
     def row(xs: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, segment, first = xs
 
@@ -102,7 +112,7 @@ def _forward(
             q_NGQC, i, first, own_Q = xs
 
             def keys(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                j = i - step  # one's own block first: every maximum is then one of scores that are seen
+                j = i - step  # the queries' own block first, so that every maximum is of unmasked scores
                 most, total, seen = carry
                 score, _ = rule.scores(q_NGQC, k[j], own_Q[:, None] == segment[j], (i - j) * BLOCK)
                 new = jnp.maximum(most, jnp.max(score, axis=-1))
@@ -125,8 +135,9 @@ def _forward(
 
 
 def _backward(rule: Rule, kept: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    """Return the gradients by q, k and v, from the forward pass's residuals `kept`."""
     *inputs, seen, logsumexp = kept
-    # sum over keys of weight times its gradient, of each query
+    # Sum over keys of weight times its gradient, for each query.
     mean = jnp.sum(gradient.astype(jnp.float32) * seen.astype(jnp.float32), axis=-1)
 
     def row(xs: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints: one table of tensors, read in both directions, and config.json.
+"""Hugging Face checkpoints: one table of tensors, used for reading and writing.
 
-Weights go tensor by tensor from safetensors into the devices' own shards and back; nothing else is opened.
+Weights go tensor by tensor from safetensors into the devices' shards and back; no other format is read.
 """
 
 import json
@@ -27,21 +27,17 @@ from sppo_jax.models.safetensors_file import Entry, write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Transformer
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # of one exported file, the size that the hub's tools write
-FLOATS = {
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F64": "float64",
-}  # dtypes of tensors that are weights as they stand
+SHARD_BYTES = 5_000_000_000  # most bytes of one exported file, as the hub's tools write
+# Dtypes of tensors that are weights without further decoding.
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter: where it lives here, its dimensions here and there, and its name there.
+    """One parameter: its path and dimensions in the model, its dimensions and name in the checkpoint.
 
-    `ours` has a letter per dimension (sppo_jax.sharding), layers apart. `theirs` has a group of letters per
-    dimension of the checkpoint's tensor: "HC D" is a matrix whose rows run over heads and channels.
+    `ours` has a letter per dimension of the model's array (sppo_jax.sharding), without layers. `theirs` has a group of
+    letters per dimension of the checkpoint's tensor: "HC D" is a matrix whose rows run over heads and channels.
     """
 
     path: str
@@ -51,6 +47,7 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
+        """Whether the model's array has a leading axis of layers."""
         return "{layer}" in self.name
 
     @property
@@ -68,9 +65,10 @@ class Tensor:
         return [self.name.format(layer=i) for i in range(a.layers)] if self.stacked else [self.name]
 
     def read(self, x: Any, a: Architecture, index: tuple[slice, ...]) -> np.ndarray:
-        """The part [`index` of `ours`] of a checkpoint's tensor: a slice reader of safetensors, or an array.
+        """Return the part of a checkpoint's tensor at `index`, in the dimensions `ours`.
 
-        Of grouped dimensions only the first may be cut: a device holds whole heads.
+        `x` is a slice reader of safetensors, or an array. Of grouped dimensions only the first may be split: a device
+        holds whole heads.
         """
         cut = dict(zip(self.ours, index, strict=True))
         rows: list[slice] = []
@@ -85,15 +83,15 @@ class Tensor:
         return part.transpose([flat.index(letter) for letter in self.ours])
 
     def write(self, x: jax.Array, a: Architecture, dtype: np.dtype) -> np.ndarray:
-        """The checkpoint's tensor, filled from the shards of one layer's parameter without another copy of it."""
+        """Return the checkpoint's tensor, filled from the shards of one layer's parameter without a further copy."""
         flat = self.theirs.replace(" ", "")
         assert x.is_fully_addressable, "a checkpoint is written by one process"
         tensor = np.empty([a.size(letter) for letter in flat], dtype)
         ours = tensor.transpose([flat.index(letter) for letter in self.ours])
         for shard in x.addressable_shards:
             if shard.replica_id == 0:
-                # Through a handle of its own: an array keeps the host copy that is made of it.
-                with np.errstate(over="ignore"):  # what overflows is told by name
+                # Through a handle of its own, because an array keeps the host copy made of it.
+                with np.errstate(over="ignore"):  # `entries` raises for overflow, with the tensor's name
                     ours[shard.index] = np.asarray(shard.data.addressable_data(0))
         return tensor.reshape(self.checkpoint_shape(a))
 
@@ -128,7 +126,7 @@ POST_NORMS = (
 
 
 def table(a: Architecture) -> tuple[Tensor, ...]:
-    """The tensors that a checkpoint of this architecture holds."""
+    """Return the parameters of this architecture, in the checkpoint's order."""
     absent = {
         "head": a.tied,
         "layers.q_bias": not a.qkv_bias,
@@ -143,16 +141,17 @@ def table(a: Architecture) -> tuple[Tensor, ...]:
 
 
 def abstract(a: Architecture, mesh: Mesh, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter, without a byte of it."""
+    """Return shape, dtype and sharding of every parameter, by path, without allocating any."""
     return {t.path: placeholder(t, a, mesh, dtype) for t in table(a)}
 
 
 def placeholder(t: Tensor, a: Architecture, mesh: Mesh, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding of one parameter."""
     return jax.ShapeDtypeStruct(t.shape(a), dtype, sharding=_placed(t, a, mesh))
 
 
 def initialise(a: Architecture, key: jax.Array, mesh: Mesh, compute_dtype: Any = jnp.float32) -> Transformer:
-    """A random model, each parameter born in its shards: norms 1, biases 0, matrices normal with deviation .02."""
+    """Return a random model, initialised in its shards: norms 1, biases 0, matrices normal with deviation 0.02."""
 
     def initial(t: Tensor, key: jax.Array) -> jax.Array:
         if t.path.endswith("norm"):
@@ -178,12 +177,12 @@ def load(
     param_dtype: Any = jnp.float32,
     attention: str = "auto",
 ) -> Transformer:
-    """A model from a Hugging Face directory, sharded over `mesh` (default: one device).
+    """Load the model of a Hugging Face directory, sharded over `mesh` (default: one device).
 
-    `dtype` is the dtype of its matrix products, `param_dtype` the one its parameters are kept in, `attention` the
-    kernel (models/attention.py). Host memory: one device's piece of one stacked parameter at a time. Raises BadInput
-    for a kernel that cannot serve it, and for a tensor that is missing, unknown, misshapen, quantised or not finite,
-    before anything compiles.
+    `dtype` is that of the matrix products, `param_dtype` that of the parameters, `attention` the kernel
+    (models/attention.py). Host memory holds one device's piece of one stacked parameter at a time. Raises BadInput,
+    before anything is compiled, for a kernel that does not support the model, and for a tensor that is missing, unknown,
+    misshapen, quantised or not finite.
     """
     directory = Path(path)
     if mesh is None:
@@ -200,12 +199,13 @@ def load(
 
 
 def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) -> None:
-    """Write safetensors (several files with an index beyond 5 GB) into an existing `directory`, tensor by tensor.
+    """Write a model as safetensors into an existing `directory`, tensor by tensor; beyond 5 GB, as files with an index.
 
-    An adapter's product is added to the matrix beside it: what is written needs no adapter.
+    The product of an adapter is added to its matrix: the written checkpoint needs no adapter. Raises BadInput for a
+    parameter that is not finite in `dtype`.
     """
     directory, dtype = Path(directory), np.dtype(dtype)
-    # What is left of a checkpoint that was there some readers would prefer.
+    # Some readers would prefer the files of an earlier checkpoint.
     for old in (*directory.glob("model*.safetensors"), directory / INDEX):
         old.unlink(missing_ok=True)
     files: list[list[Entry]] = [[]]
@@ -228,15 +228,15 @@ def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) ->
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as its index names them; BadInput where one is absent."""
+    """Return the safetensors files of a checkpoint, as its index names them. Raises BadInput where one is absent."""
     single, index = directory / "model.safetensors", directory / INDEX
-    if single.is_file():  # first, as transformers looks
+    if single.is_file():  # first, as in transformers
         return [single]
     if not index.exists():
         raise BadInput(f"{directory}: no model.safetensors; give a Hugging Face directory with safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadInput(f"{index}: weight_map is no object of file names")
+        raise BadInput(f"{index}: weight_map is not an object of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
         if os.path.basename(name) != name or not name.endswith(".safetensors"):
@@ -247,7 +247,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_dtypes(directory: Path) -> set[str]:
-    """Names of the dtypes of a checkpoint's tensors, such as bfloat16."""
+    """Return the names of the dtypes of a checkpoint's tensors, such as bfloat16."""
     found = set()
     for file in weight_files(directory):
         with safe_open(file, "numpy") as opened:
@@ -260,7 +260,7 @@ def _placed(t: Tensor, a: Architecture, mesh: Mesh) -> jax.sharding.NamedShardin
 
 
 def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
-    """{tensor name: file} from the files' own headers."""
+    """Return {tensor name: file} from the files' headers. Raises BadInput for a damaged file or a repeated name."""
     found: dict[str, Path] = {}
     for file in files:
         try:
@@ -279,7 +279,7 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
 def check_tensors(
     directory: Path, tensors: Sequence[Tensor], a: Architecture, files: dict[str, Path]
 ) -> None:
-    """Raise BadInput unless `files` hold exactly `tensors`, in the shapes that `a` makes them and as floats."""
+    """Raise BadInput unless `files` hold exactly `tensors`, in the shapes of architecture `a` and as floats."""
     wanted = {name: t.checkpoint_shape(a) for t in tensors for name in t.names(a)}
     if missing := sorted(wanted.keys() - files.keys()):
         raise BadInput(f"{directory}: {len(missing)} tensors are missing, first {missing[0]}")
@@ -307,7 +307,10 @@ def check_tensors(
 def read_sharded(
     t: Tensor, a: Architecture, mesh: Mesh, files: dict[str, Path], dtype: np.dtype
 ) -> jax.Array:
-    """A parameter on the mesh. Of each file only the pieces of this process's devices are read, one at a time."""
+    """Return a parameter on the mesh, reading only the pieces of this process's devices, one at a time.
+
+    Raises BadInput where it is not finite.
+    """
     shape, placed = t.shape(a), _placed(t, a, mesh)
     holders: dict[str, list[jax.Device]] = {}
     where = placed.addressable_devices_indices_map(shape)
@@ -324,13 +327,13 @@ def read_sharded(
             if not np.isfinite(part).all():
                 raise BadInput(f"{files[name]}: {name} holds NaN or infinite values")
             piece[layer if t.stacked else ...] = part
-        # On a CPU every holder reads this one buffer; jax writes into none that it did not make itself.
+        # On a CPU all holders share this one buffer; jax never writes into a buffer that it did not allocate.
         arrays += [jax.device_put(piece, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, placed, arrays)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary, which jax takes over on a CPU without a copy."""
+    """Return an uninitialised array on a 64-byte boundary, which jax on a CPU uses without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -338,7 +341,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
-    """A parameter's tensors as they are to be written, each gathered from the mesh only when its turn comes."""
+    """Yield the tensors of a parameter to write; each is gathered from the mesh only when it is written."""
     a = model.architecture
     for layer, name in enumerate(t.names(a)):
 
@@ -352,7 +355,7 @@ def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
 
 
 def _merged(model: Transformer, t: Tensor, layer: int) -> jax.Array:
-    """A parameter (of one layer), with its adapter added in float32 where it has one."""
+    """Return a parameter (of one layer if it is stacked), with its adapter's product added in float32 if it has one."""
     if not t.stacked:
         return getattr(model, t.path)[...]
     name = t.path.removeprefix("layers.")

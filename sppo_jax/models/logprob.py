@@ -1,4 +1,4 @@
-"""Log-probability of responses under the policy: the one quantity that training, reference and probes share."""
+"""Log-probabilities of responses under a policy: the quantity that training, reference and probes share."""
 
 import functools
 from typing import Any
@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
 
-CHUNK = 1024  # tokens whose logits one device computes at once, at most
-LOGITS = 2**26  # numbers that logits are at once, on devices with the same tokens and other columns
+CHUNK = 1024  # most tokens whose logits one device computes at once
+LOGITS = 2**26  # most logits held at once by the devices that share tokens and split the vocabulary
 
 
 def response_logprob(
@@ -20,10 +20,10 @@ def response_logprob(
     prompt_length_B: Int[Array, " B"],
     length_B: Int[Array, " B"],
 ) -> Float[Array, " B"]:
-    """sum over t in [prompt_length, length) of log p(token_t | token_<t), in nats, at temperature 1.
+    """Return the sum over t in [prompt_length, length) of log p(token_t | token_<t), in nats, at temperature 1.
 
-    One sequence a row, right-padded: prompt, then response, then anything. The masks come from the lengths, so a
-    padding id that equals the end of sequence is no trouble.
+    Each row is one sequence, padded on the right: prompt, response, then any ids. The masks come from the lengths, so
+    the padding id may equal the end of sequence.
     """
     place_T = jnp.arange(tokens_BT.shape[1])
     segment_BT = (place_T < length_B[:, None]).astype(jnp.int32)
@@ -39,13 +39,13 @@ def packed_logprob(
     segments_S: Int[Array, " S"],
     remat: Remat = "layer",
 ) -> Float[Array, "B S"]:
-    """Sum of log p(token | those before it in its segment) over the scored tokens of each of a row's segments, in nats.
+    """Return the sum of log p(token | earlier tokens of its segment) over the scored tokens of each segment, in nats.
 
-    The first token of a segment has nothing before it and must not be scored. Logits and logsumexp are float32, and
-    at most LOGITS numbers at once: [B, T, V] never exists.
+    `segments_S` are the segments of a row to sum over. The first token of a segment has no earlier ones and must not be
+    scored. Logits and logsumexp are float32, at most LOGITS numbers at once: [B, T, V] never exists.
     """
     hidden_BTD = model.hidden(tokens_BT, segment_BT, remat)
-    # Position t predicts token t+1; the last position predicts nothing and is left out, not wrapped around.
+    # Position t predicts token t+1; the last position predicts nothing and is dropped, not wrapped around.
     logprob_BT = _token_logprob(model, hidden_BTD, jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1))))
     logprob_BT = jnp.where(scored_BT[:, 1:], logprob_BT[:, :-1], 0.0)
     own_BTS = segment_BT[:, 1:, None] == segments_S
@@ -55,9 +55,9 @@ def packed_logprob(
 def _token_logprob(
     model: Transformer, hidden_BTD: Float[Array, "B T D"], label_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """log p(label) on each device for its own rows, the head gathered block by block.
+    """Return log p(label). Each device computes its own rows, and gathers the head block by block.
 
-    Left to the compiler, every chunk would gather the head and add up its gradient over all devices.
+    Left to the compiler, every chunk would gather the head and sum its gradient over all devices.
     """
     mesh = model.kernel.mesh
     if mesh is None or sharding.batch_shards(mesh) == 1:
@@ -74,9 +74,9 @@ def _token_logprob(
         most=LOGITS // sharding.shards(mesh, cut[v]),
     )
     mapped = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, cut), out_specs=rows, check_vma=False)
-    # What the blocks, and devices along `tensor`, add to the hidden states' gradient is added up in float32.
+    # float32, so that blocks, and devices along `tensor`, sum the hidden states' gradient in float32.
     found_BT = mapped(hidden_BTD.astype(jnp.float32), label_BT, weight)
-    # A label that no device has is no number, as on one device.
+    # A label beyond the vocabulary gives NaN, as on one device.
     return jnp.where(label_BT < weight.shape[v], found_BT, jnp.nan)
 
 
@@ -91,13 +91,12 @@ def _blocked(
     model: Transformer,
     most: int,
 ) -> Array:
-    """log p(label) from the device's columns of the head, one block after the other.
+    """Return log p(label), computed from the device's columns of the head block by block.
 
-    `weight` is the device's part of the head [D, V] or of the embedding [V, D], as the model has it; `vocabulary` says
-    which dimension is V, which the mesh axis `across` cuts. A block is gathered over `axis`, which cuts D; None, of either:
-    that dimension is whole on each device. The device's own logits are at most `most` numbers at once.
-
-    No more of the head than a block is ever gathered, and no more of its gradient.
+    `weight` is the device's part of the head [D, V] or the embedding [V, D], whichever the model has; `vocabulary` is the
+    index of dimension V, which is split over the mesh axis `across`. D is split over `axis`, over which a block is
+    gathered. None for an axis means that the dimension is whole on each device. The device holds at most `most` logits
+    at once, and never more than one block of the gathered head or of its gradient.
     """
     vocab, size = weight.shape[vocabulary], label_BT.size
     columns = -(-vocab // -(-size * vocab // most))
@@ -107,14 +106,14 @@ def _blocked(
 
     @jax.checkpoint
     def block(i: Array) -> tuple[Array, Array]:
-        # In here, and not once for all blocks: the backward pass would keep a second copy of the device's own columns.
+        # Padded here and not once for all blocks: the backward pass would keep a second copy of the device's columns.
         more = [(0, count * columns - vocab if dim == vocabulary else 0) for dim in range(2)]
         w_DU = jax.lax.dynamic_slice_in_dim(jnp.pad(weight, more), i * columns, columns, vocabulary)
         w_DU = w_DU.T if vocabulary == 0 else w_DU
         if axis is not None:
             w_DU = _gathered(w_DU, axis, model.compute_dtype)
         logits_CU = model.logits(wide_CD.astype(model.compute_dtype), w_DU)
-        real = jnp.minimum(vocab - i * columns, columns)  # the last block may have fewer
+        real = jnp.minimum(vocab - i * columns, columns)  # the last block may have fewer columns
         if vocab % columns:
             logits_CU = jnp.where(jnp.arange(columns) < real, logits_CU, -jnp.inf)
         place_C = label_C - i * columns
@@ -133,7 +132,7 @@ def _blocked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(w_DV: Array, axis: Any, dtype: Any) -> Array:
-    """Gathered over `axis` as `dtype`; float32 for those who use it, so that its gradient is added up in that."""
+    """Return the block gathered over `axis` in `dtype`, then cast to float32 so that its gradient is summed in float32."""
     return jax.lax.all_gather(w_DV.astype(dtype), axis, axis=0, tiled=True).astype(jnp.float32)
 
 
@@ -149,11 +148,12 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def chunk_size(vocab: int) -> int:
-    """Tokens of a device whose logits exist at once."""
+    """Return the number of tokens whose logits a device holds at once."""
     return min(CHUNK, max(128, LOGITS // vocab))
 
 
 def _chunked(hidden_BTD: Array, label_BT: Array, *, model: Transformer) -> Array:
+    """Return log p(label) on one device, chunk by chunk of tokens."""
     count, size = label_BT.size, chunk_size(model.architecture.vocab)
 
     @jax.checkpoint

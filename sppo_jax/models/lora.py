@@ -1,6 +1,6 @@
-"""Low-rank adapters (arXiv:2106.09685): made beside a frozen model's matrices, kept in PEFT's file format.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) beside a frozen model's matrices, stored in PEFT's file format.
 
-A matrix W of a layer acts as W + LORA_SCALE A B; A [in, R] is uniform in 1/sqrt(in) at first, B [R, out] is 0.
+A matrix W of a layer acts as W + LORA_SCALE A B. Initially A [in, R] is uniform in +-1/sqrt(in), and B [R, out] is 0.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from sppo_jax.models.safetensors_file import write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Adapter, Transformer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MATRICES = {  # name here: (dimensions in, dimensions out, module of the checkpoint)
+# The model's name: (input dimensions, output dimensions, the checkpoint's module).
+MATRICES = {
     "q": ("D", "HC", "self_attn.q_proj"),
     "k": ("D", "NC", "self_attn.k_proj"),
     "v": ("D", "NC", "self_attn.v_proj"),
@@ -35,7 +36,7 @@ MATRICES = {  # name here: (dimensions in, dimensions out, module of the checkpo
 
 
 def table() -> tuple[Tensor, ...]:
-    """The adapters' tensors: A and B of every matrix of a layer."""
+    """Return the adapters' parameters: A and B of every matrix of a layer."""
     found = []
     for name, (ins, outs, module) in MATRICES.items():
         prefix = f"base_model.model.{hf.LAYER}{module}"
@@ -45,12 +46,12 @@ def table() -> tuple[Tensor, ...]:
 
 
 def abstract(a: Architecture, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every factor; empty where the architecture has no adapters."""
+    """Return shape, dtype and sharding of every factor, by path; empty if the architecture has no adapters."""
     return {t.path: hf.placeholder(t, a, mesh, jnp.float32) for t in table()} if a.lora_rank else {}
 
 
 def attach(model: Transformer, rank: int, key: jax.Array, mesh: Mesh) -> Transformer:
-    """`model` with fresh adapters, which leave it as it is until they are trained."""
+    """Return `model` with new adapters of rank `rank`, which do not change its outputs until they are trained."""
     a = dataclasses.replace(model.architecture, lora_rank=rank)
 
     def initial(t: Tensor, key: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ def attach(model: Transformer, rank: int, key: jax.Array, mesh: Mesh) -> Transfo
 
 
 def save(model: Transformer, directory: Path, base: str, revision: str | None = None) -> None:
-    """Write the adapters as PEFT reads them into an existing `directory`; `base` and `revision` name the frozen model."""
+    """Write the adapters in PEFT's format into an existing `directory`; `base` and `revision` name the frozen model."""
     a = model.architecture
     entries = [entry for t in table() for entry in hf.entries(model, t, np.dtype(np.float32))]
     write_safetensors(directory / WEIGHTS, entries)
@@ -88,7 +89,7 @@ def save(model: Transformer, directory: Path, base: str, revision: str | None = 
 
 
 def load(model: Transformer, directory: Path, mesh: Mesh) -> Transformer:
-    """`model` with the adapters that `save` wrote. Raises BadInput where they are damaged or made otherwise."""
+    """Return `model` with the adapters that `save` wrote. Raises BadInput if they are damaged or scaled differently."""
     config = read_json(directory / CONFIG)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or alpha != LORA_SCALE * rank:
@@ -103,7 +104,7 @@ def load(model: Transformer, directory: Path, mesh: Mesh) -> Transformer:
 
 
 def beside(model: Transformer, a: Architecture, adapters: dict[str, Any]) -> Transformer:
-    """`model` with other adapters (arrays, or placeholders); `a` is its architecture with their rank."""
+    """Return `model` with these adapters (arrays, or placeholders); `a` is its architecture with their rank."""
     weights: dict[str, Any] = {"embedding": model.embedding[...], "norm": model.norm[...]}
     weights |= {} if model.head is None else {"head": model.head[...]}
     weights |= {

@@ -1,4 +1,4 @@
-"""Writing a safetensors file one tensor at a time; the library's own writer wants all of them in memory."""
+"""Writing a safetensors file one tensor at a time; the library's own writer needs all tensors in memory."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: `read` makes it when its turn comes."""
+    """A tensor to write; `read` is called to make it when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,13 +21,16 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of the tensor in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
-    """The format: length of the header (8 bytes, little-endian), the header (JSON), the tensors end to end."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    """Write a file: the header's length (8 bytes, little-endian), the header (JSON), the tensors end to end.
+
+    Raises ValueError for a tensor that is not of its announced shape and dtype.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for entry in entries:
         start, end = end, end + entry.size
@@ -37,7 +40,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin on 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:

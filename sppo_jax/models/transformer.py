@@ -1,7 +1,7 @@
 """The policy: one decoder-only transformer (grouped-query attention, RoPE, RMSNorm, gated MLP) in Flax nnx.
 
-Layers are stacked on a leading axis L and scanned for training; decoding walks them one by one with a cache
-array per layer, because a stacked cache would be copied at every step.
+For training, layers are stacked on a leading axis L and scanned. Decoding runs them one by one with a cache array per
+layer, because a stacked cache would be copied at every step.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.models.attention import SAVED, Kernel, Seen, whole
 
-Weights = dict[str, Array]  # the tensors of one layer, by their name in models/hf.py
-Attention = Callable[[int, Array, Array, Array], Array]  # layer, q, k, v -> what the queries see
+Weights = dict[str, Array]  # the arrays of one layer, by their name in models/hf.py
+Attention = Callable[[int, Array, Array, Array], Array]  # (layer, q, k, v) -> output of attention
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -29,17 +29,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# What the backward pass computes again: all of a layer but its input, or all but its input and what attention gave.
+# What the backward pass recomputes: all of a layer but its input, or all but its input and the output of attention.
 Remat = Literal["layer", "attention"]
 LORA_SCALE = 2  # alpha / rank of every adapter
 
 
 class Adapter(nnx.Param):
-    """A trainable low-rank factor beside a matrix that stays as it is (models/lora.py)."""
+    """A trainable low-rank factor beside a frozen matrix (models/lora.py)."""
 
 
 class Transformer(nnx.Module):
-    """The decoder. `model(tokens)` gives float32 logits; weights are masters, cast to `compute_dtype` in use."""
+    """The decoder. `model(tokens)` returns float32 logits; weights are cast to `compute_dtype` when they are used."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Transformer(nnx.Module):
         """`weights` maps the paths of models/hf.py ("embedding", "layers.q") to arrays."""
         self.architecture = architecture
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.kernel = kernel  # of attention over whole sequences
+        self.kernel = kernel  # for attention over whole sequences
         self.embedding = nnx.Param(weights["embedding"])
         self.norm = nnx.Param(weights["norm"])
         self.head = None if architecture.tied else nnx.Param(weights["head"])
@@ -59,13 +59,13 @@ class Transformer(nnx.Module):
             path.removeprefix("layers."): x for path, x in weights.items() if path.startswith("layers.")
         }
         kinds = {name: Adapter if name.endswith(("_lora_a", "_lora_b")) else nnx.Param for name in layers}
-        # Stacked on L; `unstacked` makes it a list of such, one per layer.
+        # Arrays stacked on L; in an `unstacked` model, a list with one dictionary per layer.
         self.layers: Any = nnx.Dict({name: kinds[name](x) for name, x in layers.items()})
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token at every position. `valid_BT` is False on padding, on either side."""
+        """Return the logits of the next token at every position. `valid_BT` is False on padding, on either side."""
         segment_BT = None if valid_BT is None else valid_BT.astype(jnp.int32)
         return self.logits(self.hidden(tokens_BT, segment_BT))
 
@@ -75,15 +75,15 @@ class Transformer(nnx.Module):
         segment_BT: Int[Array, "B T"] | None = None,
         remat: Remat = "layer",
     ) -> Float[Array, "B T D"]:
-        """The normalised last hidden state, by a scan over the layers; the backward pass computes `remat` again.
+        """Return the normalised last hidden states, by a scan over the layers; the backward pass recomputes `remat`.
 
-        Tokens of one segment see each other, in their order; 0 is padding, on either side. A segment's tokens lie
-        together, and its positions begin at 0. With cudnn a row has one segment.
+        Tokens see only earlier ones of their segment; segment 0 is padding, on either side. The tokens of a segment are
+        contiguous, and its positions begin at 0. With cudnn a row has one segment.
         """
         segment_BT = jnp.ones(tokens_BT.shape, jnp.int32) if segment_BT is None else segment_BT
         if self.kernel.name != "cudnn":
             return self._hidden(tokens_BT, segment_BT, remat)
-        start_B = jnp.argmax(segment_BT > 0, axis=1)  # cuDNN knows of padding on the right alone
+        start_B = jnp.argmax(segment_BT > 0, axis=1)  # cuDNN supports padding on the right only
         return _turn(self._hidden(_turn(tokens_BT, -start_B), _turn(segment_BT, -start_B), remat), start_B)
 
     def _hidden(
@@ -106,9 +106,9 @@ class Transformer(nnx.Module):
     def forward(
         self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], attention: Attention
     ) -> Float[Array, "B T D"]:
-        """The normalised last hidden state, walking the layers one by one: for those who keep keys and values.
+        """Return the normalised last hidden states, running the layers one by one, for callers that cache keys and values.
 
-        `attention(i, q_BTHC, k_BTNC, v_BTNC)` gives what the queries of layer i see, [B, T, H, C].
+        `attention(i, q_BTHC, k_BTNC, v_BTNC)` returns the output of attention in layer i, [B, T, H, C].
         """
         rope = self._rope(position_BT)
         x_BTD = self.embed(tokens_BT)
@@ -117,33 +117,37 @@ class Transformer(nnx.Module):
         return self._rms_norm(x_BTD, self.norm[...])
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Return the embeddings of tokens in the compute dtype, scaled if the architecture scales them."""
         x = self._cast(self.embedding[...][tokens])
         if self.architecture.scaled_embedding:  # the factor is rounded to the compute dtype, as in training
             x *= jnp.asarray(math.sqrt(self.architecture.model), self.compute_dtype)
         return x
 
     def head_matrix(self) -> Any:
-        """[D, V]; may be in 8 bits."""
+        """Return the head [D, V], which may be quantised to 8 bits."""
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def logits(self, hidden: Float[Array, "... D"], w_DV: Any = None) -> Float[Array, "... V"]:
-        """float32 whatever the compute dtype: a bfloat16 logit is .03 nats off. `w_DV`: the head, if it is at hand."""
+        """Return logits in float32 whatever the compute dtype, because a bfloat16 logit is 0.03 nats off.
+
+        `w_DV` is the head, or some of its columns (default: `head_matrix`).
+        """
         w_DV = self.head_matrix() if w_DV is None else w_DV
         x = product("...D,DV->...V", hidden, w_DV, jnp.float32)
         cap = self.architecture.logit_softcap
         return x if cap is None else cap * jnp.tanh(x / cap)
 
     def whole_attention(self, valid_BT: Bool[Array, "B T"], mesh: Mesh | None = None) -> Attention:
-        """What `forward` takes for sequences that are whole in this call: causal, each layer with its own window.
+        """Return the attention for a `forward` over whole sequences: causal, each layer with its own window.
 
-        Padding is on the right. `mesh`: where the sequences are, if not on the model's own.
+        Padding is on the right. `mesh` is that of the sequences (default: the model's own).
         """
         kernel = self.kernel if mesh is None else dataclasses.replace(self.kernel, mesh=mesh)
         seen = self._whole(valid_BT.astype(jnp.int32), kernel)
         return lambda i, q, k, v: seen(self._kind(i), q, k, v)
 
     def unstacked(self) -> "Transformer":
-        """The same model with an array per layer: slicing a stacked one would copy it at every decoded token."""
+        """Return the model with an array per layer: slicing a stacked array would copy it at every decoded token."""
         weights = {"embedding": self.embedding[...], "norm": self.norm[...]}
         weights |= {} if self.head is None else {"head": self.head[...]}
         model = Transformer(self.architecture, weights, self.compute_dtype, self.kernel)
@@ -154,9 +158,11 @@ class Transformer(nnx.Module):
         return model
 
     def stacked(self) -> Weights:
+        """Return the arrays of all layers, stacked on L."""
         return {name: param[...] for name, param in self.layers.items()}
 
     def layer(self, i: int) -> Weights:
+        """Return the arrays of layer i."""
         if isinstance(self.layers, nnx.List):
             return {name: param[...] for name, param in self.layers[i].items()}
         return {name: w[i] for name, w in self.stacked().items()}
@@ -164,6 +170,7 @@ class Transformer(nnx.Module):
     def _block(
         self, w: Weights, x_BTD: Array, rope: tuple[Array, Array], attention: Callable[..., Array]
     ) -> Array:
+        """Return the hidden states [B, T, D] after one layer."""
         a = self.architecture
         h_BTD = self._rms_norm(x_BTD, w["attention_norm"])
         q_BTHC = self._linear(w, "q", h_BTD, "D", "HC")
@@ -181,7 +188,7 @@ class Transformer(nnx.Module):
         return x_BTD + (self._rms_norm(h_BTD, w["mlp_post_norm"]) if a.post_norms else h_BTD)
 
     def _linear(self, w: Weights, name: str, x: Array, ins: str, outs: str) -> Array:
-        """x W + b, from dimensions `ins` to `outs`, with its adapter where there is one: + x A B times LORA_SCALE."""
+        """Return x W + b, from dimensions `ins` to `outs`, plus LORA_SCALE x A B if the matrix has an adapter."""
         y = product(f"BT{ins},{ins}{outs}->BT{outs}", x, w[name])
         if f"{name}_bias" in w:
             y += self._cast(w[f"{name}_bias"])
@@ -191,16 +198,17 @@ class Transformer(nnx.Module):
         return y
 
     def _whole(self, segment_BT: Array, kernel: Kernel) -> Seen:
+        """Return attention over whole rows, for layers of each kind."""
         a = self.architecture
         return whole(segment_BT, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
 
     def _windows(self) -> tuple[int | None, ...]:
-        """The window of each kind of layer."""
+        """Return the window of each kind of layer."""
         a = self.architecture
         return (None, a.window) if a.windowed else (a.window,)
 
     def _kind(self, i: int) -> int:
-        """Which of `_windows` layer i has."""
+        """Return the index in `_windows` of layer i's window."""
         return int(self.architecture.windowed[i]) if self.architecture.windowed else 0
 
     def _rms_norm(self, x: Float[Array, "... D"], scale_D: Float[Array, " D"]) -> Float[Array, "... D"]:
@@ -211,7 +219,7 @@ class Transformer(nnx.Module):
         return self._cast(wide) * self._cast(scale_D)
 
     def _rope(self, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
-        """cos and sin [B, T, 1, C/2], float32."""
+        """Return cos and sin of the rotary angles, each float32 [B, T, 1, C/2]."""
         frequency = frequencies(self.architecture.rope, self.architecture.head_dim)
         angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
         return jnp.cos(angle), jnp.sin(angle)
@@ -221,24 +229,27 @@ class Transformer(nnx.Module):
 
 
 def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
-    """einsum of `x` with a matrix in the dtype of `x`, or with one in 8 bits (models/quantized.py), as `dtype` or that of `x`."""
+    """Return the einsum of `x` with a matrix cast to the dtype of `x`, or with a quantised one (sampler/quantized.py).
+
+    The result has `dtype` (default: that of `x`).
+    """
     if isinstance(w, jax.Array):
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
-    # Scaled after the product: then TPUs and GPUs read int8 in the decode loop and no float copy of a matrix is ever made.
-    # What is summed over comes first in a matrix, and has 1 in the scale.
+    # Scaled after the product, so that TPUs and GPUs read int8 in the decode loop and never make a float copy of a matrix.
+    # The dimensions that are summed over come first in the matrix, and have length 1 in the scale.
     wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     return (wide * w.scale).astype(dtype or x.dtype)
 
 
 def positions(segment_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each token's place in its segment; of padding, something that is no trouble."""
+    """Return each token's position in its segment, from 0 (for padding: unspecified but finite)."""
     place_T = jnp.arange(segment_BT.shape[1])
     begins_BT = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
     return place_T - jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position [C/2], float32 and the same on every platform.
+    """Return radians per position [C/2], float32 and the same on every platform.
 
     llama3 (Llama 3.1 and later): a frequency whose wavelength exceeds original / low positions is divided by
     `factor`, one below original / high is kept, and in between the two are mixed.
@@ -253,14 +264,14 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _rotate(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float[Array, "B T H C"]:
-    """RoPE on pairs (i, i + C/2), the half-split layout of Hugging Face's checkpoints."""
+    """Return x rotated by RoPE on pairs (i, i + C/2), the half-split layout of Hugging Face's checkpoints."""
     cos, sin = rope
     a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
 def _rotate_by_product(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array]) -> Float[Array, "B T H C"]:
-    """The same for TPUs, where moving half of the channels elsewhere costs more than a product that does it."""
+    """Return the same as `_rotate`. For TPUs, where moving half of the channels costs more than a product that does it."""
     cos, sin = (jnp.tile(x, 2) for x in rope)
     half = x_BTHC.shape[-1] // 2
     swap_CK = np.roll(np.eye(2 * half), half, axis=1)  # (a, b) -> (-b, a)
@@ -273,9 +284,9 @@ def _rotate_by_product(x_BTHC: Float[Array, "B T H C"], rope: tuple[Array, Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(activation: Callable[[Array], Array], gate_BTF: Array, up_BTF: Array) -> Array:
-    """activation(gate) up, which stands alone between the products.
+    """Return activation(gate) up, behind an optimisation barrier.
 
-    XLA would fuse it, and its gradient, into every product that reads them, and compute it again for each of their tiles.
+    Otherwise XLA would fuse it, and its gradient, into every product that reads it, and recompute it for each tile.
     """
     return jax.lax.optimization_barrier(activation(gate_BTF) * up_BTF)
 
@@ -297,5 +308,5 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _turn(x: Array, by_B: Int[Array, " B"]) -> Array:
-    """Each row of x [B, T, ...] moved so many places to the right, around the end."""
+    """Return x [B, T, ...] with row b rolled by `by_B[b]` places to the right."""
     return jax.vmap(functools.partial(jnp.roll, axis=0))(x, by_B)

@@ -1,4 +1,4 @@
-"""Stage 2, between client and sidecar: one child process, the pipe to it, and how to tell that it is no more use."""
+"""Stage 2, between judge and sidecar: one child process, the pipe to it, and the signs that it must be replaced."""
 
 import contextlib
 import os
@@ -20,9 +20,9 @@ _LAST_WORDS = 300  # characters
 
 
 class Broken(Exception):
-    """This process is no more use. The message says what happened, in words that follow a process's name.
+    """The scoring process failed and must be replaced. The message continues a sentence that begins with its name.
 
-    `died` is true when something outside ended it: the system, short of memory, does it so.
+    `died` is True when a signal ended it, as the system does when memory runs out.
     """
 
     def __init__(self, what: str, died: bool = False) -> None:
@@ -31,12 +31,15 @@ class Broken(Exception):
 
 
 class Child:
-    """A running program that speaks frames. Neither reading nor writing ever blocks for longer than one is patient."""
+    """A running program that exchanges frames with us. No call blocks for longer than the seconds that it is given."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start it, in a session of its own: a Ctrl-C in the terminal is the parent's to handle. BadInput if it cannot."""
+        """Start the program in a session of its own, so that a Ctrl-C in the terminal reaches the parent alone.
+
+        Raises BadInput where it cannot be started.
+        """
         environment = dict(environment)
-        # The kernel's notice comes when the *thread* that started the child ends, so only the main one may ask for it.
+        # The kernel ends the child when the *thread* that started it ends, so only the main thread may ask for that.
         if threading.current_thread() is threading.main_thread():
             environment[protocol.PARENT] = str(os.getpid())
         self._stderr = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the process)
@@ -66,16 +69,16 @@ class Child:
         return self._process.pid
 
     def send(self, frame: bytes) -> None:
-        """Put a frame in line; it is written while `receive` waits."""
+        """Queue a frame; it is written while `receive` waits."""
         stdin = cast(BinaryIO, self._process.stdin)
         if not stdin.closed and not self._unsent:
             self._selector.register(stdin, selectors.EVENT_WRITE)
         self._unsent += frame
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next frame. Raises Broken when the stream ends or is garbage, or no whole frame came for so long.
+        """Return the next frame. Raises Broken when the stream ends or is garbage, or after `seconds` without a frame.
 
-        Only what we write gives it more time: bytes that it writes may belong to a frame that never ends.
+        Writing to the program restarts the clock. Reading does not: its bytes may belong to a frame that never ends.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -85,7 +88,7 @@ class Child:
                 raise Broken(f"wrote garbage ({error})") from None
             if message is not None:
                 return message
-            # What has arrived is looked at before the clock: we may have been stopped ourselves.
+            # Look for arrived bytes before looking at the clock: this process itself may have been stopped meanwhile.
             ready = self._selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
                 what = "did not end the frame that it began" if self._received else "gave no sign of life"
@@ -98,7 +101,7 @@ class Child:
                     self._read()
 
     def last_words(self) -> str:
-        """The last line that it wrote to standard error, at most 300 characters; "" if it wrote none."""
+        """Return the last line that it wrote to standard error, at most 300 characters; "" if there is none."""
         with contextlib.suppress(ValueError):  # closed
             self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**14))
             lines = self._stderr.read().decode(errors="replace").splitlines()
@@ -106,7 +109,7 @@ class Child:
         return ""
 
     def kill(self) -> None:
-        """End it at once, with all that it started. It has nothing to save, and may be in no state to be asked."""
+        """End the program and all its children at once. It has nothing to save, and may not react to a request."""
         self._end()
 
     def _read(self) -> None:
@@ -119,14 +122,15 @@ class Child:
         stdin = cast(BinaryIO, self._process.stdin)
         try:
             del self._unsent[: os.write(stdin.fileno(), self._unsent[:_CHUNK])]
-        except BrokenPipeError:  # it reads no more; what it still said is worth reading
+        except BrokenPipeError:  # it no longer reads, but what it wrote before is worth reading
             self._unsent.clear()
         if not self._unsent:
             self._selector.unregister(stdin)
 
     def _ended(self) -> Broken:
+        """Return the failure of a program that has closed its output."""
         try:
-            status = self._process.wait(1)  # its output closes a moment before it ends
+            status = self._process.wait(1)  # its output closes shortly before it ends
         except subprocess.TimeoutExpired:
             return Broken("closed its output")
         if status < 0:
@@ -135,12 +139,12 @@ class Child:
 
 
 def _end(process: subprocess.Popen[bytes], stderr: BinaryIO, selector: selectors.BaseSelector) -> None:
-    # Once it has been waited for, its id may be another's, and its output is closed by all who had it.
+    # After a successful wait its id may belong to another process, and everyone has closed its output.
     if process.returncode is None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
     for stream in (selector, process.stdin, process.stdout, stderr):
         with contextlib.suppress(OSError):
             cast(BinaryIO, stream).close()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # in the hands of a driver: the kernel will end it
+    with contextlib.suppress(subprocess.TimeoutExpired):  # busy inside a driver: the kernel will end it
         process.wait(5)

@@ -1,14 +1,15 @@
-"""PairRM's attention: queries, keys and values → what each token takes from the others, by content and by distance.
+"""PairRM's attention: each token attends to the others by content and by distance (DeBERTa, arXiv:2006.03654).
 
     score[i, j] = (q_i · k_j + q_i · keys[row(i - j)] + k_j · queries[row(i - j)]) / sqrt(3 C)
 
-`keys` and `queries` are the layer's own projections of the table of distances; row() is its log bucket. The two terms of
-distance are sums along diagonals, and how a diagonal becomes a column is what costs, differently on each platform:
+`keys` and `queries` are the layer's projections of the table of distances; row() is the log bucket of a distance. The two
+distance terms are constant along diagonals, and turning diagonals into columns is the cost, which differs by platform:
 
-- "heads": one head at a time, so that its scores stay in the cache, by two gathers. For CPUs.
+- "heads": one head at a time, so that its scores stay in the cache, with two gathers. For CPUs.
 - "gather": the same for all heads at once. For GPUs; on a TPU it would move 40 to 166 GB per layer of 4096 tokens.
-- "shift": the table spread to all distances, a matrix product per block of rows, and a change of strides. XLA on TPUs: v2 to v4.
-- "pallas": a TPU kernel that holds the scores of 128 rows in fast memory and turns diagonals by strided rolls. From v5 on.
+- "shift": the table expanded to all distances, a matrix product per block of rows, and a change of strides. For XLA on TPU
+  v2 to v4.
+- "pallas": a kernel that keeps the scores of 128 rows in fast memory and turns diagonals by strided rolls. From TPU v5 on.
 
 B batch, T time, H heads, C channels of a head, P rows of the table, O distances.
 """
@@ -31,11 +32,11 @@ BLOCK = 128  # rows of a tile of "shift" and "pallas": a TPU's lanes
 # Bytes that the kernel may take: T = 2048 in float32 needs about 20 MiB. A v5p has 64 MiB, a v5e 128, v2 to v4 only 16.
 _FAST_MEMORY = 32 * 2**20
 _SMALL = ("TPU v2", "TPU v3", "TPU v4")
-_MASKED = -1e30  # finite: a row of padding alone still has a softmax
+_MASKED = -1e30  # finite, so that a row of padding still has a softmax
 
 
 def form_of(mesh: Mesh) -> str:
-    """The form for the devices of `mesh`: their platform's, unless their fast memory is too small for the kernel."""
+    """Return the form for the devices of `mesh`: their platform's, unless fast memory is too small for the kernel."""
     device = mesh.devices.flat[0]
     if device.platform == "tpu" and device.device_kind.startswith(_SMALL):
         return "shift"
@@ -43,10 +44,10 @@ def form_of(mesh: Mesh) -> str:
 
 
 def table_rows(length: int, buckets: int, farthest: int) -> np.ndarray:
-    """Row of the table for each distance d = i - j from -length to length, int32 [2 length + 1].
+    """Return the row of the table for each distance d = i - j from -length to length, int32 [2 length + 1].
 
-    Near distances have rows of their own, up to buckets / 2; beyond, a row for each step of a logarithm up to
-    `farthest`, and all that is farther shares the last. Needs 1 <= buckets / 2 < farthest - 1, as layout.py sees to.
+    Distances up to buckets / 2 have a row each; beyond, each step of a logarithm up to `farthest` has a row, and all
+    larger distances share the last. Needs 1 <= buckets / 2 < farthest - 1, which files.py checks.
     """
     distance = np.arange(-length, length + 1)
     middle = buckets // 2
@@ -67,16 +68,16 @@ def attend(
     rows: np.ndarray,
     form: str,
 ) -> Float[Array, "B T H C"]:
-    """Attention over the first `length_B` tokens; `rows` is `table_rows` of T. Scores and softmax are float32.
+    """Return the attention over the first `length_B` tokens; `rows` is `table_rows` of T. Scores and softmax are float32.
 
-    float32 inputs are multiplied in float32 on every platform. "shift" and "pallas" need a T that is a multiple of 128,
-    or below it.
+    float32 inputs are multiplied in float32 on every platform. For "shift" and "pallas" T must be below 128, or a
+    multiple of it.
     """
     return FORMS[form](q_BTHC, k_BTHC, v_BTHC, keys_PHC, queries_PHC, length_B, rows)
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """For products of this dtype: a TPU would otherwise round float32 to bfloat16."""
+    """Return the precision for products of this dtype: by default a TPU would round float32 to bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -85,7 +86,7 @@ def _dot(equation: str, x: Array, y: Array) -> Array:
 
 
 def _average(scores: Array, v_JC: Array, length: Array) -> Array:
-    """softmax(scores [..., I, J]) v, over j < length; divided last, where there is least to divide."""
+    """Return softmax(scores [..., I, J]) v over j < length, divided after the product, where there is least to divide."""
     scores = jnp.where(jnp.arange(scores.shape[-1]) < length, scores, _MASKED)
     weight = jnp.exp(scores - scores.max(-1, keepdims=True))
     seen = _dot("...ij,...jc->...ic", weight.astype(v_JC.dtype), v_JC)
@@ -95,7 +96,7 @@ def _average(scores: Array, v_JC: Array, length: Array) -> Array:
 def _one_head(
     index: tuple[Array, Array], q: Array, k: Array, v: Array, keys: Array, queries: Array, n: Array
 ) -> Array:
-    """One head of one text: q, k, v [T, C]; keys, queries [P, C]; `index` of both terms in their flat products."""
+    """Return one head of one text [T, C]: q, k, v [T, C]; keys, queries [P, C]; `index` from `_index`; `n` tokens."""
     scores = _dot("ic,jc->ij", q, k)
     scores += _dot("ic,pc->ip", q, keys).reshape(-1).at[index[0]].get(mode="promise_in_bounds")
     scores += _dot("pc,jc->pj", queries, k).reshape(-1).at[index[1]].get(mode="promise_in_bounds")
@@ -103,7 +104,7 @@ def _one_head(
 
 
 def _index(rows: np.ndarray, length: int, table: int) -> tuple[Array, Array]:
-    """Where q_i · keys[row] lies in [T, P], and queries[row] · k_j in [P, T]; int32 [T, T] each."""
+    """Return the flat positions of q_i · keys[row] in [T, P] and of queries[row] · k_j in [P, T]; int32 [T, T] each."""
     at = jnp.arange(length, dtype=jnp.int32)
     row_TT = jnp.asarray(rows)[at[:, None] - at + length]
     return at[:, None] * table + row_TT, row_TT * length + at
@@ -142,9 +143,9 @@ def _block(length: int) -> int:
 
 
 def _spread(keys: Array, queries: Array, rows: np.ndarray) -> tuple[Array, Array]:
-    """The tables at every distance, [2T, H, C] each, so that a tile whose rows have distance d to its columns reads one run.
+    """Return the tables at every distance, [2T, H, C] each, so that every tile of scores reads one contiguous run.
 
-    keys run from distance T - 1 down (along a row of scores j grows and i - j falls), queries from -(T - 1) up.
+    Keys run from distance T - 1 down (along a row of scores j grows and i - j falls), queries from -(T - 1) up.
     """
     return keys[rows[:-1][::-1]], queries[rows[1:]]
 
@@ -157,12 +158,12 @@ def _shift(
     keys, queries = _spread(keys, queries, rows)
 
     def term(x_BTHC: Array, table_OHC: Array) -> Array:
-        """Row t: x_t · table at its distance to every other token, [B, H, T, T]."""
+        """Return [B, H, T, T], whose row t is x_t · table at the distance of t to every other token."""
         parts = []
         for at in range(0, length, block):
             run = table_OHC[length - at - block : 2 * length - at - 1]
             wide = _dot("bihc,ohc->bhio", x_BTHC[:, at : at + block], run)
-            # Row t must move left by block - 1 - t. Read with rows shorter by one, each starts one further right.
+            # Row t must move left by block - 1 - t. Read with rows shorter by one, each row starts one further right.
             flat = wide.reshape(*wide.shape[:2], -1)[..., block - 1 : -1] if block > 1 else wide[..., :-1]
             parts.append(flat.reshape(*flat.shape[:2], block, -1)[..., :length])
         return jnp.concatenate(parts, axis=2)
@@ -173,7 +174,7 @@ def _shift(
 
 
 def _kernel(length: Any, q: Any, k: Any, v: Any, keys: Any, queries: Any, out: Any, scores: Any) -> None:
-    """A block of rows of one head of one text: q, out [block, C]; k, v [T, C]; keys, queries [2T, C] as spread.
+    """Compute a block of rows of one head of one text: q, out [block, C]; k, v [T, C]; keys, queries [2T, C] (`_spread`).
 
     `scores` [block, T] is float32 scratch.
     """
@@ -181,13 +182,13 @@ def _kernel(length: Any, q: Any, k: Any, v: Any, keys: Any, queries: Any, out: A
     text, start = pl.program_id(1), pl.program_id(2) * block
 
     def dot(x: Array, y: Array) -> Array:
-        """x [M, C] · y [N, C] → [M, N]"""
+        """Return x y^T [M, N] of x [M, C] and y [N, C]."""
         return jax.lax.dot_general(
             x, y, (((1,), (1,)), ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32
         )
 
     def turned(x: Array) -> Array:
-        """Row t moves left by block - 1 - t, around the end: a diagonal becomes a column."""
+        """Roll row t left by block - 1 - t, so that a diagonal becomes a column."""
         return pltpu.roll(x, x.shape[1] - (block - 1), 1, stride=1, stride_axis=0)
 
     run = keys[pl.ds(pl.multiple_of(total - start - block, block), total + block)]
@@ -222,7 +223,7 @@ def _pallas(
     texts, total, heads, channels = q.shape
     block = _block(total)
     by_head = [jnp.moveaxis(table, 1, 0) for table in _spread(keys, queries, rows)]
-    # Heads outermost: a head's tables are fetched once and serve all texts.
+    # Heads outermost, so that a head's tables are fetched once for all texts.
     rows_of = pl.BlockSpec((None, None, block, channels), lambda h, b, i, _: (b, h, i, 0))
     all_of = pl.BlockSpec((None, None, total, channels), lambda h, b, i, _: (b, h, 0, 0))
     table = pl.BlockSpec((None, 2 * total, channels), lambda h, b, i, _: (h, 0, 0))
@@ -247,6 +248,6 @@ FORMS: dict[str, Callable[..., Array]] = {
     "gather": _gather,
     "shift": _shift,
     "pallas": _pallas,
-    # The kernel's arithmetic, on any platform.
+    # The kernel's arithmetic on any platform, for tests.
     "pallas_interpreted": functools.partial(_pallas, interpret=True),
 }

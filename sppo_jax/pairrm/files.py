@@ -1,8 +1,8 @@
-"""Where a PairRM lies: a directory or a name on the hub → its files, its checked options, the hash of what scores.
+"""A PairRM's files: a directory or a name on the hub → its files, its checked options, and the hash of both.
 
-Two layouts are published. `llm-blender/PairRM-hf`: everything in one directory, config.json being DeBERTa-v2's.
-`llm-blender/PairRM`, the original's "ranker": the same tensors, but config.json is the ranker's and names a backbone, whose
-config.json and tokenizer complete it. The backbone's own weights are not needed, and not fetched.
+Two layouts are published. In `llm-blender/PairRM-hf` everything is in one directory, and config.json is DeBERTa-v2's.
+In `llm-blender/PairRM`, the original's "ranker", the tensors are the same, but config.json is the ranker's and names a
+backbone, whose config.json and tokenizer complete it. The backbone's own weights are not needed, and not fetched.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sppo_jax import command
+from sppo_jax.command import say
+from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import repositories
+from sppo_jax.hub.names import resolve
 from sppo_jax.pairrm import tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +33,7 @@ CONVERT = (
     "s.save_file({k: v.clone() for k, v in w.items()}, 'model.safetensors')\""
 )
 
-# Options that fix the network's shape, and what DeBERTa-v2 takes where config.json says nothing (None: it must say).
+# Options that fix the network's shape, with DeBERTa-v2's default for an absent one (None: it must not be absent).
 _SHAPE = {
     "hidden_size": None,
     "num_hidden_layers": None,
@@ -41,7 +43,7 @@ _SHAPE = {
     "position_buckets": None,
     "max_position_embeddings": 512,
 }
-# The one value of each that this network has, and what DeBERTa-v2 takes where config.json says nothing.
+# Options of which this network supports one value: (that value, DeBERTa-v2's default for an absent option).
 _ONLY: dict[str, tuple[Any, Any]] = {
     "hidden_act": ("gelu", "gelu"),
     "relative_attention": (True, False),
@@ -54,9 +56,9 @@ _ONLY: dict[str, tuple[Any, Any]] = {
     "n_tasks": (1, 1),
 }
 _PICKLED = "pytorch_model.bin"
-_DEEPEST = 16  # lists and maps within one another in config.json
+_DEEPEST = 16  # most lists and maps within one another in config.json
 _LIMITS = ("source_maxlength", "candidate_maxlength")
-# A buffer that checkpoints written by old versions of transformers carry; a row of integers, not a weight.
+# A buffer in checkpoints of old versions of transformers: a row of integers, not a weight.
 _BUFFERS = {"pretrained_model.embeddings.position_ids"}
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _SCORING = (*_SHAPE, *_ONLY, *_LIMITS, "layer_norm_eps", "max_relative_positions")
@@ -64,18 +66,18 @@ _SCORING = (*_SHAPE, *_ONLY, *_LIMITS, "layer_norm_eps", "max_relative_positions
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A PairRM on this machine's disk, known to be complete. `read(directory, backbone)` gives it again elsewhere."""
+    """A complete PairRM on this machine's disk. `read(directory, backbone)` returns it in another process."""
 
     directory: Path
     config: dict[str, Any]  # options of transformers' DebertaV2Config, checked, and those of the pair head
     weights: Path  # safetensors with pretrained_model.* and head_layer.{1,4}.*
     tokenizer: Path  # tokenizer.json or spm.model
-    backbone: Path | None = None  # the directory that completes a ranker's; None: it is complete
-    sources: dict[str, str] = field(default_factory=dict)  # repository → commit of what came from the hub
+    backbone: Path | None = None  # the directory that completes a ranker's; None where none is needed
+    sources: dict[str, str] = field(default_factory=dict)  # repository → commit, if from the hub
 
     @property
     def identity(self) -> str:
-        """`sha256:` and a hash of what scores: options, tokenizer, weights. It does not say where they lie."""
+        """`sha256:` and a hash of all that determines the scores (options, tokenizer, weights), but not of their place."""
         options = {key: self.config[key] for key in sorted(_SCORING) if key in self.config}
         whole = hashlib.sha256(json.dumps(options).encode())
         for file in (self.tokenizer, self.weights):
@@ -85,13 +87,16 @@ class Checkpoint:
 
 
 def fetch(
-    name: str, *, pinned: Mapping[str, str] | None = None, tell: Callable[[str], None] = command.say
+    name: str, *, pinned: Mapping[str, str] | None = None, tell: Callable[[str], None] = say
 ) -> Checkpoint:
-    """The PairRM `name`: a directory, or `owner/repo[@revision]` on the hub; a ranker's backbone likewise.
+    """Return the PairRM `name`, fetched from the hub where needed, and a ranker's backbone with it.
 
-    `pinned` has the commit of each repository that a run was begun with: those are taken, whatever lies here or is newer.
-    Raises BadInput as `read` and `hub.snapshot` do.
+    `name` is `embedded:NAME`, a directory, or `owner/repo[@revision]` on the hub. `pinned` maps repositories to the
+    commits that a run was begun with: these are used, even where a directory has that name or a commit is newer.
+    Raises BadInput as `read` and `repositories.snapshot` do.
     """
+    if name.startswith(EMBEDDED):
+        return read(resolve(name))
     pinned = pinned or {}
     judge = _snapshot(name, FILES, pinned, tell)
     found, backbone = [judge], None
@@ -108,10 +113,11 @@ def fetch(
 
 
 def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
-    """The PairRM in the directory `path`, without asking the hub.
+    """Return the PairRM in the directory `path`, without using the hub.
 
-    A ranker's backbone is the directory `backbone`, else what its config.json names (as seen from `path`, then from here).
-    Raises BadInput naming what is missing, is not a PairRM's, or is an option that the network does not have.
+    A ranker's backbone is the directory `backbone`, else the one that its config.json names (relative to `path`, then to
+    the working directory). Raises BadInput, naming what is missing, is not a PairRM's, or is an option that the network
+    does not support.
     """
     directory = _expanded(path).absolute()
     if not os.path.isdir(directory):  # Path.is_dir raises for what it may not look at
@@ -142,9 +148,9 @@ def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
 
 
 def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Do the weights have exactly the tensors of a network? Only the file's header is read.
+    """Check that the weights have exactly the tensors of a network; only the file's header is read.
 
-    Raises BadInput naming the tensor that is missing, extra, misshapen or not of floating point.
+    Raises BadInput, naming the tensor that is missing, extra, misshapen or not of floating point.
     """
     file = str(checkpoint.weights)
     with opened(checkpoint.weights, "numpy") as stored:
@@ -164,14 +170,14 @@ def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -
 
 
 def farthest(config: Mapping[str, Any]) -> int:
-    """Tokens; what is farther apart counts as this."""
+    """Return the largest distance, in tokens, that the network distinguishes; larger ones count as this."""
     relative = int(config["max_relative_positions"])
     return relative if relative > 0 else int(config["max_position_embeddings"])
 
 
 @contextlib.contextmanager
 def opened(weights: Path, framework: str) -> Iterator[Any]:
-    """The safetensors file, for reading tensors of "numpy" or "pt". Raises BadInput when it is damaged."""
+    """Open the safetensors file for reading tensors of "numpy" or "pt". Raises BadInput when it is damaged."""
     try:
         with safe_open(weights, framework) as stored:
             yield stored
@@ -182,11 +188,12 @@ def opened(weights: Path, framework: str) -> Iterator[Any]:
 def _snapshot(
     name: str, files: tuple[str, ...], pinned: Mapping[str, str], tell: Callable[[str], None]
 ) -> repositories.Snapshot:
+    """Return the repository or directory `name`, at its pinned commit if there is one."""
     return repositories.snapshot(name, pinned.get(name.partition("@")[0]), files, tell=tell)
 
 
 def _json(directory: Path) -> dict[str, Any]:
-    """config.json of a directory. Raises BadInput."""
+    """Return config.json of a directory. Raises BadInput where it is absent, unreadable or not an object."""
     file = directory / "config.json"
     if not os.path.isfile(file):
         raise BadInput(f"PairRM: {str(directory)!r} lacks config.json; {_HOW_TO_GET}")
@@ -202,13 +209,13 @@ def _json(directory: Path) -> dict[str, Any]:
 
 
 def _nests(value: Any, depth: int) -> bool:
-    """Is it nested deeper than this? Then even to print it could fail."""
+    """Return whether a JSON value is nested deeper than `depth`; even printing it could then fail."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth < 0 or any(_nests(one, depth - 1) for one in inner)
 
 
 def _expanded(path: str | Path) -> Path:
-    """With `~` filled in. Raises BadInput."""
+    """Return a path with `~` expanded. Raises BadInput where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -216,7 +223,7 @@ def _expanded(path: str | Path) -> Path:
 
 
 def _how_to_mend(directory: Path) -> str:
-    """What to do about a directory that lacks a file."""
+    """Return advice for a directory that lacks a file."""
     if (directory / WEIGHTS).is_file():
         return _HOW_TO_GET
     if (directory / _PICKLED).is_file():
@@ -228,7 +235,7 @@ def _how_to_mend(directory: Path) -> str:
 
 
 def _backbone_name(directory: Path) -> str | None:
-    """What a ranker's config.json calls its backbone; None for the layout that needs none. Raises BadInput."""
+    """Return the backbone that a ranker's config.json names; None for the other layout. Raises BadInput."""
     ranker = _json(directory)
     file = str(directory / "config.json")
     if "ranker_type" not in ranker:
@@ -243,27 +250,27 @@ def _backbone_name(directory: Path) -> str | None:
 
 
 def _backbone(directory: Path, named: str, given: str | Path | None) -> Path:
-    """The directory with a ranker's DeBERTa options. Raises BadInput."""
+    """Return the directory with a ranker's DeBERTa options. Raises BadInput where it does not exist."""
     places = (directory / named, _expanded(named)) if given is None else (_expanded(given),)
     found = next((place for place in places if os.path.isdir(place)), None)
     if found is None:
         raise BadInput(
-            f"PairRM: {str(directory)!r} needs its backbone {str(given or named)!r}, which is no directory here"
+            f"PairRM: {str(directory)!r} needs its backbone {str(given or named)!r}, which is not a directory here"
         )
     return Path(os.path.normpath(found.absolute()))
 
 
 def _from_ranker(directory: Path, ranker: dict[str, Any], base: Path, rows: int) -> dict[str, Any]:
-    """The options of a ranker's network. `rows`: the ranker cuts the backbone's vocabulary, and does not say so."""
+    """Return the options of a ranker's network. `rows` is its vocabulary: the backbone's, cut, which no option states."""
     own = {key: ranker[key] for key in ("n_tasks", "drop_out", *_LIMITS) if key in ranker}
     return _json(base) | own | {"vocab_size": rows}
 
 
-# --- what the network has ---------------------------------------------------------------------------------------------
+# --- the network's options ---------------------------------------------------------------------------------------------
 
 
 def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The options with DeBERTa-v2's defaults filled in. Raises BadInput for one that the network does not have."""
+    """Return the options with DeBERTa-v2's defaults filled in. Raises BadInput for one that is not supported."""
 
     def refuse(key: str, why: str) -> BadInput:
         return BadInput(f"PairRM: {str(file)!r} has {key} {config.get(key)!r}; {why}")
@@ -306,11 +313,11 @@ def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _embedding(weights: Path) -> tuple[int, int]:
-    """(tokens, width) of the embedding. Raises BadInput."""
+    """Return (tokens, width) of the embedding. Raises BadInput where it is absent or not a table."""
     with opened(weights, "numpy") as stored:
-        if EMBEDDING not in stored.keys():  # noqa: SIM118  (no dict)
+        if EMBEDDING not in stored.keys():  # noqa: SIM118  (not a dict)
             raise BadInput(f"PairRM: {str(weights)!r} lacks tensor {EMBEDDING}; {_HOW_TO_GET}")
         shape = stored.get_slice(EMBEDDING).get_shape()
     if len(shape) != 2:
-        raise BadInput(f"PairRM: {str(weights)!r} has {EMBEDDING} as {shape}, which is no table")
+        raise BadInput(f"PairRM: {str(weights)!r} has {EMBEDDING} as {shape}, which is not a table")
     return shape[0], shape[1]

@@ -2,11 +2,11 @@
 
     [CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> first [SEP] [CLS] <|candidate2|> second [SEP]
 
-*Control tokens in the text.* A policy may emit "[SEP]" or "<|candidate1|>". The original replaces the first by a space,
-takes "[CLS]", "[MASK]" and "[PAD]" for control tokens, and fails on the four prefixes. Here all of them become a space,
-and because normalisation can still produce one ("［ＣＬＳ］" becomes "[CLS]"), control ids are dropped from what the
-tokenizer returns. `neutralise=False` keeps the original's reading ("[SEP]" only), to compare with its numbers; even then
-the three rows that the head reads are found by construction, never by searching for an id.
+*Control tokens in the text.* A policy may write "[SEP]" or "<|candidate1|>". The original replaces "[SEP]" by a space,
+reads "[CLS]", "[MASK]" and "[PAD]" as control tokens, and fails on the four prefixes. Here all of them become a space, and
+because normalisation can still produce one ("［ＣＬＳ］" becomes "[CLS]"), control ids are dropped from the tokenizer's
+output. `neutralise=False` keeps the original's reading ("[SEP]" only), to compare with its numbers; even then the three rows
+that the head reads are found by construction, never by searching for an id.
 """
 
 import re
@@ -22,15 +22,15 @@ from sppo_jax.pairrm import files
 from sppo_jax.pairrm.tokenizer import PREFIXES, load
 
 SOURCE_MAXLENGTH = 1224  # tokens of the prompt's segment, [CLS], prefix and [SEP] included
-CANDIDATE_MAXLENGTH = 412  # tokens of a candidate's segment, before what the prompt leaves over
+CANDIDATE_MAXLENGTH = 412  # tokens of a candidate's segment; it gets more where the prompt is short
 _SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 
 Ids = np.ndarray  # int32 [tokens]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What the model reads for one ordered pair: three segments, each `[CLS] <prefix> text [SEP]`, int32 [tokens]."""
+class TextPair:
+    """The model's input for one ordered pair: three segments, each `[CLS] <prefix> text [SEP]`, int32 [tokens]."""
 
     source: Ids
     first: Ids
@@ -46,17 +46,17 @@ class Pair:
 
     @property
     def marks(self) -> tuple[int, int, int]:
-        """Positions in `ids` of the three prefix tokens: the rows of the hidden state that the head reads."""
+        """Positions in `ids` of the three prefix tokens: the rows of the hidden states that the head reads."""
         return 1, len(self.source) + 1, len(self.source) + len(self.first) + 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much PairRM reads, in tokens of a segment, [CLS], prefix and [SEP] included. 0: as the checkpoint says.
+    """The most tokens that PairRM reads of each segment, [CLS], prefix and [SEP] included. 0 means the checkpoint's limit.
 
-    The budget belongs to the prompt, not to the batch as in the original: of `total`, a prompt's segment takes L (at most
-    `source`) and leaves each response (total - L) // 2, which is at least `candidate`. What is longer loses its right end
-    and keeps its [SEP].
+    The budget belongs to a prompt, not to a batch as in the original: of `total`, the prompt's segment takes L tokens (at
+    most `source`), and each response gets (total - L) // 2, which is at least `candidate`. A longer text loses its right
+    end and keeps its [SEP].
     """
 
     source: int = 0
@@ -64,7 +64,10 @@ class Limits:
     total: int = 0  # 0: source + 2 candidate
 
     def of(self, config: Mapping[str, Any]) -> "Limits":
-        """With every 0 filled in: from config.json, else 1224 and 412. Raises BadInput for what leaves no room."""
+        """Return the limits with every 0 filled in from config.json, else with 1224 and 412.
+
+        Raises BadInput for limits that leave no room for text.
+        """
         source = self.source or int(config.get("source_maxlength") or SOURCE_MAXLENGTH)
         candidate = self.candidate or int(config.get("candidate_maxlength") or CANDIDATE_MAXLENGTH)
         total = self.total or source + 2 * candidate
@@ -82,7 +85,7 @@ class Limits:
 
 
 class Formatter:
-    """Turns texts into PairRM's ids. A prompt or response is tokenised once and reused for all of its pairs."""
+    """Turns texts into PairRM's ids. Each prompt and response is tokenised once for all of its pairs."""
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class Formatter:
         self.limits = limits.of(config)
 
         added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
-        # [UNK] says nothing about structure, and ordinary text yields it too.
+        # [UNK] is not structure, and ordinary text yields it too.
         control: dict[str, int | None] = {text: id for text, id in added.items() if text != "[UNK]"}
         control.update(self._prefix)
         control.update((text, tokenizer.token_to_id(text)) for text in _SPECIALS)
@@ -129,19 +132,20 @@ class Formatter:
         *,
         neutralise: bool = True,
     ) -> "Formatter":
-        """The formatter of a PairRM. Raises BadInput for an unreadable tokenizer or impossible limits."""
+        """Return the formatter of a checkpoint. Raises BadInput for an unreadable tokenizer or impossible limits."""
         return cls(load(checkpoint.tokenizer), checkpoint.config, limits, neutralise=neutralise)
 
     def body(self, text: str) -> Ids:
-        """Ids of a text by itself, int32 [tokens], any length: no prefix, no [CLS] or [SEP], nothing cut off."""
-        # Through UTF-16 a surrogate pair becomes its character and a lone surrogate U+FFFD, which tokenizers accepts.
+        """Return the ids of a text by itself, int32 [tokens]: no prefix, no [CLS] or [SEP], nothing cut off."""
+        # Through UTF-16 a surrogate pair becomes its character, and a lone surrogate U+FFFD, which tokenizers accepts.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        # The prefix is not part of this text as it is in the original: a combining mark at its start would fuse with
-        # the ">" of the prefix in normalisation, and the prefix would be gone.
+        # Unlike in the original, the prefix is not tokenised with the text: a combining mark at the start of the text would
+        # fuse with the ">" of the prefix in normalisation, and the prefix would be lost.
         ids = self._tokenizer.encode(self._written.sub(" ", text), add_special_tokens=False).ids
         return np.asarray([id for id in ids if id not in self._dropped], np.int32)
 
     def _segment(self, prefix: str, body: Ids, limit: int) -> Ids:
+        """Return `[CLS] <prefix> body [SEP]`, int32, with the body's right end cut off beyond `limit` tokens."""
         return np.concatenate(
             [
                 np.asarray([self._cls, self._prefix[prefix]], np.int32),
@@ -151,7 +155,7 @@ class Formatter:
         )
 
     def prompt(self, prompt: str, responses: list[str]) -> "PromptPairs":
-        """Tokenise a prompt and its K responses; the result yields the ids of any ordered pair of them."""
+        """Tokenise a prompt and its K responses; the result gives the ids of every ordered pair."""
         asked = self.body(prompt)
         source = self._segment("<|source|>", asked, self.limits.source)
         limit = (self.limits.total - len(source)) // 2
@@ -164,30 +168,29 @@ class Formatter:
             cut_responses=[len(body) > limit - 3 for body in bodies],
         )
 
-    def pair(self, prompt: str, first: str, second: str) -> Pair:
-        """The ids for one ordered pair: `first` is shown first."""
+    def pair(self, prompt: str, first: str, second: str) -> TextPair:
+        """Return the input for one ordered pair, `first` shown first."""
         return self.prompt(prompt, [first, second]).pair(0, 1)
 
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """A prompt's segment and, for each of its K responses, the segment it has when shown first and when second."""
+    """A prompt's segment, and for each of its K responses the segment when shown first and the one when shown second."""
 
     source: Ids
     as_first: list[Ids]
     as_second: list[Ids]
-    cut_prompt: bool  # the model reads only the beginning of the prompt
-    cut_responses: list[bool]  # [K], the same of each response
+    cut_prompt: bool  # whether the model reads only the beginning of the prompt
+    cut_responses: list[bool]  # [K], whether it reads only the beginning of each response
 
-    def pair(self, i: int, j: int) -> Pair:
-        """Response i shown first, j second. i == j is allowed: the model's reading of two equal responses."""
-        return Pair(self.source, self.as_first[i], self.as_second[j])
+    def pair(self, i: int, j: int) -> TextPair:
+        """Return the input with response i shown first and j second. i == j is allowed: two equal responses."""
+        return TextPair(self.source, self.as_first[i], self.as_second[j])
 
 
 def _token_id(tokenizer: Tokenizer, text: str) -> int:
+    """Return the id of a token. Raises BadInput where the tokenizer does not have it."""
     id = tokenizer.token_to_id(text)
     if id is None:
-        raise BadInput(
-            f"PairRM: the tokenizer does not know the token {text!r}; it is not a PairRM's tokenizer"
-        )
+        raise BadInput(f"PairRM: the tokenizer has no token {text!r}; it is not a PairRM's tokenizer")
     return int(id)

@@ -1,7 +1,7 @@
 """Stage 2, second half, on the mesh: token ids of pairs → PairRM's logits. DeBERTa-v2 and the pair head in Flax nnx.
 
-The weights go from the safetensors file to the devices a tensor at a time, layers stacked and scanned. What each layer
-makes of the table of distances does not depend on the text: it is computed once, with the weights.
+The weights go from the safetensors file to the devices one tensor at a time, layers stacked and scanned. Each layer's
+projections of the table of distances do not depend on the text: they are computed once, when the weights are loaded.
 
 B batch, T time, D model, H heads, C channels of a head, F feed-forward, V vocabulary, L layers, P rows of the table.
 """
@@ -36,12 +36,12 @@ class Deberta:
     mlp: int
     layers: int
     buckets: int  # log buckets of distance, on either side
-    farthest: int  # tokens; what is farther counts as this
+    farthest: int  # tokens; larger distances count as this
     norm_eps: float
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Deberta":
-        """From its options, which layout.py has checked."""
+        """Return the sizes in a checkpoint's options, which files.py has checked."""
         config = checkpoint.config
         return cls(
             vocab=config["vocab_size"],
@@ -56,11 +56,11 @@ class Deberta:
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """One parameter: its path here, the name of the checkpoint's tensor, and the shape of either but for the layers.
+class Parameter:
+    """One parameter: its path here, the name of the checkpoint's tensor, and the shape of both, without layers.
 
-    It is used as it is stored: matrices are [out, in]. A `wide` one is kept in float32 whatever is computed in: norms,
-    biases and the head.
+    It is used as it is stored: matrices are [out, in]. `wide` parameters (norms, biases and the head) are float32
+    whatever the compute dtype.
     """
 
     path: str
@@ -69,6 +69,7 @@ class Tensor:
     wide: bool
 
     def names(self, layers: int) -> list[str]:
+        """Return the names of the checkpoint's tensors: one per layer, or a single one."""
         return (
             [self.name.format(layer=i) for i in range(layers)]
             if self.path.startswith("layers.")
@@ -76,23 +77,24 @@ class Tensor:
         )
 
 
-def table(d: Deberta) -> list[Tensor]:
-    """The tensors that a checkpoint of these sizes holds."""
+def table(d: Deberta) -> list[Parameter]:
+    """Return the parameters of a network of these sizes."""
     body, layer = "pretrained_model.", "pretrained_model.encoder.layer.{layer}."
     tensors = [
-        Tensor("embedding", body + "embeddings.word_embeddings.weight", (d.vocab, d.model), wide=False),
-        Tensor("distances", body + "encoder.rel_embeddings.weight", (2 * d.buckets, d.model), wide=True),
+        Parameter("embedding", body + "embeddings.word_embeddings.weight", (d.vocab, d.model), wide=False),
+        Parameter("distances", body + "encoder.rel_embeddings.weight", (2 * d.buckets, d.model), wide=True),
     ]
 
-    def norm(path: str, name: str) -> list[Tensor]:
+    def norm(path: str, name: str) -> list[Parameter]:
         return [
-            Tensor(f"{path}_{kind}", f"{name}.{kind}", (d.model,), wide=True) for kind in ("weight", "bias")
+            Parameter(f"{path}_{kind}", f"{name}.{kind}", (d.model,), wide=True)
+            for kind in ("weight", "bias")
         ]
 
-    def linear(path: str, name: str, outs: int, ins: int, wide: bool = False) -> list[Tensor]:
+    def linear(path: str, name: str, outs: int, ins: int, wide: bool = False) -> list[Parameter]:
         return [
-            Tensor(path, f"{name}.weight", (outs, ins), wide),
-            Tensor(f"{path}_bias", f"{name}.bias", (outs,), wide=True),
+            Parameter(path, f"{name}.weight", (outs, ins), wide),
+            Parameter(f"{path}_bias", f"{name}.bias", (outs,), wide=True),
         ]
 
     tensors += norm("embedding_norm", body + "embeddings.LayerNorm")
@@ -113,11 +115,11 @@ class PairRM(nnx.Module):
     """C = f(e_1) - f(e_2), f(e) = W2 tanh(W1 [e_source; e] + b1) + b2, on the last hidden states at three tokens.
 
     sigmoid(C) is the model's probability that the first response is better, given that it is shown first. Products are
-    computed in `compute_dtype`; sums over the depth, norms, softmax and head are float32 always, which costs nothing.
+    computed in `compute_dtype`; the residual stream, norms, softmax and head are always float32, which costs nothing.
     """
 
     def __init__(self, deberta: Deberta, weights: dict[str, Any], compute_dtype: Any, form: str):
-        """`weights` maps the paths of `shapes` to arrays; `form` is one of disentangled.FORMS."""
+        """`weights` maps the paths of `shapes` to arrays; `form` is one of deberta_attention.FORMS."""
         self.deberta = deberta
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.form = form
@@ -126,14 +128,14 @@ class PairRM(nnx.Module):
     def __call__(
         self, ids_BT: Int[Array, "B T"], length_B: Int[Array, " B"], marks_B3: Int[Array, "B 3"]
     ) -> Float[Array, " B"]:
-        """C. Ids beyond `length_B` are padding; `marks_B3` are the positions of the three prefix tokens."""
+        """Return C. Ids beyond `length_B` are padding; `marks_B3` are the positions of the three prefix tokens."""
         x_BTD, _ = self.hidden(ids_BT, length_B)
         return self.head(jnp.take_along_axis(x_BTD, marks_B3[:, :, None], axis=1))
 
     def hidden(
         self, ids_BT: Int[Array, "B T"], length_B: Int[Array, " B"], every: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"] | None]:
-        """The last hidden state, and with `every` those after all layers; what lies beyond `length_B` means nothing."""
+        """Return the last hidden states, and with `every` those after each layer; undefined beyond `length_B`."""
         d, length = self.deberta, ids_BT.shape[1]
         rows = deberta_attention.table_rows(length, d.buckets, d.farthest)
         x_BTD = self["embedding"][ids_BT].astype(jnp.float32)
@@ -158,7 +160,7 @@ class PairRM(nnx.Module):
         return jax.lax.scan(layer, x_BTD, layers)
 
     def head(self, states_B3D: Float[Array, "B 3 D"]) -> Float[Array, " B"]:
-        """The hidden states at the prompt's and the two responses' prefix tokens → C."""
+        """Return C for the hidden states at the prefix tokens of the prompt and the two responses."""
         source, first, second = jnp.unstack(states_B3D, axis=1)
 
         def f(e_BD: Array) -> Array:
@@ -173,7 +175,7 @@ class PairRM(nnx.Module):
         return self.weights[path.replace(".", "/")][...]
 
     def _linear(self, w: dict[str, Array], name: str, x: Array, wide: bool = False) -> Array:
-        """x W^T + b, summed in float32; given back in the compute dtype unless `wide`."""
+        """Return x W^T + b, summed in float32 and rounded to the compute dtype unless `wide`."""
         y = _product(x.astype(self.compute_dtype), w[name]) + w[f"{name}_bias"]
         return y if wide else y.astype(self.compute_dtype)
 
@@ -182,7 +184,7 @@ class PairRM(nnx.Module):
 
 
 def _product(x: Array, w: Array, equation: str = "...d,fd->...f") -> Array:
-    """x [..., in], w [out, in] → [..., out], in float32."""
+    """Return the product of x [..., in] and w [out, in], float32 [..., out]."""
     precision = deberta_attention.precision(w.dtype)
     return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
 
@@ -193,7 +195,7 @@ def _layer_norm(x: Array, weight_D: Array, bias_D: Array, eps: float) -> Array:
 
 
 def positions(d: Deberta, weights: dict[str, Array], dtype: Any) -> dict[str, Array]:
-    """Each layer's keys and queries of the table of distances, [L, P, H, C]: the same for all texts."""
+    """Return each layer's keys and queries of the table of distances, [L, P, H, C]: the same for all texts."""
     table_PD, weight_D, bias_D = (weights[name] for name in _DISTANCES)
     table_PD = _layer_norm(table_PD, weight_D, bias_D, d.norm_eps)
 
@@ -209,23 +211,23 @@ def positions(d: Deberta, weights: dict[str, Array], dtype: Any) -> dict[str, Ar
 
 
 def shapes(d: Deberta, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of a network, without a byte of it."""
+    """Return shape and dtype of every array of a network, without allocating any."""
     stored = {t.path: jax.ShapeDtypeStruct(_stacked(d, t), _kept(t, dtype)) for t in table(d)}
     made = jax.eval_shape(functools.partial(positions, d, dtype=dtype), stored)
     return {path: x for path, x in (stored | made).items() if path not in _DISTANCES}
 
 
 def check(checkpoint: Checkpoint) -> Deberta:
-    """Its sizes, if the files fit together. Only the file's header is read. Raises BadInput as layout.check_tensors."""
+    """Return a checkpoint's sizes if its files fit together. Reads headers only; raises BadInput as files.check_tensors."""
     d = Deberta.of(checkpoint)
     files.check_tensors(checkpoint, {name: t.shape for t in table(d) for name in t.names(d.layers)})
     return d
 
 
 def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None) -> PairRM:
-    """Its network with a copy of the weights on every device of `mesh`, computing in `dtype`.
+    """Return a checkpoint's network with a copy of the weights on every device of `mesh`, computing in `dtype`.
 
-    `form` of the attention: the platform's (disentangled.form_of) unless given. Host memory: one stacked parameter at a
+    `form` is that of the attention (default: deberta_attention.form_of). Host memory holds one stacked parameter at a
     time. Raises BadInput as `check` does.
     """
     d, dtype = check(checkpoint), jnp.dtype(dtype)
@@ -234,10 +236,10 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     for t in table(d):
         piece = aligned(_stacked(d, t), _kept(t, dtype))
         for layer, name in enumerate(t.names(d.layers)):
-            # Opened each time: what was read of a mapped file counts as memory.
+            # Opened each time, because the pages read from a mapped file count as memory.
             with files.opened(checkpoint.weights, "numpy") as stored:
                 piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
-        # On a CPU every device reads this one buffer.
+        # On a CPU all devices share this one buffer.
         copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
         weights[t.path] = jax.make_array_from_single_device_arrays(piece.shape, everywhere, copies)
     needed = {name: weights[name] for name in (*_DISTANCES, *_PROJECTIONS)}
@@ -246,9 +248,9 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     return PairRM(d, weights, dtype, form or deberta_attention.form_of(mesh))
 
 
-def _stacked(d: Deberta, t: Tensor) -> tuple[int, ...]:
+def _stacked(d: Deberta, t: Parameter) -> tuple[int, ...]:
     return (d.layers, *t.shape) if t.path.startswith("layers.") else t.shape
 
 
-def _kept(t: Tensor, dtype: np.dtype) -> np.dtype:
+def _kept(t: Parameter, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if t.wide else dtype

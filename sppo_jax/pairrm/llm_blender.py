@@ -1,11 +1,11 @@
 """Stage 2 by the original package: llm-blender 0.0.2, unmodified, in another interpreter, behind the sidecar's pipe.
 
-    PYTHON original.py --path DIR [--backbone DIR] [--threads N] [--source N] [--candidate N]
+    PYTHON llm_blender.py --path DIR [--backbone DIR] [--threads N] [--source N] [--candidate N]
 
-llm-blender needs a transformers that we are too new for (requirements-llm-blender.txt), so this file is run by path, by an
-interpreter that has never heard of sppo_jax: it needs the standard library, protocol.py beside it, and llm-blender. What the
-original does to a text, to a batch and to its precision is left as it is. So are its failures: a text with one of its
-four prefixes, such as "<|source|>", raises, and that prompt cannot be judged.
+llm-blender needs an older transformers than sppo_jax (requirements-llm-blender.txt), so this file is run by its path in an
+interpreter without sppo_jax: it needs the standard library, protocol.py beside it, and llm-blender. The original's treatment
+of texts, batches and precision is left as it is, and so are its failures: a text with one of its four prefixes, such as
+"<|source|>", raises, and that prompt cannot be judged.
 """
 
 import argparse
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from sppo_jax.pairrm.files import Checkpoint
     from sppo_jax.pairrm.format import Limits
 
-# (prompt, responses [K], pairs [(i, j)]) → the same pairs with their logits, in parts as they come
+# (prompt, responses [K], pairs [(i, j)]) → the same pairs with their logits, in parts as they are computed
 Scored = list[tuple[int, int, float]]
 Scorer = Callable[[str, list[str], list[tuple[int, int]]], Iterator[Scored]]
 
-# By these in a name or a path, llm-blender 0.0.2 knows models that it pads or loads otherwise, even with code of theirs.
+# llm-blender 0.0.2 pads or loads a model differently, even with the model's own code, if its name or path contains one.
 _OTHER_MODELS = ("alpaca", "llama", "starling-rm", "phi")
 _HOW_TO_GET = (
     "make one with `python3.11 -m venv DIR && DIR/bin/pip install -r requirements-llm-blender.txt` "
@@ -37,17 +37,17 @@ _HOW_TO_GET = (
 def command(
     python: str, checkpoint: "Checkpoint", threads: int | None = None, limits: "Limits | None" = None
 ) -> list[str]:
-    """What to start for `SidecarJudge(checkpoint, command=…)`.
+    """Return the command for `SidecarJudge(checkpoint, command=…)`.
 
-    Raises BadInput when `python` is no interpreter, or the original would run or read what nobody asked for.
-    `limits`: a total other than source + 2 candidate is not for the original, which has no such number.
+    Raises BadInput when `python` is not an interpreter, when the original would load other files or run a model's own
+    code, and for a total limit other than source + 2 candidate, which the original does not have.
     """
     from sppo_jax.errors import BadInput  # not at the top: the other interpreter has no sppo_jax
 
-    # Not resolved: a virtual environment's interpreter is a link, and knows its packages by where the link lies.
+    # Not resolved: the interpreter of a virtual environment is a link, and finds its packages by the link's place.
     found = shutil.which(os.path.expanduser(python)) if python else None
     if found is None:
-        raise BadInput(f"judge.python={python!r} is no interpreter that can be run; {_HOW_TO_GET}")
+        raise BadInput(f"judge.python={python!r} is not an interpreter that can be run; {_HOW_TO_GET}")
     _check_files(checkpoint.directory)
     run = [
         os.path.abspath(found),
@@ -60,7 +60,7 @@ def command(
         backbone = str(checkpoint.backbone.resolve())
         if odd := _other_model(backbone):
             raise BadInput(
-                f"llm-blender takes {backbone!r} for another model's, for {odd!r} is in its name; move it elsewhere"
+                f"llm-blender takes {backbone!r} for another model's, because {odd!r} is in its name; move it elsewhere"
             )
         run += ["--backbone", backbone]
     if limits is not None:
@@ -75,7 +75,7 @@ def command(
 
 
 def _check_files(directory: Path) -> None:
-    """Would llm-blender load these files, and as what they are? Raises BadInput."""
+    """Raise BadInput unless llm-blender would load exactly these files, and as a PairRM."""
     from sppo_jax.errors import BadInput
 
     if (directory / "pytorch_model.bin").exists():
@@ -87,17 +87,18 @@ def _check_files(directory: Path) -> None:
     for key in ("model_type", "model_name") if "ranker_type" in config else ():
         if odd := _other_model(config.get(key)):
             raise BadInput(
-                f"llm-blender takes the ranker in {str(directory)!r} for another model's, for {odd!r} is in its "
+                f"llm-blender takes the ranker in {str(directory)!r} for another model's, because {odd!r} is in its "
                 f"{key} {config[key]!r}; only a DeBERTa is a PairRM's"
             )
 
 
 def _other_model(name: object) -> str | None:
+    """Return the word by which llm-blender takes `name` for another kind of model; None if there is none."""
     return next((word for word in _OTHER_MODELS if word in str(name).lower()), None)
 
 
 def _has_weights(directory: Path) -> bool:
-    """Whether llm-blender could load the directory. It loads a backbone's weights, and then puts PairRM's over them."""
+    """Return whether llm-blender could load a backbone from here: it loads its weights, then PairRM's over them."""
     return any((directory / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
 
 
@@ -105,7 +106,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def load_ranker(options: argparse.Namespace, device: str) -> Scorer:
-    """The ranker's layout, as `Blender.rank` with batch size 1 reads it; rank itself does not give out the matrix."""
+    """Return a scorer for the ranker's layout: as `Blender.rank` with batch size 1, which does not return the matrix."""
     import torch
     from llm_blender import Blender
     from llm_blender.blender.blender_utils import RankerDataset
@@ -132,7 +133,7 @@ def load_ranker(options: argparse.Namespace, device: str) -> Scorer:
 
 
 def load_hf(options: argparse.Namespace, device: str) -> Scorer:
-    """The PairRM-hf layout, one ordered pair at a time, as its model card shows."""
+    """Return a scorer for the PairRM-hf layout: one ordered pair at a time, as its model card shows."""
     import torch
     from llm_blender.blender.blender_utils import tokenize_pair
     from llm_blender.pair_ranker.pairrm import DebertaV2PairRM
@@ -156,7 +157,7 @@ def load_hf(options: argparse.Namespace, device: str) -> Scorer:
 
 
 def load(options: argparse.Namespace) -> tuple[Scorer, str]:
-    """The scorer for the layout that lies in the directory, and the device that it is on."""
+    """Return the scorer for the directory's layout, and the name of its device."""
     import torch
 
     if options.threads > 0:
@@ -167,7 +168,7 @@ def load(options: argparse.Namespace) -> tuple[Scorer, str]:
 
 
 def serve(replies: Any, requests: Any, score: Scorer) -> None:
-    """Answer requests until they end. What raises in the original is that prompt's error, and the request's last word."""
+    """Reply to requests until they end. An exception of the original becomes that prompt's error, and ends the request."""
     for message in replies.requests(requests):
         name = {"id": message.get("id")}
         asked = message.get("cells")
@@ -184,7 +185,7 @@ def serve(replies: Any, requests: Any, score: Scorer) -> None:
                     left = left[len(part) :]
             except BrokenPipeError:
                 raise
-            except Exception as error:  # whatever the original raised, or a score that is no number
+            except Exception as error:  # of the original, or a score that is not finite
                 cells = [(p, *pair) for pair in left]
                 replies.send(name | {"error": f"{type(error).__name__}: {error}", "cells": cells})
                 break
@@ -193,7 +194,7 @@ def serve(replies: Any, requests: Any, score: Scorer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load llm-blender, say so, serve. Returns the exit status."""
+    """Load llm-blender, send the ready frame, reply to requests. Returns the exit status."""
     protocol = _beside("protocol")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", required=True)
@@ -210,12 +211,12 @@ def main(argv: list[str] | None = None) -> int:
             why = f"the interpreter {sys.executable!r} has no llm-blender that works ({error}); {_HOW_TO_GET}"
             replies.send({"error": why})
             return 2
-        except Exception as error:  # its own, of any kind: would not go away when tried again
+        except Exception as error:  # llm-blender's own, of any kind: another try would not help
             replies.send({"error": f"llm-blender cannot load this PairRM: {type(error).__name__}: {error}"})
             return 2
         replies.send({"ready": True, "device": device})
         serve(replies, sys.stdin.buffer, score)
-    except BrokenPipeError:  # the reader is gone: nothing is left to do
+    except BrokenPipeError:  # the client is gone: nothing is left to do
         return 0
     except protocol.FrameError as error:
         print(f"llm-blender: {error}", file=sys.stderr)
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _beside(name: str) -> Any:
+    """Return the module in the file NAME.py beside this one, without importing its package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -233,10 +235,10 @@ def _beside(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    # Neither this folder, whose names would hide others, nor what holds sppo_jax: installed, that is the site-packages of
-    # our own interpreter, and its transformers is not to be found from here.
+    # Not on the path: this folder, whose module names would hide others, and the folder of sppo_jax, which may be the
+    # site-packages of our own interpreter, with a transformers that is too new.
     ours = {Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]}
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in ours]
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # no orderly end of threads and libraries that nobody waits for
+    os._exit(status)  # without waiting for threads and libraries to shut down

@@ -1,8 +1,8 @@
-"""Stage 2's end of the pipe: keeps a scoring process alive, sends it texts, gets logits [n, K, K] back.
+"""PairRM in a process of its own: stage 2's end of the pipe. Texts are sent, logits [n, K, K] come back.
 
-Whatever befalls the process (it crashes, is killed, hangs, runs out of memory, writes garbage or scores that are no
-numbers), it is ended, started again after a pause, and asked for what is missing; scores that have arrived are kept. When
-that helps no more, it fails with one line that says why and names the prompts.
+When the process fails (it crashes, is killed, hangs, runs out of memory, or writes garbage or scores that are not finite),
+it is ended, started again after a pause, and asked for the missing scores; scores that have arrived are kept. When restarts
+do not help, the judge fails with one line that gives the reason and names the prompts.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sppo_jax import command
+from sppo_jax.command import say
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import comparisons, files, protocol
 from sppo_jax.pairrm.child import Broken, Child
@@ -28,10 +28,11 @@ Progress = Callable[[int, int], None]
 
 _REQUEST_PROMPTS = 1024  # bounds the process's memory for token ids
 _REQUEST_BYTES = protocol.MAX_FRAME // 4
-_CELL_BYTES = 16  # of one that is named in a request
-# After a failure without a score the next request is so many times smaller: five reach a single prompt.
-_FEWER = 8
-# Of a batch. When one killed its process, the next has half of what the program said or these, then half again.
+_CELL_BYTES = 16  # of one cell that a request names
+# After a failure without any score, the next request is this many times smaller: five failures reach a single prompt.
+_SHRINK = 8
+# Tokens of a batch: the program's own number where it gives none, and the least that we ask for. When a process dies, the
+# next one is limited to half of its tokens, then to half of that.
 _UNKNOWN_TOKENS = 4096
 _FEWEST_TOKENS = 256
 _CGROUP = Path("/sys/fs/cgroup")
@@ -40,22 +41,24 @@ _SHOWN = 80  # characters of a prompt in an error
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the client waits before it gives a process up, and how often it tries."""
+    """How long the judge waits before it gives up a process, and how often it starts another."""
 
-    start: float = 300.0  # seconds without any sign of life while it loads: a cold disk may hold it up
-    silence: float = 30.0  # the same afterwards
-    stall: int = 900  # signs of life, one a second, without any score
-    restarts: int = 5  # in a row without any new score
-    pause: float = 0.1  # seconds before the first restart, then twice as long each time, at most
+    start: float = 300.0  # seconds without a heartbeat while the process loads: a cold disk may delay it
+    heartbeat_timeout: float = 30.0  # seconds without a heartbeat once it is loaded
+    stall: int = 900  # heartbeats, one a second, without any score
+    restarts: int = 5  # restarts in a row without any new score
+    pause: float = 0.1  # seconds before the first restart; doubled each time, up to `longest_pause`
     longest_pause: float = 10.0
 
 
 class SidecarJudge:
-    """PairRM in a process of its own. The constructor starts it; it loads until it is first asked.
+    """PairRM in a process of its own. The constructor starts the process, which loads in the background.
 
-    Not for use by two threads at once. After an error or an interruption it can be asked again; once closed, every call
-    raises BadInput.
+    Not for use by two threads at once. After an error or an interruption `compare` can be called again; once the judge is
+    closed, it raises BadInput.
     """
+
+    on_mesh = False
 
     def __init__(
         self,
@@ -67,18 +70,19 @@ class SidecarJudge:
         command: Sequence[str] | None = None,
         name: str = "PairRM",
         patience: Patience = Patience(),
-        tell: Callable[[str], None] = command.say,
+        tell: Callable[[str], None] = say,
     ) -> None:
-        """`command` runs another program that speaks as wire.py says; `checkpoint` then only says who judges.
+        """Start the process.
 
-        `threads`: CPU threads (default: all that this process may use). `dtype`: auto (bfloat16 on a GPU, else float32),
-        float32 or bfloat16. `name` is its name in messages. `tell`, an attribute that may be replaced, hears of each
-        restart and what the program has to say. Raises BadInput for limits that leave no room and a command that cannot
-        be started.
+        `command` starts another program that follows protocol.py; then only the identity is taken from `checkpoint`.
+        `threads` is the number of CPU threads (default: all that this process may use), `dtype` auto (bfloat16 on a GPU,
+        else float32), float32 or bfloat16, `name` the name in messages. `tell`, an attribute that may be replaced,
+        receives a line for each restart and the program's own lines. Raises BadInput for limits that leave no room, and
+        for a command that cannot be started.
         """
         limits.of(checkpoint.config)
         self.sources = checkpoint.sources
-        self.cut: Counter[str] = Counter()  # "prompts", "responses" of which only a part was read
+        self.cut: Counter[str] = Counter()  # "prompts", "responses" that were read only in part
         self.tell = tell
         self._checkpoint, self._name, self._patience = checkpoint, name, patience
         threads = threads or _available_cpus()
@@ -87,16 +91,18 @@ class SidecarJudge:
         self._closed = self._ready = False
         self._child: Child | None = None
         self._last_id = 0
-        self._own_tokens = _UNKNOWN_TOKENS  # of the program's batches
-        self._tokens: int | None = None  # of a batch, once a process has died for lack of memory, perhaps
-        self._luck = False  # a score has arrived since the last failure
-        self._restarts = 0  # without one
-        self._prompts = _REQUEST_PROMPTS  # of the next request, at most
+        self._default_tokens = _UNKNOWN_TOKENS  # most tokens of the program's batches
+        self._token_limit: int | None = (
+            None  # a lower limit, after a process died (perhaps for lack of memory)
+        )
+        self._progressed = False  # whether a score has arrived since the last failure
+        self._restarts = 0  # restarts since the last score
+        self._request_prompts = _REQUEST_PROMPTS  # most prompts of the next request
         self._start()
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the model's files."""
+        """Hash of the files that determine the scores."""
         return self._checkpoint.identity
 
     def compare(
@@ -105,10 +111,10 @@ class SidecarJudge:
         responses: Sequence[Sequence[str]],
         on_progress: Progress | None = None,
     ) -> np.ndarray:
-        """Logits, float32 [n, K, K]: [p, i, j] is that response i, shown first, beats j; the diagonal is 0.
+        """Return logits, float32 [n, K, K]: [p, i, j] is the logit that response i, shown first, beats j; diagonal 0.
 
-        prompts [n] are raw instructions, responses [n][K] decoded text. `on_progress(done, total)` counts ordered pairs.
-        Raises ValueError for shapes that do not fit, BadInput when the judge fails for good.
+        `prompts` [n] are raw instructions, `responses` [n][K] decoded texts. `on_progress(done, total)` counts ordered
+        pairs. Raises ValueError for shapes that do not fit, and BadInput when restarts of the process do not help.
         """
         n, k = comparisons.shape(prompts, responses)
         if self._closed:
@@ -116,18 +122,21 @@ class SidecarJudge:
         scores = _Scores(n, k)
         try:
             while (missing := scores.missing()).size:
-                asked = _request(missing[: self._prompts], prompts, responses)
+                indices = _request(missing[: self._request_prompts], prompts, responses)
                 try:
-                    self._ask(asked, prompts, responses, scores, on_progress)
+                    self._ask(indices, prompts, responses, scores, on_progress)
                 except Broken as broken:
-                    self._start_again(broken, [prompts[i] for i in asked])
-        except BaseException:  # an answer may be under way: the next request needs another process
+                    self._start_again(broken, [prompts[i] for i in indices])
+        except BaseException:  # a reply may be under way: the next request needs another process
             self._stop()
             raise
         return scores.logits
 
+    def release(self) -> None:
+        """Do nothing: this judge holds no device of the mesh."""
+
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
         self._closed = True
         self._stop()
 
@@ -139,24 +148,24 @@ class SidecarJudge:
 
     def _ask(
         self,
-        asked: Sequence[int],
+        indices: Sequence[int],
         prompts: Sequence[str],
         responses: Sequence[Sequence[str]],
         scores: "_Scores",
         on_progress: Progress | None,
     ) -> None:
-        """One request and its whole answer into `scores`. Raises Broken."""
+        """Send one request and write its replies into `scores`. Raises Broken."""
         child = self._loaded()
         self._last_id += 1
         message = {
             "id": self._last_id,
-            "prompts": [prompts[i] for i in asked],
-            "responses": [list(responses[i]) for i in asked],
+            "prompts": [prompts[i] for i in indices],
+            "responses": [list(responses[i]) for i in indices],
         }
-        if scores.begun(asked):
-            message["cells"] = scores.cells(asked)
-        if self._tokens is not None:
-            message["tokens"] = self._tokens
+        if scores.begun(indices):
+            message["cells"] = scores.cells(indices)
+        if self._token_limit is not None:
+            message["tokens"] = self._token_limit
         try:
             child.send(protocol.encode(message))
         except protocol.FrameError as error:
@@ -165,33 +174,33 @@ class SidecarJudge:
             ) from None
         beats = 0
         while True:
-            frame = child.receive(self._patience.silence)
+            frame = child.receive(self._patience.heartbeat_timeout)
             if self._is_sign_of_life(frame):
                 beats += 1
                 self._check_stall(beats)
                 continue
             if frame.get("id") != self._last_id:
-                raise Broken(f"wrote garbage (an answer to {str(frame.get('id'))[:20]!r})")
+                raise Broken(f"wrote garbage (a reply to {str(frame.get('id'))[:20]!r})")
             if not {"cells", "end", "error"} & frame.keys():
-                raise Broken("wrote garbage (an answer that is none)")
+                raise Broken("wrote garbage (a reply without cells, end or error)")
             if "error" in frame:
                 raise Broken(f"could not go on ({_one_line(frame['error'])[:300]})")
-            cut = _cut(frame)
-            new = scores.take(frame, asked) if "cells" in frame else 0
+            cut = _cut_counts(frame)
+            new = scores.take(frame, indices) if "cells" in frame else 0
             self.cut.update(cut)
             if new:
                 beats = 0
-                self._luck = True
+                self._progressed = True
                 if on_progress is not None:
                     on_progress(scores.done, scores.total)
             if "end" in frame:
                 break
-        if open_ := len(scores.cells(asked)):
-            raise Broken(f"wrote garbage (an answer without {open_} of its scores)")
-        self._prompts = min(2 * self._prompts, _REQUEST_PROMPTS)
+        if open_ := len(scores.cells(indices)):
+            raise Broken(f"wrote garbage (a reply without {open_} of its scores)")
+        self._request_prompts = min(2 * self._request_prompts, _REQUEST_PROMPTS)
 
     def _loaded(self) -> Child:
-        """The process, when it has said that it is ready. Raises Broken, and BadInput when it says that it never will be."""
+        """Return the process once it is ready. Raises Broken, and BadInput when it reports that it cannot load."""
         if self._child is None:
             self._start()
         assert self._child is not None
@@ -206,12 +215,12 @@ class SidecarJudge:
                 continue
             tokens = frame.get("tokens", _UNKNOWN_TOKENS)
             if frame.get("ready") is not True or type(tokens) is not int or tokens < 1:
-                raise Broken("wrote garbage (no word that it is ready)")
-            self._ready, self._own_tokens = True, tokens
+                raise Broken("wrote garbage (no frame that it is ready)")
+            self._ready, self._default_tokens = True, tokens
         return self._child
 
     def _is_sign_of_life(self, frame: dict[str, Any]) -> bool:
-        """Whether that is all to it. What it has to say to people is passed on."""
+        """Return whether a frame only shows that the process is alive. A line for people in it goes to `tell`."""
         if "told" in frame:
             self.tell(f"{self._name}: {_one_line(frame['told'])[:300]}")
         return "alive" in frame or "told" in frame
@@ -220,23 +229,26 @@ class SidecarJudge:
         if beats > self._patience.stall:
             raise Broken(f"got nowhere for {self._patience.stall} s")
 
-    def _start_again(self, broken: Broken, asked: Sequence[str]) -> None:
-        """Another process after a pause, with smaller requests if this one scored nothing. BadInput when that is all."""
-        said = self._child.last_words() if self._child is not None else ""
-        at_work = self._ready
+    def _start_again(self, broken: Broken, failed: Sequence[str]) -> None:
+        """Start another process after a pause, with smaller requests if this one scored nothing.
+
+        Raises BadInput when the last restart allowed has failed.
+        """
+        last_words = self._child.last_words() if self._child is not None else ""
+        was_ready = self._ready
         self._stop()
-        if self._luck:
-            self._restarts, self._luck = 0, False
-        elif at_work:
-            self._prompts = max(1, min(self._prompts, len(asked)) // _FEWER)
+        if self._progressed:
+            self._restarts, self._progressed = 0, False
+        elif was_ready:
+            self._request_prompts = max(1, min(self._request_prompts, len(failed)) // _SHRINK)
             if broken.died:
-                self._tokens = max(_FEWEST_TOKENS, (self._tokens or self._own_tokens) // 2)
+                self._token_limit = max(_FEWEST_TOKENS, (self._token_limit or self._default_tokens) // 2)
         if self._restarts == self._patience.restarts:
-            self._restarts, self._prompts, self._tokens = 0, _REQUEST_PROMPTS, None
+            self._restarts, self._request_prompts, self._token_limit = 0, _REQUEST_PROMPTS, None
             raise BadInput(
-                f"{self._name}: {_shown(asked)} cannot be judged: its process {broken}"
-                + ("" if at_work else " before it was ready")
-                + (f", its last words {said!r}" if said else "")
+                f"{self._name}: {_named(failed)} cannot be judged: its process {broken}"
+                + ("" if was_ready else " before it was ready")
+                + (f", its last words {last_words!r}" if last_words else "")
                 + f", and {self._patience.restarts} restarts did not help; run the same command again to resume"
             )
         time.sleep(min(self._patience.pause * 2**self._restarts, self._patience.longest_pause))
@@ -260,7 +272,7 @@ class SidecarJudge:
 
 
 class _Scores:
-    """The logits of one comparison as they come in, and which of them are there."""
+    """The logits of one call of `compare` as they arrive, and which of them have arrived."""
 
     def __init__(self, n: int, k: int) -> None:
         self.logits = np.zeros((n, k, k), np.float32)
@@ -270,23 +282,24 @@ class _Scores:
 
     @property
     def done(self) -> int:
+        """Number of ordered pairs i != j whose logit has arrived."""
         return self.total - int((~self._known).sum())
 
     def missing(self) -> np.ndarray:
-        """Prompts of which a cell is missing, in order."""
+        """Return the indices of prompts with a missing logit, in ascending order."""
         return np.flatnonzero(~self._known.all(axis=(1, 2)))
 
-    def begun(self, asked: Sequence[int]) -> bool:
-        """Whether some but not all cells of one of these prompts are known."""
-        known, k = self._known[list(asked)], self._known.shape[1]
+    def begun(self, indices: Sequence[int]) -> bool:
+        """Return whether one of these prompts has some but not all of its logits."""
+        known, k = self._known[list(indices)], self._known.shape[1]
         return bool((known.sum(axis=(1, 2)) > k).any())
 
-    def cells(self, asked: Sequence[int]) -> list[list[int]]:
-        """The missing ones, as [place in `asked`, i, j]."""
-        return np.argwhere(~self._known[list(asked)]).tolist()
+    def cells(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return the missing cells, each as [position in `indices`, i, j]."""
+        return np.argwhere(~self._known[list(indices)]).tolist()
 
-    def take(self, frame: dict[str, Any], asked: Sequence[int]) -> int:
-        """Write a frame's scores where none is yet; returns how many. Raises Broken for what cannot be an answer."""
+    def take(self, frame: dict[str, Any], indices: Sequence[int]) -> int:
+        """Write a frame's scores into cells that have none; return their number. Raises Broken for a malformed frame."""
         cells, values = _array(frame, "cells", "iu"), _array(frame, "logits", "fiu")
         if values.size == 0 and cells.size == 0:
             return 0
@@ -294,13 +307,13 @@ class _Scores:
             raise Broken("wrote garbage (cells and logits that do not belong together)")
         k = self._known.shape[1]
         p, i, j = cells.T
-        if (cells < 0).any() or (p >= len(asked)).any() or (cells[:, 1:] >= k).any() or (i == j).any():
-            raise Broken("wrote garbage (a score for a pair that there is not)")
+        if (cells < 0).any() or (p >= len(indices)).any() or (cells[:, 1:] >= k).any() or (i == j).any():
+            raise Broken("wrote garbage (a score for a pair that does not exist)")
         with np.errstate(over="ignore"):
             values = values.astype(np.float32)
         if not np.isfinite(values).all():
             raise Broken("gave a score that is not a finite number")
-        place = np.asarray(asked)[p], i, j
+        place = np.asarray(indices)[p], i, j
         new = ~self._known[place]
         self.logits[tuple(axis[new] for axis in place)] = values[new]
         before = self.done
@@ -309,16 +322,18 @@ class _Scores:
 
 
 def _array(frame: dict[str, Any], key: str, kinds: str) -> np.ndarray:
+    """Return a field of a frame as an array of one of NumPy's `kinds`. Raises Broken for another kind."""
     try:
         array = np.asarray(frame.get(key))
     except (ValueError, OverflowError):  # ragged
         array = np.asarray(None)
     if array.size and array.dtype.kind not in kinds:
-        raise Broken(f"wrote garbage ({key} that are no numbers)")
+        raise Broken(f"wrote garbage ({key} that are not numbers)")
     return array
 
 
-def _cut(frame: dict[str, Any]) -> dict[str, int]:
+def _cut_counts(frame: dict[str, Any]) -> dict[str, int]:
+    """Return how many prompts and responses a frame reports as read only in part. Raises Broken for other values."""
     cut = frame.get("cut", {})
     if not isinstance(cut, dict) or not all(isinstance(count, int) and count >= 0 for count in cut.values()):
         raise Broken("wrote garbage (a cut that counts nothing)")
@@ -328,16 +343,16 @@ def _cut(frame: dict[str, Any]) -> dict[str, int]:
 def _request(
     missing: Sequence[int] | np.ndarray, prompts: Sequence[str], responses: Sequence[Sequence[str]]
 ) -> list[int]:
-    """The first of the `missing` prompts that fit into one frame; a single one always does."""
-    asked: list[int] = []
+    """Return the first of the `missing` prompts that fit into one frame together; at least one."""
+    indices: list[int] = []
     size = 0
     for i in map(int, missing):
-        # Escaped in JSON: six bytes, twelve beyond U+FFFF.
+        # A character escaped in JSON has six bytes, beyond U+FFFF twelve.
         size += 6 * (len(prompts[i]) + sum(map(len, responses[i]))) + _CELL_BYTES * len(responses[i]) ** 2
-        if asked and size > _REQUEST_BYTES:
+        if indices and size > _REQUEST_BYTES:
             break
-        asked.append(i)
-    return asked
+        indices.append(i)
+    return indices
 
 
 def _sidecar(checkpoint: files.Checkpoint, threads: int, limits: Limits, dtype: str) -> list[str]:
@@ -351,9 +366,9 @@ def _sidecar(checkpoint: files.Checkpoint, threads: int, limits: Limits, dtype: 
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours without what steers accelerators, with the place of this package, so that a source checkout works too.
+    """Return our environment without the variables that configure accelerators; CUDA_VISIBLE_DEVICES stays.
 
-    CUDA_VISIBLE_DEVICES is left as it is.
+    PYTHONPATH begins with the folder of this package, so that a source checkout works too.
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "XLA_", "LIBTPU_", "JAX_"))}
     root = str(Path(__file__).resolve().parents[2])
@@ -361,25 +376,26 @@ def _environment(threads: int) -> dict[str, str]:
     env["JAX_PLATFORMS"] = "cpu"
     env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
     env["TOKENIZERS_PARALLELISM"] = "false"
-    # Threads that wait give their core up soon: where another process wants it, spinning for long costs a factor of ten.
+    # Waiting threads should give up their core soon: where another process needs it, long spinning is ten times slower.
     env.setdefault("GOMP_SPINCOUNT", "1000")
     return env
 
 
 def _available_cpus() -> int:
-    """Those that we may run on, or as many as a container's share of time is worth, if that is less."""
+    """Return the number of CPUs that this process may use: its affinity, or a container's quota if that is less."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for parts in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max", which is no number
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
             quota, period = map(int, " ".join((_CGROUP / file).read_text() for file in parts).split())
             if quota > 0:
                 ours = min(ours, -(-quota // period))
     return ours
 
 
-def _shown(asked: Sequence[str]) -> str:
-    first = f"the prompt {_one_line(asked[0])[:_SHOWN]!r}"
-    return first if len(asked) == 1 else f"{first} and {len(asked) - 1} more"
+def _named(prompts: Sequence[str]) -> str:
+    """Return words for these prompts: the beginning of the first, and how many more there are."""
+    first = f"the prompt {_one_line(prompts[0])[:_SHOWN]!r}"
+    return first if len(prompts) == 1 else f"{first} and {len(prompts) - 1} more"
 
 
 def _one_line(text: object) -> str:

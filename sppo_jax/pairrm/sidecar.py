@@ -1,9 +1,9 @@
-"""Stage 2's own process: PairRM in PyTorch behind a pipe, so that no JAX process ever imports torch.
+"""The scoring process of stage 2: PairRM in PyTorch behind a pipe, so that no JAX process ever imports torch.
 
     python -m sppo_jax.pairrm.sidecar --path DIR [--backbone DIR] [--threads N] [--batch-tokens M] [--dtype D] [limits]
 
-Reads and writes the frames that wire.py describes: texts come in, and the logits of each batch leave as soon as they are
-known. Out of memory, it goes on with smaller batches. It ends when its standard input does.
+It reads and writes the frames of protocol.py: texts come in, and the logits of each batch are sent as soon as they are
+computed. When memory runs out it continues with smaller batches. It ends when its standard input ends.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from sppo_jax.pairrm.format import Formatter, Limits, PromptPairs
 if TYPE_CHECKING:
     from sppo_jax.pairrm import torch_model
 
-# Tokens of a batch, padding included. A CPU gains nothing from more, and pays for padding and for what leaves its cache.
+# Tokens of a batch, padding included. On a CPU larger batches are no faster; they cost padding and cache misses.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
-Scorer = Callable[[list[comparisons.Work]], np.ndarray]
+Scorer = Callable[[list[comparisons.Comparison]], np.ndarray]
 
 
 class Unscored(Exception):
-    """Pairs without a score; the message says why."""
+    """Some pairs cannot be scored: `cells`, for the reason in the message."""
 
     def __init__(self, why: str, cells: list[comparisons.Cell]) -> None:
         super().__init__(why)
@@ -37,7 +37,7 @@ class Unscored(Exception):
 
 
 class Budget:
-    """Tokens of a batch, padding included: what was asked for, less what memory has refused."""
+    """The most tokens of a batch, padding included: as requested, then halved whenever memory did not suffice."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class Budget:
         give_back: Callable[[], None] = lambda: None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`give_back` frees memory that is only kept for later; `tell` hears a line for each batch that did not fit."""
+        """`give_back` frees memory that is cached for later; `tell` receives a line for each batch that did not fit."""
         self.tokens, self.give_back, self._tell = tokens, give_back, tell
 
-    def refuse(self, batch: Sequence[comparisons.Work]) -> None:
-        """`batch` did not fit: half of it may, now and later. Raises Unscored when it is a single pair."""
+    def refuse(self, batch: Sequence[comparisons.Comparison]) -> None:
+        """Halve the budget, because `batch` did not fit. Raises Unscored when the batch is a single pair."""
         self.give_back()
         pairs = len(batch)
         if pairs == 1:
@@ -59,7 +59,7 @@ class Budget:
 
 
 def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Prompts [n] and responses [n][K] of a request. Raises ValueError unless both are there and rectangular."""
+    """Return prompts [n] and responses [n][K] of a request. Raises ValueError unless both are present and rectangular."""
     prompts, responses = message.get("prompts"), message.get("responses")
     if not isinstance(prompts, list) or not isinstance(responses, list) or len(prompts) != len(responses):
         raise ValueError("a request needs prompts [n] and responses [n][K]")
@@ -71,20 +71,20 @@ def check_request(message: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def needed(
-    works: Sequence[comparisons.Work], cells: Sequence[Sequence[int]] | None
-) -> list[comparisons.Work]:
-    """Those of `works` that score one of `cells`; all of them when that is None."""
+    todo: Sequence[comparisons.Comparison], cells: Sequence[Sequence[int]] | None
+) -> list[comparisons.Comparison]:
+    """Return the comparisons that have one of `cells` [m][3]; all comparisons for None."""
     if cells is None:
-        return list(works)
+        return list(todo)
     wanted = {tuple(cell) for cell in cells}
-    return [work for work in works if not wanted.isdisjoint(work.cells)]
+    return [comparison for comparison in todo if not wanted.isdisjoint(comparison.cells)]
 
 
 def scored(
-    works: Sequence[comparisons.Work], scorer: Scorer, budget: Budget
-) -> Iterator[tuple[list[comparisons.Work], np.ndarray]]:
-    """Batches of `works` and their scores, float32. Raises Unscored for a pair too large for memory."""
-    left = comparisons.in_order(works)
+    todo: Sequence[comparisons.Comparison], scorer: Scorer, budget: Budget
+) -> Iterator[tuple[list[comparisons.Comparison], np.ndarray]]:
+    """Yield batches of comparisons with their scores, float32 [batch]. Raises Unscored for a pair too large for memory."""
+    left = comparisons.in_order(todo)
     while left:
         for batch in comparisons.batches(left, budget.tokens):
             try:
@@ -93,7 +93,7 @@ def scored(
                 if not out_of_memory(error):
                     raise
                 scores = None
-            if scores is None:  # out of the handler, whose error holds on to the tensors
+            if scores is None:  # outside the handler, whose error keeps the tensors alive
                 budget.refuse(batch)
                 break
             left = left[len(batch) :]
@@ -101,7 +101,7 @@ def scored(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: PyTorch says so in three ways, the CPU's in words only."""
+    """Return whether an allocation failed. PyTorch has three ways to raise this, on the CPU only by a message."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -110,17 +110,17 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
 
 
-class Cuts:
-    """How many texts are read only in part, told once for each prompt: when its last pair has its score."""
+class CutCounter:
+    """Counts the texts that are read only in part, once for each prompt: when its last pair has its score."""
 
-    def __init__(self, texts: Sequence[PromptPairs], works: Sequence[comparisons.Work]) -> None:
+    def __init__(self, texts: Sequence[PromptPairs], todo: Sequence[comparisons.Comparison]) -> None:
         self._texts = texts
-        self._open = Counter(n for work in works for n, _, _ in work.cells)
+        self._open = Counter(n for comparison in todo for n, _, _ in comparison.cells)
 
-    def told(self, batch: Sequence[comparisons.Work]) -> dict[str, int]:
-        """Of the prompts that `batch` completes."""
+    def completed(self, batch: Sequence[comparisons.Comparison]) -> dict[str, int]:
+        """Return the counts {"prompts", "responses"} over the prompts whose last pair is in `batch`."""
         prompts = responses = 0
-        for n, count in Counter(n for work in batch for n, _, _ in work.cells).items():
+        for n, count in Counter(n for comparison in batch for n, _, _ in comparison.cells).items():
             self._open[n] -= count
             if self._open[n] == 0:
                 prompts += bool(self._texts[n].cut_prompt)
@@ -128,24 +128,29 @@ class Cuts:
         return {"prompts": prompts, "responses": responses}
 
 
-def answer(
+def replies_to(
     message: dict[str, Any], formatter: Formatter, scorer: Scorer, budget: Budget
 ) -> Iterator[dict[str, Any]]:
-    """A request → the frames that answer it, without its id. Raises ValueError for what is no request, and Unscored."""
+    """Yield the frames that reply to a request, without its id. Raises ValueError for a malformed request, and Unscored."""
     prompts, responses = check_request(message)
     budget.tokens = min(budget.tokens, message.get("tokens") or budget.tokens)
-    texts = comparisons.read(formatter, prompts, responses)
-    works = needed(comparisons.distinct(texts), message.get("cells"))
-    cuts = Cuts(texts, works)
-    for batch, scores in scored(works, scorer, budget):
+    texts = comparisons.tokenise(formatter, prompts, responses)
+    todo = needed(comparisons.distinct(texts), message.get("cells"))
+    cuts = CutCounter(texts, todo)
+    for batch, scores in scored(todo, scorer, budget):
         good = np.isfinite(scores)
-        bad = [cell for work, fine in zip(batch, good, strict=True) if not fine for cell in work.cells]
-        batch = [work for work, fine in zip(batch, good, strict=True) if fine]
-        counts = [len(work.cells) for work in batch]
+        bad = [
+            cell
+            for comparison, fine in zip(batch, good, strict=True)
+            if not fine
+            for cell in comparison.cells
+        ]
+        batch = [comparison for comparison, fine in zip(batch, good, strict=True) if fine]
+        counts = [len(comparison.cells) for comparison in batch]
         yield {
-            "cells": [cell for work in batch for cell in work.cells],
+            "cells": [cell for comparison in batch for cell in comparison.cells],
             "logits": np.repeat(scores[good], counts).tolist(),
-            "cut": cuts.told(batch),
+            "cut": cuts.completed(batch),
         }
         if bad:
             n, i, j = bad[0]
@@ -154,7 +159,7 @@ def answer(
 
 
 def load(options: argparse.Namespace) -> tuple["torch_model.PairRM", Formatter, str]:
-    """The network, what feeds it, and the device that it is on. Raises BadInput."""
+    """Return the network, its formatter, and the name of its device. Raises BadInput."""
     import torch
 
     from sppo_jax.pairrm import torch_model
@@ -172,39 +177,43 @@ def load(options: argparse.Namespace) -> tuple["torch_model.PairRM", Formatter, 
 def serve(
     replies: protocol.Replies, model: "torch_model.PairRM", formatter: Formatter, budget: Budget
 ) -> None:
-    """Answer requests until they end. One that fails is answered with its error; the next may succeed."""
+    """Reply to requests until they end. A request that fails gets its error as reply; the next may succeed."""
 
-    def scorer(batch: list[comparisons.Work]) -> np.ndarray:
-        return model.logits([work.pair for work in batch])
+    def scorer(batch: list[comparisons.Comparison]) -> np.ndarray:
+        return model.logits([comparison.pair for comparison in batch])
 
     for message in replies.requests(sys.stdin.buffer):
         name = {"id": message.get("id")}
         try:
-            for frame in answer(message, formatter, scorer, budget):
+            for frame in replies_to(message, formatter, scorer, budget):
                 replies.send(name | frame)
         except BrokenPipeError:
             raise
         except Unscored as error:
             replies.send(name | {"error": str(error), "cells": error.cells})
-        except Exception as error:  # whatever it was, the asker is told
+        except Exception as error:  # of any kind: the client gets it as the reply
             replies.send(name | {"error": f"{type(error).__name__}: {error}", "cells": []})
-        budget.give_back()  # the next request may be an hour away, and others need the device
+        budget.give_back()  # the next request may be an hour away, and other processes need the device
 
 
-def giver_back(device: str) -> Callable[[], None]:
-    """What gives back the memory that PyTorch keeps of the device for its next tensors; a CPU's is kept nowhere."""
+def memory_freer(device: str) -> Callable[[], None]:
+    """Return a function that frees the device memory in PyTorch's cache; on a CPU, where there is none, it does nothing."""
     import torch
 
     return torch.cuda.empty_cache if device == "cuda" else lambda: None
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m sppo_jax.pairrm.sidecar", description=__doc__)
     parser.add_argument("--path", required=True, help="directory of a PairRM")
     parser.add_argument("--backbone", help="directory that completes a ranker's")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for PyTorch (0: its own choice)")
     parser.add_argument(
-        "--batch-tokens", type=int, default=0, help="tokens per forward, padding included (0: the device's)"
+        "--batch-tokens",
+        type=int,
+        default=0,
+        help="tokens per forward pass, padding included (0: the device's)",
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     for name in ("source", "candidate", "total"):
@@ -213,7 +222,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load the model, say so, serve. Returns the exit status."""
+    """Load the model, send the ready frame, reply to requests. Returns the exit status."""
     options = arguments(argv)
     protocol.stay_with_parent()
     replies = protocol.Replies(protocol.private_stdout())  # before the imports that take seconds
@@ -225,9 +234,9 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         tokens = options.batch_tokens or BATCH_TOKENS[device]
         replies.send({"ready": True, "device": device, "tokens": tokens})
-        budget = Budget(tokens, giver_back(device), lambda line: replies.send({"told": line}))
+        budget = Budget(tokens, memory_freer(device), lambda line: replies.send({"told": line}))
         serve(replies, model, formatter, budget)
-    except BrokenPipeError:  # the reader is gone: nothing is left to do
+    except BrokenPipeError:  # the client is gone: nothing is left to do
         return 0
     except protocol.FrameError as error:
         print(f"sidecar: {error}", file=sys.stderr)
@@ -238,4 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # no orderly end of threads and libraries that nobody waits for
+    os._exit(status)  # without waiting for threads and libraries to shut down

@@ -1,7 +1,7 @@
-"""PairRM's tokenizer from its file: `tokenizer.json`, or the SentencePiece model `spm.model` that DeBERTa-v3 is published with.
+"""PairRM's tokenizer from its file: `tokenizer.json`, or `spm.model`, the SentencePiece model published with DeBERTa-v3.
 
-Read with `tokenizers` alone, never with transformers' AutoTokenizer: version 5 of that drops DeBERTa's NFKC normalisation
-without a word, which moves scores by 0.6.
+It is read with `tokenizers` alone, never with transformers' AutoTokenizer: version 5 of transformers silently drops DeBERTa's
+NFKC normalisation, which moves scores by 0.6.
 """
 
 import json
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from sppo_jax.errors import BadInput
 
-FILES = ("tokenizer.json", "spm.model")  # the first that is there is read
+FILES = ("tokenizer.json", "spm.model")  # the first that exists is read
 PREFIXES = {
     "<|source|>": "source_prefix_id",
     "<|candidate1|>": "cand1_prefix_id",
@@ -23,17 +23,17 @@ PREFIXES = {
 }
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # DeBERTa's first ids, in this order
 _UNIGRAM = 1
-_PROBE = "［ＣＬＳ］ Ａ１ ½ ﬁ ① ｶﾞ ㍿ e\u0301 \u00a0\u200b\ufdfa \U0001f600"  # what normalisation touches
+_PROBE = "［ＣＬＳ］ Ａ１ ½ ﬁ ① ｶﾞ ㍿ e\u0301 \u00a0\u200b\ufdfa \U0001f600"  # text that normalisation changes
 
 
 def load(file: Path) -> Tokenizer:
-    """The tokenizer, with PairRM's prefixes behind the vocabulary where the file has none. Raises BadInput."""
+    """Return the tokenizer, with PairRM's prefixes after the vocabulary if the file has none. Raises BadInput."""
     try:
         tokenizer = _from_spm(file) if file.suffix == ".model" else _from_json(file)
-        tokenizer.encode(_PROBE)  # a damaged table of normalisation is noticed only in use
+        tokenizer.encode(_PROBE)  # a damaged normalisation table shows only in use
     except (BadInput, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the Rust side's panics are no Exception
+    except BaseException as error:  # panics of the Rust side are not Exceptions
         raise BadInput(f"PairRM: {str(file)!r} is damaged: its tokenizer fails with: {error}") from None
     if all(tokenizer.token_to_id(prefix) is None for prefix in PREFIXES):
         tokenizer.add_tokens([AddedToken(prefix, normalized=True) for prefix in PREFIXES])
@@ -54,16 +54,18 @@ def _from_json(file: Path) -> Tokenizer:
 
 
 def _from_spm(file: Path) -> Tokenizer:
-    """The tokenizer that transformers 4 makes of DeBERTa's spm.model."""
+    """Return the tokenizer that transformers 4 makes of DeBERTa's spm.model. Raises BadInput."""
     _refuse_options(file.with_name("tokenizer_config.json"))
     try:
         pieces, kind, unknown, charsmap = _proto(file.read_bytes())
         if kind != _UNIGRAM or tuple(piece for piece, _ in pieces[:4]) != SPECIALS or unknown != 3:
-            raise ValueError(f"its pieces do not begin with {', '.join(SPECIALS)}, or are no unigram model's")
+            raise ValueError(
+                f"its pieces do not begin with {', '.join(SPECIALS)}, or are not a unigram model's"
+            )
         # Byte fallback stays off though the model has byte pieces: the original's fast tokenizer ignores them too.
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
         precompiled = [normalizers.Precompiled(charsmap)] if charsmap else []
-    except Exception as error:  # as above
+    except Exception as error:  # of the Rust side, and ValueError
         raise BadInput(f"PairRM: {str(file)!r} is not DeBERTa's SentencePiece model: {error}") from None
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Strip(), *precompiled, normalizers.Replace(Regex(" {2,}"), " ")]
@@ -77,7 +79,7 @@ def _from_spm(file: Path) -> Tokenizer:
 
 
 def _refuse_options(file: Path) -> None:
-    """What beside spm.model changes the ids and is not done here; published DeBERTa-v3 has neither."""
+    """Raise BadInput for options beside spm.model that change the ids; published DeBERTa-v3 has none of them."""
     if not file.is_file():
         return
     try:
@@ -88,14 +90,14 @@ def _refuse_options(file: Path) -> None:
         raise BadInput(f"PairRM: {str(file)!r} is not JSON: {error}") from None
     for key in ("do_lower_case", "split_by_punct"):
         if isinstance(options, dict) and options.get(key):
-            raise BadInput(f"PairRM: {str(file)!r} has {key}, which this tokenizer does not do")
+            raise BadInput(f"PairRM: {str(file)!r} has {key}, which this tokenizer does not support")
 
 
-# --- SentencePiece's ModelProto: the six fields needed of it ----------------------------------------------------------
+# --- SentencePiece's ModelProto: the six fields that are needed ----------------------------------------------------------
 
 
 def _proto(data: bytes) -> tuple[list[tuple[str, float]], int, int, bytes]:
-    """(pieces with their scores, kind of model, id of [UNK], normalisation table). Raises ValueError."""
+    """Return (pieces with their scores, kind of model, id of [UNK], normalisation table). Raises ValueError."""
     pieces: list[tuple[str, float]] = []
     kind, unknown, charsmap = _UNIGRAM, 0, b""
     for field, value in _fields(data):
@@ -111,7 +113,7 @@ def _proto(data: bytes) -> tuple[list[tuple[str, float]], int, int, bytes]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protobuf message: an int for a varint, bytes for what has a length. Raises ValueError."""
+    """Yield (number, value) of a protobuf message's fields: an int for a varint, else bytes. Raises ValueError."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -135,7 +137,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at a byte, and where it ends."""
+    """Return the varint that begins at byte `at`, and the byte after it. Raises ValueError where there is none."""
     number = shift = 0
     while at < len(data) and shift < 64:
         byte = data[at]

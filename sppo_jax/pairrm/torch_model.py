@@ -1,9 +1,9 @@
 """Stage 2, second half, in PyTorch: token ids of pairs → PairRM's logits.
 
-Parameters and layers are transformers' own; only the attention is written here, because theirs spends more time on moving
-the position terms about than on the network's products. The network is built from config.json and filled from
-model.safetensors. It is never made by `from_pretrained`, which keeps the data type of whatever checkpoint it meets and so
-can squeeze float32 weights through float16 on the way.
+Parameters and layers are those of transformers; only the attention is written here, because transformers' spends more time
+on moving the position terms than on matrix products. The network is built from config.json and filled from
+model.safetensors. It is never made by `from_pretrained`, which keeps the dtype of the checkpoint and so can round float32
+weights to float16 on the way.
 
 Letters: N pairs, T tokens of the longest, H heads, C channels of a head, O = 2T - 1 offsets i - j between two tokens,
 R rows of the table of relative positions, L layers.
@@ -26,17 +26,17 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import files
 from sppo_jax.pairrm.files import Checkpoint
-from sppo_jax.pairrm.format import Pair
+from sppo_jax.pairrm.format import TextPair
 
-# On a CPU, scores are made in pieces that stay in its cache: so many numbers of them, from strips of so many rows.
+# On a CPU, scores are computed in pieces that stay in its cache: numbers of a piece, and rows of a strip.
 _PIECE, _STRIP = 2**21, 64
 _POSITION_IDS = "pretrained_model.embeddings.position_ids"
 
 
 def skew(products: torch.Tensor) -> torch.Tensor:
-    """products [..., S, T + S - 1] → a view [..., S, T]: row r begins S - 1 - r places to the right.
+    """Return a view [..., S, T] of products [..., S, T + S - 1] in which row r begins S - 1 - r places to the right.
 
-    So products of S tokens i with all offsets i - j, in falling order, become terms of (i, j).
+    This turns products of S tokens i with all offsets i - j, in falling order, into terms of (i, j).
     """
     rows, width = products.shape[-2:]
     if rows == 1:
@@ -52,10 +52,10 @@ def position_scores(
     far_query_HOC: torch.Tensor,
     strip: int,
 ) -> torch.Tensor:
-    """Scores [N, H, T, T] of content to position and of position to content: Q_i Kr(i - j) + K_j Qr(i - j).
+    """Return scores [N, H, T, T] of content to position and position to content: Q_i Kr(i - j) + K_j Qr(i - j).
 
-    Both tables are in falling order of the offset as their own token sees it: of i - j for the keys, of j - i for the
-    queries. In strips of `strip` rows the products are only those that are needed, but for `strip` - 1 in each row.
+    Both tables are in falling order of the offset from their own token: of i - j for the keys, of j - i for the queries.
+    In strips of `strip` rows, only `strip` - 1 products per row are not needed.
     """
     tokens = query_NHTC.shape[2]
     scores = query_NHTC.new_empty(*query_NHTC.shape[:3], tokens)
@@ -104,7 +104,7 @@ class PairRM(nn.Module):
         return super().train(mode)
 
     def fix(self) -> "PairRM":
-        """Evaluation mode, and what depends on weights alone computed once; for weights that stay as they are."""
+        """Switch to evaluation and compute the tables of positions once; the weights must not change afterwards."""
         self.eval()
         with torch.no_grad():
             self.positions = torch.stack(
@@ -112,8 +112,8 @@ class PairRM(nn.Module):
             )
         return self
 
-    def hidden(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Last hidden states, float32 [N, T, hidden], T the longest of N; padding is masked and changes nothing."""
+    def hidden(self, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Return the last hidden states, float32 [N, T, hidden], T the longest of N; padding is masked."""
         longest = max(map(len, pairs))
         ids = np.full((len(pairs), longest), self.pad_id, np.int64)
         mask = np.zeros((len(pairs), longest), np.int64)
@@ -135,14 +135,14 @@ class PairRM(nn.Module):
         return hidden
 
     def _rows(self, tokens: int) -> torch.Tensor:
-        """Which row of the table of relative positions an offset has, int64 [O], for offsets from 1 - T to T - 1."""
+        """Return the row of the table of relative positions for the offsets from 1 - T to T - 1, int64 [O]."""
         attention = self.pretrained_model.encoder.layer[0].attention.self
         offset, span = torch.arange(1 - tokens, tokens), attention.pos_ebd_size
         bucket = make_log_bucket_position(offset, span, attention.max_relative_positions).long()
         return (bucket + span).clamp(0, 2 * span - 1)
 
     def _positions(self, layer: int) -> torch.Tensor:
-        """Keys and queries [2, H, R, C] of the relative positions, divided by what scores are divided by."""
+        """Return keys and queries [2, H, R, C] of the relative positions, divided by sqrt(3 C) as the scores are."""
         encoder = self.pretrained_model.encoder
         attention = encoder.layer[layer].attention.self
         table = attention.pos_dropout(encoder.get_rel_embedding())
@@ -157,7 +157,7 @@ class PairRM(nn.Module):
         far_query_HOC: torch.Tensor,
         padding: torch.Tensor | None,
     ) -> torch.Tensor:
-        """softmax((Q_i K_j + Q_i Kr(i - j) + K_j Qr(i - j)) / sqrt(3 C)) V (arXiv:2006.03654), [N, T, hidden]."""
+        """Return softmax((Q_i K_j + Q_i Kr(i - j) + K_j Qr(i - j)) / sqrt(3 C)) V, [N, T, hidden] (arXiv:2006.03654)."""
         heads, tokens = attention.num_attention_heads, hidden.shape[1]
         query, key, value = (
             project(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -179,25 +179,25 @@ class PairRM(nn.Module):
             )
         return torch.cat(mixed, 1).transpose(1, 2).flatten(2)
 
-    def at_marks(self, hidden: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
-        """The rows of `hidden` at the three prefix tokens, float32 [N, 3, hidden]."""
+    def at_marks(self, hidden: torch.Tensor, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Return the rows of `hidden` at the three prefix tokens, float32 [N, 3, hidden]."""
         marks = torch.tensor([pair.marks for pair in pairs], device=hidden.device)
         return hidden[torch.arange(len(pairs), device=hidden.device)[:, None], marks]
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """states [N, 3, hidden] → C [N]."""
+        """Return C [N] for the states [N, 3, hidden] at the prefix tokens."""
         source, first, second = states.unbind(1)
         return (
             self.head_layer(torch.cat([source, first], -1)) - self.head_layer(torch.cat([source, second], -1))
         )[:, 0]
 
-    def forward(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """C for N pairs, float32 [N]."""
+    def forward(self, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Return C for N pairs, float32 [N]."""
         return self.head(self.at_marks(self.hidden(pairs), pairs))
 
     @torch.inference_mode()
-    def logits(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """C for N pairs as NumPy, float32 [N]. A pair's value does not depend on the others, up to rounding."""
+    def logits(self, pairs: Sequence[TextPair]) -> np.ndarray:
+        """Return C for N pairs as NumPy, float32 [N]. Up to rounding, a pair's value does not depend on the others."""
         return self(pairs).float().cpu().numpy() if pairs else np.zeros(0, np.float32)
 
 
@@ -206,7 +206,7 @@ def _scale(attention: DisentangledSelfAttention) -> float:
 
 
 def _allocated(model: PairRM) -> PairRM:
-    """A model from the meta device in memory; its parameters hold anything, its one buffer what it must."""
+    """Return a model of the meta device in memory, with arbitrary parameters and its one buffer filled."""
     assert {name for name, _ in model.named_buffers()} <= {_POSITION_IDS}, "a buffer that no checkpoint fills"
     model = model.to_empty(device="cpu")
     for _, ids in model.named_buffers():
@@ -217,9 +217,12 @@ def _allocated(model: PairRM) -> PairRM:
 def load(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PairRM:
-    """Its network in `dtype` on `device`, fixed. Raises BadInput naming the tensor that is missing, extra or misshapen."""
+    """Return the network of a checkpoint in `dtype` on `device`, in evaluation mode.
+
+    Raises BadInput, naming the tensor that is missing, extra or misshapen.
+    """
     try:
-        with torch.device("meta"):  # to draw the parameters at random would take most of the time
+        with torch.device("meta"):  # drawing random parameters would take most of the time
             model = PairRM(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"PairRM: {str(checkpoint.directory)!r} describes no model: {error!r}") from None

@@ -1,1 +1,1 @@
-"""What a run would take on devices that are not here: memory, time and cost of each stage."""
+"""Plans: memory, time and cost of each stage of a run, on devices that are not here."""

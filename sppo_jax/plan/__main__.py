@@ -1,7 +1,137 @@
-"""`python -m sppo_jax.plan`."""
+"""What a configuration needs and how long it takes on devices that are not here: memory, time and cost of each stage.
 
-from sppo_jax.command import call
-from sppo_jax.plan.search import main
+python -m sppo_jax.plan --config FILE --topology v5e:4x4 [--topology v6e:2x4 ...] [--section.key value ...]
+python -m sppo_jax.plan --config FILE --device h100 --count 8
+
+    --prompt-tokens N, --response-tokens N   mean lengths, which are unknown before a run (default: 180 and 350)
+    --price X                                of a chip for an hour
+    --json                                   print one JSON object as the last line
+    --write                                  put the figures into the header of FILE
+
+For a TPU topology the real programs are compiled, on this machine's CPU, by the TPU's own compiler. It must be importable:
+pip install --no-deps --target TPU libtpu==0.0.42.1, then PYTHONPATH=TPU. Without it, and for GPUs, all is computed from
+formulas, and the table says so. Nothing is run, and no TPU has been timed: cycles become seconds at the clock of chips.py.
+Other meshes are weighed by formula; where the configuration's own does not fit, they are compiled, the most promising first.
+"""
+
+import os
+
+if __name__ == "__main__":
+    # Before jax is imported: the compiler must look neither for a TPU, nor for other processes that compile.
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    }
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sppo_jax import config_file
+from sppo_jax.command import call, say
+from sppo_jax.errors import BadInput
+from sppo_jax.plan import config_header, search, table
+from sppo_jax.plan.workload import Lengths
+
+
+@dataclass
+class PlanRequest:
+    """The command's own flags."""
+
+    # As v5e:4x4 or h100:8.
+    slices: list[str] = field(default_factory=list)
+    lengths: Lengths = field(default_factory=Lengths)
+    price: float | None = None
+    json: bool = False
+    write: bool = False
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the plans that the command line asks for. Raises BadInput for wrong flags, and where nothing fits."""
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return
+    files, request, overrides = parse(words)
+    config = config_file.load(files, overrides)
+    began = time.perf_counter()
+    plans = [search.plan(config, name, request.lengths) for name in request.slices]
+    for plan in plans:
+        print("\n".join(table.table(plan, config, request.price)))
+    say(f"planned in {time.perf_counter() - began:.0f} s")
+    if request.write:
+        if len(files) != 1 or overrides:
+            raise BadInput(
+                "--write needs one --config and no flags that change it: the header's figures are of the file as it is"
+            )
+        lines = [line for plan in plans for line in table.summary(plan, config, request.price)]
+        config_header.write(Path(files[0]), config, lines)
+    if request.json:
+        found = [table.as_json(plan, config, request.lengths, request.price) for plan in plans]
+        print(json.dumps(found[0] if len(found) == 1 else {"plans": found}))
+
+
+def parse(words: Sequence[str]) -> tuple[list[str], PlanRequest, list[str]]:
+    """(--config files, the command's own flags, overrides of the configuration). Raises BadInput."""
+    files: list[str] = []
+    rest: list[str] = []
+    request, devices, counts = PlanRequest(), [], []
+    lengths = {"--prompt-tokens": "prompt", "--response-tokens": "response"}
+    todo = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while todo:
+        word = todo.pop(0)
+        if word in ("--json", "--write"):
+            setattr(request, word[2:], True)
+            continue
+        if word not in ("--config", "--topology", "--device", "--count", "--price", *lengths):
+            rest.append(word)
+            continue
+        if not todo:
+            raise BadInput(f"{word} needs a value")
+        value = todo.pop(0)
+        if word == "--config":
+            files.append(value)
+        elif word == "--topology":
+            request.slices.append(value)
+        elif word == "--device":
+            devices.append(value)
+        elif word == "--count":
+            counts.append(_count(word, value))
+        elif word == "--price":
+            request.price = _number(word, value)
+        else:
+            request.lengths = dataclasses.replace(request.lengths, **{lengths[word]: _count(word, value)})
+    if counts and len(counts) != len(devices):
+        raise BadInput("--count: give one for each --device")
+    request.slices += [f"{name}:{n}" for name, n in zip(devices, counts or [8] * len(devices), strict=True)]
+    if not request.slices:
+        raise BadInput("name a slice: --topology v5e:4x4, or --device h100 --count 8")
+    return files, request, rest
+
+
+def _count(flag: str, value: str) -> int:
+    """A flag's value as a whole number above 0. Raises BadInput."""
+    number = _number(flag, value)
+    if number != int(number):
+        raise BadInput(f"{flag} {value}: needs a whole number")
+    return int(number)
+
+
+def _number(flag: str, value: str) -> float:
+    """A flag's value as a number above 0. Raises BadInput."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise BadInput(f"{flag} {value}: needs a number above 0")
+    return number
+
 
 if __name__ == "__main__":
     call(main)

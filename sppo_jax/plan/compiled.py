@@ -1,4 +1,4 @@
-"""The real programs of each stage, compiled for devices that are not here: what plan.py reads its figures from."""
+"""Compiles the real programs of each stage for devices that are not here, and returns their memory and cycles."""
 
 import math
 import time
@@ -21,22 +21,29 @@ from sppo_jax.training.batches import Layout
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one program on one chip."""
+class CompiledProgram:
+    """The compiler's figures of one program, in bytes of one chip."""
 
-    peak: int  # bytes
+    peak: int
     arguments: int
-    total: int  # arguments, results and temporaries
-    seconds: float  # that compiling took
+    # Arguments, results and temporaries.
+    total: int
+    # Seconds of compiling.
+    seconds: float
     cost: Cost
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room for a program; the text is its first line."""
+    """A program needs more memory than a chip has; the message is the compiler's first line, or the formula's figure."""
 
 
-def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> tuple[Any, Compiled]:
-    """Compile, and say how long it took; raises DoesNotFit."""
+def compile_program(
+    what: str, lowered: Any, loop_counts: dict[str, float] | None = None
+) -> tuple[Any, CompiledProgram]:
+    """Compile a program, print how long that took, and return it with its figures. Raises DoesNotFit.
+
+    `loop_counts`: see `hlo.Module`.
+    """
     began = time.perf_counter()
     try:
         program = lowered.compile()
@@ -47,14 +54,16 @@ def compiled(what: str, lowered: Any, turns: dict[str, float] | None = None) -> 
     memory = program.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     text = program.as_text()
-    cost = Module(text, turns).cost() if "estimated_cycles" in text else Cost()
+    cost = Module(text, loop_counts).cost() if "estimated_cycles" in text else Cost()
     seconds = time.perf_counter() - began
     command.say(f"  {what}: compiled in {seconds:.0f} s, {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
-    return program, Compiled(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, total, seconds, cost)
+    return program, CompiledProgram(
+        memory.peak_memory_in_bytes, memory.argument_size_in_bytes, total, seconds, cost
+    )
 
 
 def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
-    """The policy without a byte of it."""
+    """The policy with shapes for weights: no array is allocated."""
     a = replace(a, lora_rank=config.model.lora_rank)
     kernel = attention.choose(config.model.attention, mesh, a, dtype)
     weights: dict[str, Any] = dict(hf.abstract(a, mesh, dtype if a.lora_rank else jnp.float32))
@@ -62,37 +71,43 @@ def abstract_model(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> T
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of one chip's pieces."""
+    """Bytes of a tree's arrays or shapes on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def kept_bytes(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> int:
-    """What training leaves on a chip while others work there: parameters, the frozen ones included."""
+    """Bytes that training leaves on a chip while other stages work there: parameters, the frozen ones included."""
     return local_bytes(nnx.split(abstract_model(config, a, mesh, dtype))[1])
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The update's programs, and the most memory that a chip has in use at any of them, by kind."""
+class CompiledUpdate:
+    """The update's programs, and by kind the bytes that a chip has in use in the program that needs most."""
 
-    forward: Compiled
-    backward: Compiled
-    accumulate: Compiled | None
-    update: Compiled
+    forward: CompiledProgram
+    backward: CompiledProgram
+    accumulate: CompiledProgram | None
+    update: CompiledProgram
     memory: dict[str, float]
-    saved: float  # bytes of activations that a backward pass needs
+    # Bytes of activations that a backward pass needs.
+    saved: float
 
     @property
     def peak(self) -> float:
+        """Bytes in use at the peak."""
         return sum(self.memory.values())
 
     @property
-    def programs(self) -> list[Compiled]:
+    def programs(self) -> list[CompiledProgram]:
+        """All programs that an update has."""
         return [x for x in (self.forward, self.backward, self.accumulate, self.update) if x is not None]
 
 
-def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) -> Fitted:
-    """The training step as `fit` runs it: four programs whose arrays stay on the devices between them."""
+def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) -> CompiledUpdate:
+    """Compile the training step as `fit` runs it: four programs whose arrays stay on the devices between them.
+
+    Raises DoesNotFit where a program has no room.
+    """
     model = abstract_model(config, a, mesh, dtype)
     programs = fit.make_programs(
         model.architecture, jnp.dtype(dtype), mesh, config.fit, 100, config.model.attention
@@ -106,32 +121,32 @@ def fitted(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) 
         jax.tree.map(_struct, jax.eval_shape(programs.init_optimizer, params), programs.shardings.opt_state),
     )
     lowered = programs.forward.lower(params, frozen, batch)  # type: ignore[attr-defined]
-    program, forward = compiled("forward", lowered)
+    program, forward = compile_program("forward", lowered)
     logprob, pullback = jax.tree.map(_struct, lowered.out_info, program.output_shardings)
-    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is
+    logprob = _struct(logprob, sharding.replicated(mesh))  # as its gradient is placed
     given = (params, frozen, batch, pullback, logprob)
-    backward = compiled("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
+    backward = compile_program("backward", programs.backward.lower(*given))[1]  # type: ignore[attr-defined]
     accumulate = None
     if at.microbatches > 1:
-        accumulate = compiled("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
-    update = compiled("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
-    # What lies there without being an argument.
+        accumulate = compile_program("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
+    update = compile_program("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
+    # Resident arrays, also those that are no arguments of a program, count with each.
     trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
-    lies = {"parameters": trained, "frozen": fixed, "optimiser": moments}
+    resident = {"parameters": trained, "frozen": fixed, "optimiser": moments}
     saved = {"saved activations": max(0, backward.arguments - trained - fixed)}
     several = at.microbatches > 1
-    times = [
-        (forward.peak + moments + several * trained, lies | saved | {"gradients": several * trained}),
-        (backward.peak + moments, lies | saved | {"gradients": trained}),
-        (update.peak + fixed, lies | {"gradients": trained}),
+    moments_in_use = [
+        (forward.peak + moments + several * trained, resident | saved | {"gradients": several * trained}),
+        (backward.peak + moments, resident | saved | {"gradients": trained}),
+        (update.peak + fixed, resident | {"gradients": trained}),
     ]
     if accumulate is not None:  # a microbatch's gradients, in the compute dtype, beside their sum
         both = trained + trained * jnp.dtype(dtype).itemsize // 4
-        times.append((accumulate.peak + moments, lies | saved | {"gradients": both}))
-    peak, held = max(times, key=lambda moment: moment[0])
+        moments_in_use.append((accumulate.peak + moments, resident | saved | {"gradients": both}))
+    peak, held = max(moments_in_use, key=lambda moment: moment[0])
     kinds = {kind: float(size) for kind, size in held.items() if size}
     kinds["temporaries"] = peak - sum(held.values())
-    return Fitted(forward, backward, accumulate, update, kinds, saved["saved activations"])
+    return CompiledUpdate(forward, backward, accumulate, update, kinds, saved["saved activations"])
 
 
 def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
@@ -158,7 +173,7 @@ def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
 
 
 def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, limit: int) -> Programs:
-    """What the sampler compiles: replicas, slots and pages as it would choose them with `limit` bytes a chip.
+    """The sampler's programs, with the replicas, slots and pages that it would choose with `limit` bytes a chip.
 
     Raises BadInput where a response does not fit.
     """
@@ -175,13 +190,13 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
 
 
 def page_bytes(p: Programs) -> int:
-    """Of one column's keys and values, all layers, on one chip."""
+    """Bytes of one column's keys and values in all layers, on one chip."""
     pages = p.shape.pages // p.replicas
     return local_bytes(p.pages) // (pages * PAGE)
 
 
-def judge_program(deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int) -> Compiled:
-    """PairRM's forward over one full batch of pairs of `tokens` tokens."""
+def judge_program(deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: int) -> CompiledProgram:
+    """Compile PairRM's forward over one full batch of pairs of `tokens` tokens. Raises DoesNotFit."""
     platform = sharding.platform(mesh)
     size = mesh_judge.bucket(tokens, platform)
     rows = mesh.size * mesh_judge.rows(size, platform)
@@ -192,7 +207,7 @@ def judge_program(deberta: jax_model.Deberta, mesh: Mesh, dtype: Any, tokens: in
     whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
     weights = jax.tree.map(lambda x: _struct(x, whole), weights)
     inputs = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=spread) for s in ((rows, size), (rows,), (rows, 3))]
-    return compiled("judge", mesh_judge.forward(network, mesh).lower(weights, *inputs))[1]  # type: ignore[attr-defined]
+    return compile_program("judge", mesh_judge.forward(network, mesh).lower(weights, *inputs))[1]  # type: ignore[attr-defined]
 
 
 def _struct(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""The plan's figures in a configuration's first comment, and for which configuration they were made."""
+"""Writes a plan's figures into the first comment of a configuration's file, with a digest of the configuration."""
 
 import hashlib
 import json
@@ -11,18 +11,19 @@ from sppo_jax.config import Config
 from sppo_jax.files import replacing
 
 BEGIN, END = "# Planned", "# (end of the plan)"
+# Prefixes of knobs that no plan depends on.
 NOT_PLANNED = ("out", "seed", "log.", "prompts.source", "prompts.heldout", "prompts.split", "prompts.column")
 
 
 def digest(config: Config) -> str:
-    """Of everything that a plan may depend on."""
+    """Digest of all knobs that a plan may depend on, 12 hexadecimal digits."""
     knobs = configuration.flat(config)
     kept = {key: value for key, value in knobs.items() if not key.startswith(NOT_PLANNED)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write(path: Path, config: Config, lines: Sequence[str]) -> None:
-    """Put the figures into the file, in place of those that it has."""
+    """Write the figures, one line each, into the file; figures that it has are replaced."""
     text = path.read_text(encoding="utf-8")
     block = "\n".join(
         [f"{BEGIN} by `make plan` (configuration {digest(config)}):", *(f"#   {x}" for x in lines), END]
@@ -39,7 +40,7 @@ def write(path: Path, config: Config, lines: Sequence[str]) -> None:
 
 
 def planned(path: Path) -> str | None:
-    """The digest of the configuration that the file's figures were made for; None: it has none."""
+    """The digest of the configuration for which the file's figures were made; None: the file has no figures."""
     found = re.search(
         rf"^{BEGIN} .*\(configuration ([0-9a-f]+)\)", path.read_text(encoding="utf-8"), re.MULTILINE
     )

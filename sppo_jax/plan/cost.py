@@ -1,4 +1,4 @@
-"""One stage of a plan: what a unit of its work needs of each chip, and how long it takes."""
+"""Cost of one unit of a stage: what it needs of each chip, and how long it takes."""
 
 from dataclasses import dataclass, field
 
@@ -6,54 +6,68 @@ from sppo_jax.plan.chips import Chip
 from sppo_jax.plan.hlo import Cost
 
 GIB = 2**30
-# Where there is no compiler: shares of the peaks that programs are taken to reach.
+# Without a compiler: shares of the peak FLOP/s and of the memory bandwidth that programs are assumed to reach.
 FLOPS_REACHED, BYTES_REACHED = 0.55, 0.7
 
 
 @dataclass
-class Stage:
-    """One unit of a stage's work, on every chip of the slice at once. Bytes, operations and seconds are one chip's."""
+class UnitCost:
+    """Cost of one unit of a stage's work, which all chips of the slice do together.
+
+    Bytes, FLOPs and seconds are those of one chip. `flops` and `bytes` are the least that the result needs.
+    """
 
     unit: str
-    count: float  # units of an iteration, one after the other
+    # Units in an iteration, one after the other.
+    count: float
     chip: Chip
-    flops: float  # that the result needs, padding and what is computed again left out
-    bytes: float  # that must move between memory and cores
-    memory: dict[str, float] = field(default_factory=dict)  # bytes at the peak, by kind
-    sent: float = 0.0  # out of the chip in collectives
-    moved: dict[str, float] = field(default_factory=dict)  # bytes of results by kind of collective
-    compiler: float | None = None  # seconds by the compiler's cycles, and by these alone
-    left_out: float = (
-        0.0  # seconds of what has no cycles: attention kernels, and fetching that outlasts the products
-    )
-    collectives: float | None = None  # seconds of those that are waited for
-    formula: float | None = None  # seconds where nothing was compiled
+    # Without padding and recomputation.
+    flops: float
+    # Traffic between memory and cores.
+    bytes: float
+    # Bytes in use at the peak, by kind.
+    memory: dict[str, float] = field(default_factory=dict)
+    # Bytes that collectives send out of the chip.
+    sent: float = 0.0
+    # Bytes of collectives' results, by kind of collective.
+    moved: dict[str, float] = field(default_factory=dict)
+    # Seconds by the compiler's cycle counts alone.
+    compiler: float | None = None
+    # Seconds that the compiler's estimate misses: attention kernels, and weight reads longer than the matmuls that hide them.
+    uncounted: float = 0.0
+    # Seconds of collectives that no computation overlaps.
+    collectives: float | None = None
+    # Seconds by formula, where nothing was compiled.
+    formula: float | None = None
     compile_seconds: float = 0.0
     note: str = ""
 
     @property
     def peak(self) -> float:
+        """Bytes in use at the peak."""
         return sum(self.memory.values())
 
     @property
     def limit(self) -> float:
+        """Bytes that one program may use."""
         return self.chip.gib * GIB
 
     @property
     def roofline(self) -> float:
-        """Seconds that nothing can be faster than: collectives that run beside products are bound by their links, too."""
+        """Lower bound in seconds: the slowest of compute, memory and links (overlapped collectives still need their links)."""
         chip = self.chip
         return max(self.flops / chip.flops, self.bytes / chip.memory, self.sent / chip.links)
 
     @property
     def seconds(self) -> float:
-        """The best estimate that there is."""
+        """Best estimate of a unit's seconds, at least the roofline where programs were compiled."""
         if self.compiler is None:
             return self.formula or self.roofline
-        return max(self.compiler + self.left_out + (self.collectives or 0), self.roofline)
+        return max(self.compiler + self.uncounted + (self.collectives or 0), self.roofline)
 
     @property
     def hours(self) -> float:
+        """Hours of all units of an iteration."""
         return self.count * self.seconds / 3600
 
     @property
@@ -63,11 +77,11 @@ class Stage:
 
     @property
     def mfu(self) -> float:
-        """By `seconds`: attention kernels and the collectives that are waited for included."""
+        """Model FLOPs utilisation by `seconds`, which include attention kernels and collectives that are not overlapped."""
         return self.flops / self.chip.flops / self.seconds
 
     def add(self, cost: Cost, times: float, compile_seconds: float) -> None:
-        """A program's cost, run so many times in a unit."""
+        """Add the cost of a program that runs `times` times in a unit."""
         self.compiler = (self.compiler or 0) + times * cost.cycles / self.chip.cycles
         waited = cost.waited / self.chip.links + cost.collectives * self.chip.latency
         self.collectives = (self.collectives or 0) + times * waited
@@ -76,10 +90,11 @@ class Stage:
         for kind, size in cost.moved.items():
             self.moved[kind] = self.moved.get(kind, 0) + times * size
 
-    def by_formula(self, computed: float, sent: float, width: int) -> None:
-        """Without a compiler, from the operations that are `computed`, in numbers of `width` bytes, and the bytes that leave.
+    def estimate(self, computed: float, sent: float, width: int) -> None:
+        """Set the seconds by formula, without a compiler.
 
-        Collectives are taken to be waited for.
+        `computed`: FLOPs with padding and recomputation, on numbers of `width` bytes; `sent`: bytes that leave the chip
+        in collectives, none of which is overlapped. The peak FLOP/s are those of 2-byte numbers.
         """
         self.sent = sent
         products = computed / self.chip.flops / FLOPS_REACHED * (width / 2)

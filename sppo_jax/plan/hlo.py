@@ -1,6 +1,6 @@
-"""What a compiled TPU program's text says: the compiler's cycles and what collectives move, loops counted by their turns.
+"""Reads a compiled TPU program's text: the compiler's cycles and the bytes that collectives move, with loops multiplied out.
 
-`Compiled.cost_analysis` counts the body of a loop once, however often it turns.
+jax's `Compiled.cost_analysis` counts the body of a loop once, however often it runs.
 """
 
 import math
@@ -14,30 +14,33 @@ WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, 
 def sent(kind: str, result: float, group: int) -> float:
     """Bytes that leave a chip in a collective over `group` chips whose result has `result` bytes on each."""
     share = (group - 1) / group
-    return (
-        result
-        * {
-            "all-reduce": 2 * share,
-            "all-gather": share,
-            "all-to-all": share,
-            "reduce-scatter": group - 1,
-            "collective-permute": 1,
-        }[kind]
-    )
+    factors = {
+        "all-reduce": 2 * share,
+        "all-gather": share,
+        "all-to-all": share,
+        "reduce-scatter": group - 1,
+        "collective-permute": 1,
+    }
+    return result * factors[kind]
 
 
 @dataclass
 class Cost:
-    """Of one chip."""
+    """Cycles of a program on one chip, and its collectives."""
 
     cycles: float = 0.0
-    moved: dict[str, float] = field(default_factory=dict)  # bytes of results by kind of collective
-    sent: float = 0.0  # bytes that leave the chip in collectives,
-    waited: float = 0.0  # and in those of them that nothing is computed beside
-    collectives: float = 0.0  # how many are waited for
-    copies: dict[str, float] = field(default_factory=dict)  # MiB of copies in loops, from 1 on
+    # Bytes of results, by kind of collective.
+    moved: dict[str, float] = field(default_factory=dict)
+    # Bytes that leave the chip in collectives, and in the collectives among them that no computation overlaps.
+    sent: float = 0.0
+    waited: float = 0.0
+    # Number of collectives that no computation overlaps.
+    collectives: float = 0.0
+    # MiB of each copy inside a loop, from 1 MiB on, by the type of its result.
+    copies: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Cost", times: float = 1) -> None:
+        """Add the cost of a computation that runs `times` times."""
         self.cycles += times * other.cycles
         self.sent += times * other.sent
         self.waited += times * other.waited
@@ -48,11 +51,11 @@ class Cost:
 
 
 class Module:
-    """A program's text, as `compiled.as_text()` gives it."""
+    """A program's text, as `compiled.as_text()` returns it."""
 
-    def __init__(self, text: str, turns: dict[str, float] | None = None):
-        """`turns`: of the loops whose length is not known before, by what their names match, the first that does."""
-        self.turns = turns or {}
+    def __init__(self, text: str, loop_counts: dict[str, float] | None = None):
+        """`loop_counts`: {regex on op_name: iterations} for loops without a constant bound; the first match wins."""
+        self.loop_counts = loop_counts or {}
         head = text.partition("\n")[0]
         self.chips = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
         self.computations: dict[str, list[str]] = {}
@@ -64,11 +67,10 @@ class Module:
                 self.computations[name].append(line.strip())
 
     def cost(self, name: str = "ENTRY") -> Cost:
-        """Of one run of a computation. Raises ValueError for a loop whose length nobody tells."""
+        """Cost of running a computation once. Raises ValueError for a loop whose length is unknown."""
         total = Cost()
-        begun: set[tuple[str, str]] = (
-            set()
-        )  # collectives that run beside what follows them, by kind and channel
+        # Collectives that run beside the instructions after them, by kind and channel.
+        started: set[tuple[str, str]] = set()
         for line in self.computations[name]:
             if (parts := _instruction(line)) is None:
                 continue
@@ -76,30 +78,31 @@ class Module:
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
                 total.cycles += int(cycles[1])
             if (kind := operation.removesuffix("-start")) in KINDS:
-                # One that is begun has its operand in its result, too; several in one have a tuple.
+                # The result of a `-start` has the operand, too; that of several collectives in one is a tuple.
                 beside = operation.endswith("-start")
                 total.add(self._collective(kind, size(result, every=not beside), line, beside))
             if operation in ("fusion", "async-start"):
                 called = _part(r"calls=%([\w.-]+)", line)
-                total.add(self._inside(called, result, begun, beside=operation == "async-start"))
+                total.add(self._inside(called, result, started, beside=operation == "async-start"))
+            # A copy-start moves between memories, and does not count.
             if operation == "copy" and name != "ENTRY" and size(result) >= 2**20:
                 total.copies[result.split("{")[0]] = size(result) / 2**20
             if operation == "while":
-                total.add(self.cost(_part(r"body=%([\w.-]+)", line)), self._turns(line))
+                total.add(self.cost(_part(r"body=%([\w.-]+)", line)), self._loop_count(line))
             if operation == "call":
                 total.add(self.cost(_part(r"to_apply=%([\w.-]+)", line)))
-            if operation == "conditional":  # one of its branches: the longest
+            if operation == "conditional":  # the longest of its branches
                 branches = re.findall(r"%([\w.-]+)", line.partition("computation")[2])
                 costs = [self.cost(name) for name in branches if name in self.computations]
                 total.add(max(costs, key=lambda cost: cost.cycles))
         return total
 
-    def _inside(self, name: str, result: str, begun: set[tuple[str, str]], beside: bool) -> Cost:
-        """The collectives of a fused computation, whose other instructions are in the fusion's own estimate.
+    def _inside(self, name: str, result: str, started: set[tuple[str, str]], beside: bool) -> Cost:
+        """Cost of the collectives in a fused computation, whose other instructions are in the fusion's own estimate.
 
-        One that runs beside products is printed in each fusion of its chain: where it begins, in those that it runs
-        beside, and where it ends. `begun` has those that were counted. A fusion that keeps a slice of an all-reduce is
-        a reduce-scatter.
+        A collective that runs beside products is printed in each fusion of its chain: where it starts, in the fusions
+        that it runs beside, and where it ends. `started` holds the collectives counted so far. A fusion that keeps a
+        slice of an all-reduce is a reduce-scatter.
         """
         lines, total = self.computations.get(name, []), Cost()
         chain = name.startswith("async_collective_fusion") or any(
@@ -111,9 +114,9 @@ class Module:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             if chain and channel is not None:
-                if (kind, channel[1]) in begun:
+                if (kind, channel[1]) in started:
                     continue
-                begun.add((kind, channel[1]))
+                started.add((kind, channel[1]))
             if name.startswith("all-reduce-scatter"):
                 total.add(self._collective("reduce-scatter", size(result, every=True), line, beside or chain))
             else:
@@ -121,6 +124,7 @@ class Module:
         return total
 
     def _collective(self, kind: str, moved: int, line: str, beside: bool) -> Cost:
+        """Cost of one collective with a result of `moved` bytes; `beside`: it runs beside computation."""
         out = sent(kind, moved, _group(line) or self.chips)
         return Cost(
             moved={kind: moved},
@@ -129,26 +133,26 @@ class Module:
             collectives=0 if beside else 1,
         )
 
-    def _turns(self, line: str) -> float:
-        """Of a loop: the constant that its counter is compared with, else what `turns` says of its name."""
+    def _loop_count(self, line: str) -> float:
+        """Iterations of a loop: the constant that its counter is compared with, else the entry of `loop_counts`."""
         condition = self.computations[_part(r"condition=%([\w.-]+)", line)]
-        if turns := _bound(condition):
-            return turns
+        if bound := _bound(condition):
+            return bound
         name = _part(r'op_name="([^"]*)"', line) if "op_name=" in line else ""
-        for pattern, told in self.turns.items():
+        for pattern, count in self.loop_counts.items():
             if re.search(pattern, name):
-                return told
+                return count
         raise ValueError(f"the length of the loop {name or line[:80]} is not known")
 
 
 def _instruction(line: str) -> tuple[str, str] | None:
-    """(type of the result, operation); a copy-start moves between memories and has none that is looked at."""
+    """(type of the result, operation) of an instruction, or None for any other line."""
     found = re.match(r"(?:ROOT )?%[\w.-]+ = (.+?) ([a-z][\w-]*)\(", line)
     return found and (found[1], found[2])
 
 
 def _bound(condition: list[str]) -> int | None:
-    """The number below which a loop's counter stays, where that is its whole condition."""
+    """The constant below which a loop's counter stays, where that is the whole condition; else None."""
     root = next(line for line in condition if line.startswith("ROOT "))
     operands = re.search(r" (?:compare|fusion)\(([^)]*)\)", root)
     if operands is None:
@@ -166,7 +170,7 @@ def _bound(condition: list[str]) -> int | None:
 
 
 def size(result: str, every: bool = False) -> int:
-    """Bytes of an HLO type; of a tuple's largest member, or of all."""
+    """Bytes of an HLO type; for a tuple, of its largest member, or with `every` of all members."""
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
     sizes = [
         WIDTHS.get(kind, 4) * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays
@@ -175,7 +179,7 @@ def size(result: str, every: bool = False) -> int:
 
 
 def _group(line: str) -> int | None:
-    """Chips that take part in a collective; None: all of them."""
+    """Number of chips that take part in a collective; None: all of them."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -187,6 +191,7 @@ def _group(line: str) -> int | None:
 
 
 def _part(pattern: str, line: str) -> str:
+    """The first group of a pattern that the line must contain."""
     found = re.search(pattern, line)
     assert found is not None, (pattern, line)
     return found[1]

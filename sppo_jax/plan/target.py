@@ -1,4 +1,4 @@
-"""What a plan is about: a configuration on a mesh of devices that are not here, with the work that it has there."""
+"""Plan target: one configuration on a mesh of absent devices, and one iteration's work there."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,47 +22,50 @@ from sppo_jax.plan.workload import Lengths, Workload
 from sppo_jax.training import memory
 from sppo_jax.training.batches import Layout
 
-PUBLISHED = (
-    Path(__file__).parent / "published"
-)  # options of models that one may plan for without access to them
+# config.json of published models, which can be planned without access to their repositories.
+PUBLISHED = Path(__file__).parent / "published"
 
 
 @dataclass(frozen=True)
-class Setting:
+class Target:
     """A configuration on one mesh of one kind of chip."""
 
     config: Config
-    architecture: Architecture  # with its rank of adapters
+    # With the configuration's rank of adapters.
+    architecture: Architecture
     chip: Chip
     mesh: Mesh
     lengths: Lengths
-    compiled: bool  # for the devices of `mesh`; else they are stand-ins, and all is by formula
+    # Programs are compiled for the devices of `mesh`; else these are stand-ins, and all figures are by formula.
+    compiled: bool
 
     @cached_property
     def work(self) -> Workload:
+        """The work of one iteration."""
         return workload.workload(self.config, self.lengths)
 
     @property
     def dtype(self) -> Any:
-        """That the policy computes in, as a run on these chips chooses it."""
+        """Compute dtype of the policy, as a run on these chips chooses it."""
         name = self.config.model.compute_dtype
         return jnp.dtype(jnp.bfloat16 if name == "auto" else name)
 
     @cached_property
     def kernel(self) -> str:
-        """Of attention over whole sequences. Raises BadInput where the one that is named does not serve."""
+        """Name of the attention kernel over whole sequences. Raises BadInput where the configured one cannot serve."""
         c = self.config.model
         return attention.choose(c.attention, self.mesh, self.architecture, self.dtype).name
 
     @property
     def update(self) -> memory.Update:
+        """The formula of an update's memory."""
         c = self.config.fit
         longest = max(map(max, self.work.lengths_GR))
         return memory.Update(self.architecture, self.mesh, self.dtype.itemsize, self.kernel, c.remat, longest)
 
     @cached_property
     def layout(self) -> Layout:
-        """The shape of the updates that a run would have there: cuDNN takes one sequence a row."""
+        """Layout of the updates that a run would have there: cuDNN takes one sequence a row."""
         most = self.update.most_tokens(self.limit)
         shards = sharding.batch_shards(self.mesh)
         return workload.layout(self.config, self.work, shards, most, self.kernel != "cudnn")
@@ -74,7 +77,7 @@ class Setting:
 
 
 def architecture(c: Config) -> Architecture:
-    """The policy's options; of published models without a download."""
+    """The policy's architecture; that of a published model is read without a download."""
     name = c.model.path.partition("@")[0]
     known = PUBLISHED / name
     if not name.startswith((".", "/")) and (known / "config.json").is_file() and not Path(name).is_dir():
@@ -87,7 +90,7 @@ def architecture(c: Config) -> Architecture:
 
 
 def mesh(m: config.Mesh, devices: list[Any], stand_ins: bool) -> Mesh:
-    """The mesh of a slice. Raises BadInput where it does not fit."""
+    """The mesh of a slice. Raises BadInput where its sizes do not make up the number of devices."""
     if not stand_ins:
         return sharding.make_mesh(m.data, m.fsdp, m.tensor, devices=devices)
     sizes = [m.data, m.fsdp, m.tensor]

@@ -1,6 +1,6 @@
-"""How much of each stage one iteration of a configuration has: counts of tokens, pairs and updates for plan.py.
+"""Work of one iteration of a configuration: counts of tokens, pairs and updates.
 
-Lengths of prompts and responses are not known before a run; they are drawn, from a seed, with the means that are asked.
+Lengths of prompts and responses are unknown before a run; they are drawn, from a fixed seed, with the given means.
 """
 
 import math
@@ -12,14 +12,17 @@ from sppo_jax.config import Config, Judge
 from sppo_jax.pairrm.format import Limits
 from sppo_jax.training import batches
 
-SPREAD = 0.8  # standard deviation of the lengths' logarithm; recorded ones lie between .6 and 1
-SAMPLE = 4096  # prompts drawn at most
-FRAME = 3  # tokens around each text that PairRM reads
+# Standard deviation of the lengths' logarithm; that of recorded lengths lies between .6 and 1.
+SPREAD = 0.8
+# Most prompts that are drawn.
+SAMPLE = 4096
+# Special tokens around each text that PairRM reads.
+FRAME = 3
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens, by which everything that depends on text is counted."""
+    """Mean tokens of a prompt and of a response."""
 
     prompt: int = 180
     response: int = 350
@@ -27,42 +30,47 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration."""
+    """Work of one iteration."""
 
-    sampled_tokens: float  # in all, of responses to held-out prompts, too
-    prompt_tokens: float  # prefilled
-    ordered_pairs: int  # that the judge reads
-    pair_tokens: int  # that it reads of one of them, on average
+    # Tokens of all responses, those to held-out prompts included.
+    sampled_tokens: float
+    # Tokens that are prefilled.
+    prompt_tokens: float
+    # Ordered pairs that the judge scores, and the mean tokens that it reads of one.
+    ordered_pairs: int
+    pair_tokens: int
     trained_pairs: int
     updates: int
-    lengths_GR: list[list[int]]  # of an epoch's sequences that are trained on, prompt included
+    # Tokens of the drawn sequences that are trained on, prompt included: R responses of G prompts.
+    lengths_GR: list[list[int]]
 
 
 def drawn(rng: np.random.Generator, count: int, mean: float, most: int) -> np.ndarray:
-    """`count` lengths from a lognormal that is cut at `most`, with the mean that is asked; all `most` if that is the mean."""
+    """`count` integer lengths in [1, most] from a lognormal cut at `most`, with this mean; all are `most` if mean >= most."""
     if mean >= most:
         return np.full(count, most)
     noise = np.exp(SPREAD * rng.standard_normal(count))
     low, high = 0.0, float(most)
-    for _ in range(50):  # the cut lowers the mean: find the scale that makes up for it
+    for _ in range(50):  # the cut lowers the mean: find the scale that restores it
         middle = (low + high) / 2
         low, high = (middle, high) if np.minimum(noise * middle, most).mean() < mean else (low, middle)
     return np.clip(np.rint(noise * high), 1, most).astype(int)
 
 
 def workload(config: Config, lengths: Lengths) -> Workload:
-    """What one iteration of `config` computes."""
+    """The work of one iteration of a configuration."""
     s, p, k = config.sampling, config.prompts.per_iteration, config.sampling.responses
     kept = 2 if config.pairs.select == "best_worst" else k
-    rng = np.random.default_rng(0)  # of its own: plans of one configuration agree whatever its seed
+    # A fixed seed: the plan of a configuration does not depend on its seed.
+    rng = np.random.default_rng(0)
     count = min(p, max(SAMPLE, config.fit.global_batch))
     prompt_G = drawn(rng, count, lengths.prompt, config.prompts.max_length)
     response_GR = drawn(rng, count * kept, lengths.response, s.max_new_tokens).reshape(count, kept)
     probed = min(config.eval.probe_prompts, config.eval.prompts)
     played = 0 if config.pairs.source else p  # given pairs are neither sampled nor judged
-    answers = played * k + config.eval.prompts + probed * k
+    responses = played * k + config.eval.prompts + probed * k
     return Workload(
-        sampled_tokens=answers * float(response_GR.mean()),
+        sampled_tokens=responses * float(response_GR.mean()),
         prompt_tokens=(played + config.eval.prompts + probed) * float(prompt_G.mean()),
         ordered_pairs=(played + probed) * k * (k - 1) + 4 * config.eval.prompts,
         pair_tokens=_read(config.judge, prompt_G, response_GR),
@@ -73,7 +81,10 @@ def workload(config: Config, lengths: Lengths) -> Workload:
 
 
 def _read(judge: Judge, prompt_G: np.ndarray, response_GR: np.ndarray) -> int:
-    """Mean tokens of a pair after PairRM's cuts, by the rule of pairrm.format.Limits; its tokenizer is taken for the policy's."""
+    """Mean tokens of a pair after PairRM's cuts, by the rule of pairrm.format.Limits.
+
+    Lengths are assumed to be the same in PairRM's tokenizer and in the policy's.
+    """
     limits = Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens).of({})
     prompt_G = np.minimum(prompt_G + FRAME, limits.source)
     room_G = (limits.total - prompt_G) // 2
@@ -83,7 +94,7 @@ def _read(judge: Judge, prompt_G: np.ndarray, response_GR: np.ndarray) -> int:
 def layout(
     config: Config, work: Workload, shards: int, most_tokens: int, pack: bool = True
 ) -> batches.Layout:
-    """The shape of the updates, by the packing that training does."""
+    """Layout of the updates, by the packing that training does."""
     size = config.fit.global_batch
     indices = range(len(work.lengths_GR) // size * size or len(work.lengths_GR))
     order = [list(indices[i : i + size]) for i in range(0, len(indices), size)]

@@ -13,11 +13,14 @@ from typing import Any
 import yaml
 
 from sppo_jax import config as configuration
-from sppo_jax import files
+from sppo_jax import config_file, files
 from sppo_jax.config import EMBEDDED, Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
+from sppo_jax.report.page import rate
+from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.run.manifest import model_revision
 
 PAPER = "Self-Play Preference Optimization for Language Model Alignment"
 CITATION = f"""@misc{{wu2024sppo,
@@ -30,7 +33,7 @@ CITATION = f"""@misc{{wu2024sppo,
 }}"""
 HUB_NAME = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 PATHS = ("model.path", "judge.path", "judge.python", "prompts.source", "prompts.heldout", "pairs.source")
-NOT_RESULTS = ("out", "mesh.", "log.")  # knobs that a reader of the card has no use for
+NOT_RESULTS = ("out", "mesh.", "log.")  # knobs that change no result
 
 
 def write(run: RunDir, t: int) -> None:
@@ -42,19 +45,19 @@ def write(run: RunDir, t: int) -> None:
 
 def text(run: RunDir, t: int) -> str:
     """The card of the policy after iteration t, with the win rates that are known by now. Raises BadInput."""
-    config, manifest = configuration.load([run.config]), _manifest(run)
+    config, manifest = config_file.load([run.config]), manifest_file.read(run)
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
     how = (
-        "It was fitted to given pairs of answers,"
+        "It was fitted to given pairs of responses,"
         if config.pairs.source
-        else "The policy plays against itself: it answers prompts, a judge compares its answers, and it is fitted"
+        else "The policy plays against itself: it responds to prompts, a judge compares its responses, and it is fitted"
     )
     parts = [
         f"---\n{front}---",
         f"# {_text(_title(config))}, SPPO iteration {t}",
         f"{_text(base)} after {t} of {config.iterations} iterations of *{PAPER}* (arXiv:2405.00675), made with "
-        f"sppo_jax. {how} to raise each answer's log-probability by eta times how much more often it wins than "
+        f"sppo_jax. {how} to raise each response's log-probability by eta times how much more often it wins than "
         "half the time.",
         "## Win rates\n\n" + _win_rates(run, t),
         "## How it was made\n\n" + _table(_facts(config, manifest, t)),
@@ -82,35 +85,10 @@ LIMITS = """It was trained towards what one judge prefers and measured by that p
 safety, its facts or its biases, and the licence and the limits of its base apply to it."""
 
 
-def revision(run: RunDir) -> str | None:
-    """The commit of the base policy on the hub, as the manifest pins it; None for one from a directory."""
-    return _revision(_manifest(run))
-
-
-def judge_sources(run: RunDir) -> dict[str, str]:
-    """{repository: commit} of the hub that the judge of a run that was begun came from; {} before."""
-    found = _manifest(run)["judge"].get("sources") if run.manifest.exists() else None
-    return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
-
-
-def _revision(manifest: dict[str, Any]) -> str | None:
-    found = manifest["model"].get("revision")
-    return found if isinstance(found, str) else None
-
-
-def _manifest(run: RunDir) -> dict[str, Any]:
-    """manifest.json, its sections objects."""
-    manifest = files.read_json(run.manifest)
-    for section in ("model", "judge", "versions", "devices", "sha256", "prompts"):
-        if not isinstance(manifest.setdefault(section, {}), dict):
-            raise BadInput(f"{run.manifest}: damaged: {section} is not an object")
-    return manifest
-
-
 def _front(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the hub indexes."""
+    """The card's front matter, which the hub indexes."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if _revision(manifest):
+    if model_revision(manifest):
         front |= {"base_model": _hub_name(config.model.path), "base_model_relation": "finetune"}
     scheme, _, name = (config.pairs.source or config.prompts.source).partition(":")
     name = re.split("[:@]", name)[0]  # without configuration and revision
@@ -162,7 +140,7 @@ def _given(c: Config, kept: list[str]) -> list[tuple[str, str]]:
 
 
 def _win_rates(run: RunDir, t: int) -> str:
-    """A row per measured iteration up to t: win rates with standard errors, and the answers' length."""
+    """A row per measured iteration up to t: win rates with standard errors, and mean length."""
     paths = [run.evaluation(i) for i in range(BASE, t + 1)]
     found = [_evaluation(path) for path in paths if path.exists()]
     measured = bool(found) and found[-1].get("iteration") == t
@@ -173,11 +151,11 @@ def _win_rates(run: RunDir, t: int) -> str:
     columns = [(name, other) for name in judges for other in ("base", "previous")]
     header = ["iteration", *(f"{name}, against {other}" for name, other in columns), "mean tokens"]
     rows = [
-        [str(e["iteration"]), *(_rate(e["win_rate"].get(n, {}).get(o)) for n, o in columns), f"{e['length']['tokens']:.1f}"]
+        [str(e["iteration"]), *(rate(e["win_rate"].get(n, {}).get(o), "") for n, o in columns), f"{e['length']['tokens']:.1f}"]
         for e in found
     ]  # fmt: skip
     about = (
-        f"On {found[-1]['prompts']} held-out prompts: the mean probability that this policy's answer is preferred, "
+        f"On {found[-1]['prompts']} held-out prompts: the mean probability that this policy's response is preferred, "
         "± one standard error; 0.5 is no better than the other. *base* is the model that iteration 1 began with, "
         "*previous* the policy of the iteration before."
     )
@@ -190,10 +168,6 @@ def _evaluation(path: Path) -> dict[str, Any]:
     if not all(isinstance(found.get(section), dict) for section in ("win_rate", "length")):
         raise BadInput(f"{path}: damaged; delete it and run again")
     return found
-
-
-def _rate(rate: dict[str, float] | None) -> str:
-    return f"{rate['mean']:.3f} ± {rate['stderr']:.3f}" if rate else ""
 
 
 def _command(config: Config) -> str:
@@ -212,7 +186,7 @@ def _title(config: Config) -> str:
 
 
 def _base(config: Config, manifest: dict[str, Any]) -> str:
-    found = _revision(manifest)
+    found = model_revision(manifest)
     return f"{_hub_name(config.model.path)} at revision {found}" if found else _public(config.model.path)
 
 

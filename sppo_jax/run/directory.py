@@ -1,6 +1,6 @@
-"""The run directory: where each file lives, what "complete" means, and whose directory it is.
+"""The run directory: the path of each file, and the claim of one process and one configuration on it.
 
-A file exists under its final name only when it is whole: it is written beside it, synced and renamed.
+A file exists under its final name only when it is complete (`sppo_jax.files.replacing`).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sppo_jax import config as configuration
+from sppo_jax import config_file
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import part_of, remove, replacing
@@ -42,7 +43,7 @@ class RunDir:
         return self.iteration(t) / "pairs.parquet"
 
     def heldout(self, t: int, kind: str) -> Path:
-        """Of the policy after iteration t: `responses`, and for the probe `probe` and `probe_preferences`."""
+        """Held-out files of iteration t: `responses` of its new policy, and the `probe` of its reference."""
         return self.iteration(t) / "heldout" / f"{kind}.parquet"
 
     def checkpoints(self, t: int) -> Path:
@@ -52,7 +53,7 @@ class RunDir:
         return self.iteration(t) / "export"
 
     def adapter(self, t: int) -> Path:
-        """PEFT's directory of the adapters after iteration t, beside the frozen base."""
+        """The PEFT directory with the adapters after iteration t."""
         return self.iteration(t) / "adapter"
 
     def evaluation(self, t: int) -> Path:
@@ -82,7 +83,7 @@ def opened(config: Config) -> Iterator[RunDir]:
         try:
             yield run
         except BaseException:
-            if [p.name for p in run.root.iterdir()] == [LOCK]:  # nothing was begun: leave nothing
+            if [p.name for p in run.root.iterdir()] == [LOCK]:  # the run did not begin: leave no directory
                 remove(run.root)
             raise
 
@@ -93,14 +94,14 @@ def shard_ranges(total: int, size: int) -> list[range]:
 
 
 def claim(run: RunDir, config: Config) -> None:
-    """Write the resolved configuration; from here on OUT is this configuration's. For when all inputs are known good."""
+    """Write the resolved configuration, which claims OUT for it. Called when every input has been checked."""
     with replacing(run.config) as part:
-        part.write_text(configuration.dump(config), encoding="utf-8")
+        part.write_text(config_file.dump(config), encoding="utf-8")
 
 
 def _check(run: RunDir, config: Config) -> None:
     if run.config.exists():
-        before = configuration.load([run.config])
+        before = config_file.load([run.config])
         if changed := configuration.changed_keys(before, config):
             old, new = configuration.flat(before), configuration.flat(config)
             shown = ", ".join(f"{k} ({old[k]} there, {new[k]} now)" for k in changed)
@@ -109,13 +110,13 @@ def _check(run: RunDir, config: Config) -> None:
             )
     elif others := [p.name for p in run.root.iterdir() if p.name not in (LOCK, part_of(run.config).name)]:
         raise BadInput(
-            f"--out {config.out} holds {min(others)} and is no run directory; choose another --out"
+            f"--out {config.out} holds {min(others)} and is not a run directory; choose another --out"
         )
 
 
 @contextlib.contextmanager
 def _held(file: TextIO) -> Iterator[None]:
-    """Locked while the process lives, whatever ends it; the text inside is for people."""
+    """Hold the lock on `file` while the process lives, however it ends. The text inside is for people."""
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

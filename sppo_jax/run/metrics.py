@@ -21,9 +21,9 @@ PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
 
 
 class Metrics:
-    """Where a run tells what it does. Close it, or use it as a context manager.
+    """A run's outputs: metrics.jsonl, TensorBoard, log lines and progress. Close it, or use it as a context manager.
 
-    Scalars and lines may come from any thread; there is one progress at a time.
+    Any thread may write scalars and lines; one progress is shown at a time.
     """
 
     def __init__(self, run: RunDir):
@@ -41,7 +41,8 @@ class Metrics:
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
         with self._writing:
             if self._file is None:
-                self._open()  # not before there is something to say: a run that cannot begin leaves no files
+                # Opened with the first scalar, so that a run that cannot begin leaves no files.
+                self._open()
             assert self._file is not None
             self._file.write(json.dumps(_finite(line)) + "\n")
             self._file.flush()
@@ -57,17 +58,17 @@ class Metrics:
         self._events = Writer(DirectoryOutput(str(self._run.tensorboard)))
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line for people."""
         self._console.print(text)
 
     @contextlib.contextmanager
     def progress(
         self, label: str, total: int, unit: str, *, done: int = 0, minor: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """`advance(n, **facts)` moves on by n of `total` units; facts ("loss 0.1") are shown beside the rate.
+        """Yields `advance(n, **facts)`, which adds n of `total` units; facts ("loss 0.1") are shown beside the rate.
 
-        `done` units were there before: they count, but for rate and time left they don't. Of a `minor` stage that is
-        soon over, a log says nothing.
+        `done` units were complete before: they count, except for the rate and the time left. A `minor` stage is printed
+        to a plain log only if it takes more than 5 seconds.
         """
         if self._console.is_terminal:
             with self._bar(label, total, unit, done) as advance:
@@ -125,7 +126,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def stopping_on_sigterm(self) -> Iterator[None]:
-        """Turn SIGTERM into a request that `poll` raises at the next safe place."""
+        """Turn SIGTERM into a request; `poll` raises Terminated at the next safe place."""
 
         def request(_signal: int, _frame: FrameType | None) -> None:
             self._stop = True
@@ -147,9 +148,9 @@ class Metrics:
     def chunks(
         self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
     ) -> Callable[[int, int, int], None]:
-        """`advance` for the sampler, which tells (prompts, tokens, slots in use) of each chunk, and then polls.
+        """A callback for the sampler, which passes (prompts, tokens, slots in use) of each chunk to `advance` and polls.
 
-        `facts` are shown as well.
+        What `facts()` returns is shown as well.
         """
         start, tokens = time.monotonic(), 0
 
@@ -176,7 +177,7 @@ class Metrics:
 
 
 def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:
-    """`advance` for those who report (done so far, total)."""
+    """A callback that reports (done so far, total) through `advance`."""
     before = 0
 
     def on_progress(done: int, _total: int) -> None:
@@ -199,7 +200,7 @@ def read(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """`line` with None for NaN and infinities, which JSON lacks."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 

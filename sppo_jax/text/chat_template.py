@@ -1,4 +1,4 @@
-"""Text to token ids and back: the chat template of the policy's tokenizer, in which a text stays a text."""
+"""Text to token ids and back, by the chat template of the policy's tokenizer. No text can become a control token."""
 
 import functools
 import json
@@ -8,13 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import read_json
 from sppo_jax.records import Prompt
 
-PROBE, ANSWER = "Is this shown?", "It is shown."  # what a template must render, and what most do
-# Llama 3.2's template writes today's date, and a run that goes on tomorrow must see the same ids: for a template
-# that asks, it is always the day that Llama's templates fall back to. The line's end is the tag's own.
+PROBE, ANSWER = (
+    "Is this shown?",
+    "It is shown.",
+)  # a user's message, which every template must render, and a response
+SHOWN = 300  # characters of a library's message
+# Llama 3.2's template writes today's date, but a run that resumes tomorrow must see the same ids. For a template that
+# calls strftime_now, it is always the day that Llama's templates fall back to. The tag removes its own line's end.
 TODAY = (
     "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul')"
     " | replace('%B', 'July') | replace('%Y', '2024') | replace('%y', '24') }}{% endmacro %}\n"
@@ -24,13 +28,17 @@ Message = dict[str, str]  # role (system, user or assistant) and content
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The `transformers` tokenizer of a Hugging Face directory. Raises BadInput without one, or without a template."""
-    from transformers import AutoTokenizer  # a second of imports that only those who tokenise should pay
+    """Return the `transformers` tokenizer of a Hugging Face directory.
+
+    Raises BadInput without a fast tokenizer, without a chat template that shows the user's message, and for a tokenizer
+    whose model would turn text into a control token.
+    """
+    from transformers import AutoTokenizer  # here, because it takes a second to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
-        raise BadInput(f"{directory}: no usable tokenizer: {_one_line(error)}") from None
+        raise BadInput(f"{directory}: no usable tokenizer: {one_line(error)[:SHOWN]}") from None
     if not tokenizer.is_fast:
         raise BadInput(f"{directory}: needs tokenizer.json (a fast tokenizer)")
     if not tokenizer.chat_template:
@@ -39,8 +47,8 @@ def load_tokenizer(directory: Path) -> Any:
         )
     try:
         shown = chat_text(tokenizer, PROBE)
-    except Exception as error:  # jinja's, or raised by the template itself
-        raise BadInput(f"{directory}: the chat template fails: {_one_line(error)}") from None
+    except Exception as error:  # of jinja, or raised by the template itself
+        raise BadInput(f"{directory}: the chat template fails: {one_line(error)[:SHOWN]}") from None
     if PROBE not in shown:
         raise BadInput(f"{directory}: the chat template does not show what the user says")
     if loose := _encoder(tokenizer).inseparable():
@@ -52,10 +60,10 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def eos_ids(directory: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
-    """Ids that end a response, in this order and without repeats: those of generation_config.json, the
-    tokenizer's one, and the control token that the template writes after an assistant's message.
+    """Return the ids that end a response, in this order and without repeats.
 
-    Raises BadInput unless there is at least one and all lie in [0, vocab).
+    They are eos_token_id in generation_config.json, the tokenizer's end of sequence, and the control token that the
+    template writes after an assistant's message. Raises BadInput unless there is at least one and all lie in [0, vocab).
     """
     file = directory / "generation_config.json"
     named = read_json(file).get("eos_token_id") if file.exists() else None
@@ -75,7 +83,7 @@ def eos_ids(directory: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
 
 
 def own_eos_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer alone tells: its own end of sequence, and what its template ends a turn with."""
+    """Return the ends that the tokenizer alone defines: its end of sequence, and its template's end of a turn."""
     ends = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         ends.append(_encoder(tokenizer).ids.get(_turn_end(tokenizer)[1]))
@@ -83,41 +91,41 @@ def own_eos_ids(tokenizer: Any) -> list[int]:
 
 
 def chat_prompt(tokenizer: Any, text: str) -> Prompt:
-    """The prompt as the policy reads it: a `conversation` of one message."""
+    """Return the prompt that the policy reads for `text`: a `conversation` of one message."""
     return Prompt(text, conversation(tokenizer, [{"role": "user", "content": text}]))
 
 
 def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Ids of a conversation up to where the policy speaks: template, generation header, one BOS where there is one.
+    """Return the ids of a conversation up to the policy's turn, with the generation header and at most one BOS.
 
-    A message that spells a control token ("</s>") stays text: its pieces are ordinary tokens. Without such
-    spellings the ids are those of the tokenizer's own apply_chat_template. Raises BadInput for roles, or an order
-    of them, that the template refuses.
+    A message that spells a control token ("</s>") stays text: its pieces are ordinary tokens. Without such spellings the
+    ids are those of the tokenizer's own apply_chat_template. Raises BadInput for roles, or an order of roles, that the
+    template refuses.
     """
     try:
         rendered = _render(tokenizer, messages, header=True)
-    except Exception as error:  # jinja's, or raised by the template itself
-        raise BadInput(f"the chat template refuses this conversation: {_one_line(error)}") from None
+    except Exception as error:  # of jinja, or raised by the template itself
+        raise BadInput(f"the chat template refuses this conversation: {one_line(error)[:SHOWN]}") from None
     return _encoder(tokenizer).encode(rendered)
 
 
 def chat_text(tokenizer: Any, text: str) -> str:
-    """The same as a string, for judges that want to see what the official code showed them."""
+    """Return the rendered prompt as a string, for judges that are shown what the official code shows them."""
     return _apply(tokenizer, [{"role": "user", "content": text}], header=True)
 
 
 def written_ids(tokenizer: Any, text: str, eos: tuple[int, ...]) -> list[int]:
-    """Ids of a response that is known as text only, as they follow `conversation`'s, its end included.
+    """Return the ids of a response that is known as text only, as they follow `conversation`'s, with its end.
 
-    They are what the template's rendering of the finished turn adds to its generation header, control tokens
-    that the text spells excepted; the end is the one the template writes, else the first of `eos`. Where a token
-    would straddle header and response, the response is tokenised apart: the header's ids are given.
+    They are the ids that the finished turn, rendered by the template, adds to the generation header, except that control
+    tokens spelled in the text stay text. The end is the one that the template writes, else the first of `eos`. Where a
+    token would straddle header and response, the response is tokenised by itself, because the header's ids are fixed.
     """
     encoder = _encoder(tokenizer)
     asked = [{"role": "user", "content": PROBE}]
     header = _render(tokenizer, asked, header=True)
     response, (after, end) = encoder.hide(text, "assistant"), _turn_end(tokenizer)
-    if after is not None:  # the template shows what an assistant says
+    if after is not None:  # the template renders assistants' messages
         whole = _render(tokenizer, [*asked, {"role": "assistant", "content": text}], header=False)
         if whole.startswith(header) and whole.endswith(after):
             response = whole[len(header) : len(whole) - len(after)]
@@ -127,12 +135,15 @@ def written_ids(tokenizer: Any, text: str, eos: tuple[int, ...]) -> list[int]:
 
 
 def response_text(tokenizer: Any, ids: list[int]) -> str:
-    """Ids of one response as text, without special tokens. Ids that no token has (embedding rows that only fill
-    the matrix up) add nothing."""
+    """Return the text of a response's ids, without special tokens.
+
+    Ids without a token (embedding rows that only pad the matrix) add nothing.
+    """
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _apply(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
+    """Return the template's string, always with the same date; `header`: with the generation header."""
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = TODAY + template
@@ -144,7 +155,7 @@ def _apply(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
 
 
 def _render(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
-    """The template's string, with the control tokens that messages spell hidden from what `encode` looks for."""
+    """Return the template's string in which control tokens spelled by messages are hidden from `_Encoder.encode`."""
     hide = _encoder(tokenizer).hide
     return _apply(
         tokenizer, [m | {"content": hide(m["content"], m["role"])} for m in messages], header=header
@@ -157,14 +168,15 @@ def _turn_end(tokenizer: Any) -> tuple[str | None, str]:
 
 @functools.lru_cache(maxsize=4)
 def _find_turn_end(tokenizer: Any, template: str) -> tuple[str | None, str]:
-    """What the template writes after an assistant's last message, and the control token that this begins with.
+    """Return the text that the template writes after an assistant's last message, and the control token it begins with.
 
-    White space may come before the token. None for a template that shows no assistant; "" for no token.
+    White space may precede the token. The text is None for a template that does not render assistants; the token is ""
+    if there is none.
     """
     messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": ANSWER}]
     try:
         _, shown, after = _apply(tokenizer, messages, header=False).rpartition(ANSWER)
-    except Exception:  # jinja's, or raised by the template itself
+    except Exception:  # of jinja, or raised by the template itself
         return None, ""
     end = _encoder(tokenizer).control.match(after.lstrip())
     return (after, end.group() if end else "") if shown else (None, "")
@@ -175,20 +187,20 @@ def _encoder(tokenizer: Any) -> "_Encoder":
 
 
 class _Encoder:
-    """A copy of a tokenizer in which the template's control tokens go by names that no text can spell.
+    """A copy of a tokenizer in which the template's control tokens have names that no text can spell.
 
-    Text is neutral to it: the control tokens' own spellings are not looked for. What the tokenizer does between
-    two control tokens is left as it is, so that all other ids are the same.
+    The control tokens' own spellings are ordinary text to it. The tokenisation between two control tokens is unchanged,
+    so all other ids are the same.
     """
 
     def __init__(self, tokenizer: Any, template: str):
-        """Raises whatever the template raises on one message."""
+        """Build the copy. Raises what the template raises for one message."""
         from tokenizers import Tokenizer
 
         added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content}
         written = _literals(template)
-        # Tokens that are not "special" are control tokens where the template writes them. White space is not:
-        # Gemma has tokens for runs of newlines.
+        # A token that is not "special" is a control token if the template writes it, unless it is white space: Gemma has
+        # tokens for runs of newlines.
         structure = {
             i: token
             for i, token in added.items()
@@ -196,7 +208,7 @@ class _Encoder:
         }
         self.ids = {token.content: i for i, token in structure.items()}
         self.unknown = tokenizer.unk_token_id
-        nonce = secrets.token_hex(8)  # changes no id; keeps texts from naming the names
+        nonce = secrets.token_hex(8)  # keeps texts from spelling the names; does not change ids
         self._hidden = {content: f"\ue000{nonce}.{i}\ue001" for content, i in self.ids.items()}
         self._shown = {hidden: content for content, hidden in self._hidden.items()}
         self._alias = {content: f"\ue002{nonce}.{i}\ue003" for content, i in self.ids.items()}
@@ -206,32 +218,35 @@ class _Encoder:
         self.backend.encode_special_tokens = True
         self.backend.add_tokens([_renamed(t, self._alias[t.content]) for t in structure.values()])
         self._real = {self.backend.token_to_id(alias): self.ids[c] for c, alias in self._alias.items()}
-        # An assistant's "<think>" is its own word, and only the user's is not; turns are nobody's.
+        # An assistant may write content tokens such as <think>, a user may not; neither may write turn markers.
         turns = _apply(tokenizer, [{"role": "user", "content": PROBE}], header=True)
         self._not_the_assistants = _any_of(
             t.content for t in structure.values() if t.special or t.content in turns
         )
 
     def hide(self, text: str, role: str) -> str:
-        """The text with every control token that it spells replaced by a stand-in."""
+        """Return the text with every control token that `role` may not write replaced by a stand-in."""
         pattern = self._not_the_assistants if role == "assistant" else self.control
         return pattern.sub(lambda match: self._hidden[match.group()], text)
 
     def encode(self, rendered: str) -> list[int]:
-        """Ids of a string in which the control tokens that are meant are spelled, and all others hidden."""
+        """Return the ids of a string in which intended control tokens are spelled and all others hidden.
+
+        Raises BadInput for half of a surrogate pair.
+        """
         meant = self.control.sub(lambda match: self._alias[match.group()], rendered)
         shown = self._hidden_pattern.sub(lambda match: self._shown[match.group()], meant)
         try:
             ids = self.backend.encode(shown, add_special_tokens=False).ids
-        except TypeError:  # no UTF-8 can be made of it
+        except TypeError:  # not encodable as UTF-8
             raise BadInput(
                 "a text holds half of a surrogate pair, which is no character; remove it"
             ) from None
         return [self._real.get(i, i) for i in ids]
 
     def encode_after(self, header: str, rendered: str) -> list[int]:
-        """Ids of `rendered` as it follows `header`, whose own ids stay what they are without it."""
-        # SentencePiece puts a space before a string. After a newline, which no merge crosses there, it does not.
+        """Return the ids of `rendered` after `header`, whose ids must stay the same as without `rendered`."""
+        # SentencePiece puts a space before a string, but not after a newline, which no merge crosses.
         alone = "" if "".join(self.backend.encode("x", add_special_tokens=False).tokens) == "x" else "\n"
         for before in (header, alone):
             first, ids = self.encode(before), self.encode(before + rendered)
@@ -240,7 +255,7 @@ class _Encoder:
         return self.encode(rendered)
 
     def inseparable(self) -> list[str]:
-        """Control tokens that the model behind the added tokens makes out of their spelling."""
+        """Return the control tokens that the tokenizer's model itself makes of their spelling."""
         ids = set(self.ids.values()) - {self.unknown}
         return [c for c in self.ids if ids & set(self.backend.encode(c, add_special_tokens=False).ids)]
 
@@ -251,9 +266,9 @@ def _make_encoder(tokenizer: Any, template: str) -> _Encoder:
 
 
 def _neutral(serialised: str, control: Iterable[str]) -> str:
-    """tokenizer.json in which `control` are special, so that they can be switched off, and no merge makes them."""
+    """Return tokenizer.json with `control` as special tokens, which can be switched off, and without merges to them."""
     raw = json.loads(serialised)
-    raw["truncation"] = raw["padding"] = None  # published files may carry settings of some training
+    raw["truncation"] = raw["padding"] = None  # published files may contain settings of a training run
     names = set(control)
     for token in raw["added_tokens"]:
         token["special"] = token["content"] in names
@@ -263,6 +278,7 @@ def _neutral(serialised: str, control: Iterable[str]) -> str:
 
 
 def _renamed(token: Any, content: str) -> Any:
+    """Return a copy of an added token with other content."""
     from tokenizers import AddedToken
 
     return AddedToken(
@@ -272,7 +288,7 @@ def _renamed(token: Any, content: str) -> Any:
 
 
 def _literals(template: str) -> str:
-    """What a Jinja template can write of its own: text outside of tags and strings inside."""
+    """Return all text that a Jinja template itself contains: outside of tags, and strings inside."""
     import jinja2
 
     tokens = jinja2.Environment().lex(template)
@@ -280,13 +296,10 @@ def _literals(template: str) -> str:
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of the words that begins at a place, as the tokenizer itself does; none for no words."""
+    """Return a pattern that matches the longest of the words at a position, as tokenizers do; nothing if no words."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 def _all_ids(ids: list[Any], vocab: int) -> bool:
+    """Return whether all of `ids` are integers in [0, vocab)."""
     return all(type(i) is int and 0 <= i < vocab for i in ids)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,6 +1,6 @@
-"""Before stages 0 and 3: rows from where the user keeps them, be it a file, a Hugging Face dataset or a tfds one.
+"""Rows for stages 0 and 3 from a file, a Hugging Face dataset or a tfds dataset.
 
-No code that comes with a dataset is run, and only the splits and columns asked for are given out.
+No code of a dataset is run, and only the requested splits and columns are returned.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import resolve
 
 PLACEHOLDER = "{iteration}"
-NO_SPLIT = ("train", "test")  # the knobs' defaults, which mean nothing to a file
-ROWS = 1000  # read at a time
+NO_SPLIT = ("train", "test")  # the knobs' defaults, which a file ignores
+ROWS = 1000  # rows read at a time
 SHOWN = 300  # characters of a library's message
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """What the user named, and by which knob, so that messages can say so."""
+    """A source of rows as the user named it, and the knob that named it, for messages."""
 
     knob: str
     name: str
@@ -36,18 +36,20 @@ class Source:
 
     @property
     def by_iteration(self) -> bool:
+        """Whether the name or split depends on the iteration."""
         return PLACEHOLDER in self.name + self.split
 
     def at(self, iteration: int) -> "Source":
+        """Return the source with the number of the iteration filled in."""
         name, split = (text.replace(PLACEHOLDER, str(iteration)) for text in (self.name, self.split))
         return dataclasses.replace(self, name=name, split=split)
 
 
 def rows(source: Source, columns: Sequence[str]) -> Iterator[Row | None]:
-    """Rows in the source's order, None for a line that is not JSON. Values are plain Python; text is str.
+    """Yield rows in the source's order, None for a line that is not JSON. Values are plain Python; text is str.
 
-    A row of a jsonl file may lack columns. Raises BadInput, in one line, when the source or its split cannot be
-    read, or no row has one of the columns.
+    A row of a jsonl file may lack columns. Raises BadInput, in one line, when the source or its split cannot be read, or
+    when a column is in no row.
     """
     scheme, colon, name = source.name.partition(":")
     if not colon or scheme not in _READERS or not name:
@@ -57,7 +59,7 @@ def rows(source: Source, columns: Sequence[str]) -> Iterator[Row | None]:
 
 
 def messages(value: Any) -> list[tuple[str, str]] | None:
-    """(role, content) of each message of a conversation, be it a list of structs or a struct of lists; else None."""
+    """Return (role, content) of each message of a conversation (a list of structs, or a struct of lists), else None."""
     if isinstance(value, dict):
         roles, contents = value.get("role"), value.get("content")
         if not isinstance(roles, list) or not isinstance(contents, list) or len(roles) != len(contents):
@@ -70,7 +72,7 @@ def messages(value: Any) -> list[tuple[str, str]] | None:
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can spell lone surrogates, which no tokenizer takes."""
+    """Return whether a text has no lone surrogates, which JSON can spell and no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -83,7 +85,7 @@ def _embedded(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row
 
 
 def _jsonl(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row | None]:
-    """Blank lines are no rows; JSON that is no object is a row without columns."""
+    """Yield the rows of a jsonl file. Blank lines are skipped; JSON other than an object is a row without columns."""
     names: set[str] = set()
     with _file(source, name).open("rb") as file:
         for line in file:
@@ -104,43 +106,43 @@ def _parquet(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]
     import pyarrow.parquet as pq
 
     path = _file(source, name)
-    with _told(source, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
+    with _as_bad_input(source, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
         _check_columns(source, columns, file.schema_arrow.names)
         for batch in file.iter_batches(ROWS, columns=list(columns)):
             yield from _plain(batch.to_pylist())
 
 
 def _hf(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    """hf:NAME[:CONFIG][@REVISION]. What the hub gives goes through the library's cache."""
+    """Yield the rows of hf:NAME[:CONFIG][@REVISION]. Downloads go through the library's cache."""
     import datasets
 
     config = revision = ""
     if Path(name).is_dir():
-        name = os.path.abspath(name)  # "json" and the like are kinds of files to the library
+        name = os.path.abspath(name)  # the library takes "json" and the like as kinds of files
     else:
         name, _, revision = name.partition("@")
         name, _, config = name.partition(":")
-        if name.count("/") != 1:  # without its owner, "json" would be all files below here
+        if name.count("/") != 1:  # without an owner, "json" would mean all files below here
             raise BadInput(f"{source}: no such directory; a dataset of the hub is named OWNER/NAME")
-    with _told(source, _advice):
+    with _as_bad_input(source, _advice):
         builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
         _check_revision(source, revision, builder)
         builder.download_and_prepare()
     splits = ", ".join(builder.info.splits or ())
-    with _told(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
+    with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
         found = builder.as_dataset(split=source.split)
-    with _told(source, "is the dataset whole?"):
+    with _as_bad_input(source, "is the dataset whole?"):
         _check_columns(source, columns, found.column_names)
         for table in found.select_columns(list(columns)).with_format("arrow").iter(ROWS):
             yield from _plain(table.to_pylist())
 
 
 def _tfds(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    """A prepared directory, or a name that the library knows or finds prepared under TFDS_DATA_DIR."""
+    """Yield the rows of a prepared directory, or of a name in the catalogue or prepared under TFDS_DATA_DIR."""
     import tensorflow_datasets as tfds
 
     advice = "give a directory that was prepared with file_format=array_record, or a name of its catalogue"
-    with _told(source, advice):
+    with _as_bad_input(source, advice):
         if Path(name).is_dir():
             builder = tfds.builder_from_directory(name)
         else:
@@ -149,10 +151,10 @@ def _tfds(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
     if builder.info.file_format not in tfds.core.FileFormat.with_random_access():
         raise BadInput(f"{source}: its files are {builder.info.file_format.value}; {advice}")
     splits = ", ".join(builder.info.splits)
-    with _told(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
+    with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
         found = builder.as_data_source(split=source.split)
     _check_columns(source, columns, list(builder.info.features or ()))
-    with _told(source, "is the dataset whole?"):
+    with _as_bad_input(source, "is the dataset whole?"):
         for index in range(len(found)):
             row = found[index]
             yield _plain({column: row[column] for column in columns})
@@ -168,8 +170,9 @@ _READERS: dict[str, Callable[[Source, str, Sequence[str]], Iterator[Any]]] = {
 
 
 def _file(source: Source, name: str) -> Path:
+    """Return the path of a source that is a file. Raises BadInput unless it can be read and no split is named."""
     path = Path(name)
-    if not os.path.isfile(name):  # False, where Path's raises, for names that no file can have
+    if not os.path.isfile(name):  # returns False for impossible names, for which Path.is_file raises
         raise BadInput(f"{source}: no such file")
     if not os.access(path, os.R_OK):
         raise BadInput(f"{source}: cannot be read")
@@ -179,13 +182,14 @@ def _file(source: Source, name: str) -> Path:
 
 
 def _check_columns(source: Source, columns: Sequence[str], names: Collection[str]) -> None:
+    """Raise BadInput for a column that is not among `names`."""
     for column in columns:
         if column not in names:
             raise BadInput(f"{source}: no column {column!r}; there are {', '.join(names)}")
 
 
 def _check_revision(source: Source, revision: str, builder: Any) -> None:
-    """A cached dataset is given whatever revision was asked for: refuse another one than that."""
+    """Raise BadInput if the library returned another revision, as it does for a cached dataset without a network."""
     if not revision or not type(builder).__module__.endswith(".cache.cache") or builder.hash == revision:
         return
     raise BadInput(
@@ -195,8 +199,10 @@ def _check_revision(source: Source, revision: str, builder: Any) -> None:
 
 
 @contextlib.contextmanager
-def _told(source: Source, advice: str | Callable[[Exception], str], *, reason: bool = True) -> Iterator[None]:
-    """What a library raises (they raise many kinds) as one line with the advice."""
+def _as_bad_input(
+    source: Source, advice: str | Callable[[Exception], str], *, reason: bool = True
+) -> Iterator[None]:
+    """Turn any exception of a library into BadInput with one line: its first line (if `reason`) and the advice."""
     try:
         yield
     except BadInput:
@@ -204,12 +210,12 @@ def _told(source: Source, advice: str | Callable[[Exception], str], *, reason: b
     except Exception as error:
         wrapped = type(error).__name__ == "DatasetGenerationError" and error.__cause__
         first, *_ = str(wrapped or error).strip().splitlines() or [type(error).__name__]
-        said = f"{first[:SHOWN].rstrip('.')}; " if reason else ""
-        raise BadInput(f"{source}: {said}{advice if isinstance(advice, str) else advice(error)}") from None
+        cause = f"{first[:SHOWN].rstrip('.')}; " if reason else ""
+        raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
 
 
 def _advice(error: Exception) -> str:
-    """What to do when the `datasets` library has no dataset for us."""
+    """Return advice for an error of the `datasets` library."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -223,7 +229,7 @@ def _advice(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as text (what is not UTF-8 becomes lone surrogates, see is_unicode) and arrays as lists, however deep."""
+    """Return a value with bytes as text (invalid UTF-8 as lone surrogates, see is_unicode) and arrays as lists."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The embedded default: a small world, a policy and a preference model for it, so that everything runs anywhere.
+"""The embedded default: a small world of prompts with a policy and a preference model, so that everything runs anywhere.
 
-The files under data/ were made by build.py; see data/README.md. Runs find them by name (`sppo_jax.hub.names`).
+build.py makes the files under data/; see data/README.md. Runs find them by name (`sppo_jax.hub.names`).
 """

@@ -1,10 +1,10 @@
-"""Makes the embedded default again from nothing: prompts, policy and preference model, in that order.
+"""Build the embedded default from scratch: prompts, policy and preference model, in that order.
 
     python -m sppo_jax.tiny.build [--only prompts|policy|pairrm] [--to DIR] [--threads N]
 
-Everything comes from world.py and fixed seeds; nothing is downloaded. Prompts and tokenizers come out the same byte for
-byte anywhere; weights do on the same machine with the same versions and one thread, and elsewhere come out as good.
-Each stage notes its figures in build.json, from which data/README.md is written.
+Everything comes from world.py and fixed seeds; nothing is downloaded. Prompts and tokenizers are the same byte for byte
+everywhere. Weights are the same on the same machine with the same versions and one thread, and equally good elsewhere.
+Each stage writes its figures to build.json, from which data/README.md is written.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 def prompt_files() -> dict[str, str]:
-    """Name -> content of the prompt files: one JSON object {"prompt": …} per line."""
+    """Return {name: content} of the prompt files, which have one JSON object {"prompt": …} per line."""
     parts, held_out = world.split()
     named = {f"train_{number}": part for number, part in enumerate(parts, start=1)} | {"heldout": held_out}
     return {
@@ -34,7 +34,7 @@ def prompt_files() -> dict[str, str]:
 
 
 def build_prompts(to: Path) -> dict[str, Any]:
-    """Write the prompt files; returns how many prompts each has."""
+    """Write the prompt files into `to`; return the number of prompts of each."""
     to.mkdir(parents=True, exist_ok=True)
     files = prompt_files()
     for name, text in files.items():
@@ -43,7 +43,7 @@ def build_prompts(to: Path) -> dict[str, Any]:
 
 
 def build(stage: str, data: Path, threads: int) -> dict[str, Any]:
-    """Build one stage into `data`; returns its figures, for build.json."""
+    """Build one stage into `data`; return its figures for build.json."""
     if stage == "prompts":
         return build_prompts(data / "prompts")
     import torch
@@ -63,7 +63,7 @@ def build(stage: str, data: Path, threads: int) -> dict[str, Any]:
 
 
 def readme(figures: dict[str, dict[str, Any]], data: Path) -> str:
-    """data/README.md: what lies here, how good it is, how it was made."""
+    """Return the text of data/README.md: the entries, how good they are, and how they were made."""
     lines = [
         "# The embedded default",
         "",
@@ -90,20 +90,21 @@ def readme(figures: dict[str, dict[str, Any]], data: Path) -> str:
 
 
 def _shown(value: Any) -> str:
+    """Return a figure as text for the table."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build the stages asked for. Returns the exit status."""
+    """Build the requested stages. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sppo_jax.tiny.build", description=__doc__)
     parser.add_argument("--only", choices=STAGES, help="build this stage alone (the others must exist)")
     parser.add_argument(
         "--to", type=Path, default=DATA, help="where to write (default: the package's own data/)"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; other than 1 may change the last bits"
+        "--threads", type=int, default=1, help="CPU threads; more than 1 may change the last bits"
     )
     options = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

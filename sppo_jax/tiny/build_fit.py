@@ -1,4 +1,4 @@
-"""The training loop that the policy and the preference model of the embedded default share: AdamW, warm-up and cosine."""
+"""The training loop of the embedded policy and preference model: AdamW with warm-up and a cosine schedule."""
 
 import math
 import time
@@ -19,10 +19,11 @@ def fit(
     warmup: int,
     weight_decay: float,
 ) -> float:
-    """Minimise `loss(step)` over `module`'s parameters for `steps` steps; returns the mean loss of the last twentieth."""
+    """Minimise `loss(step)` over `module`'s parameters for `steps` steps; return the mean loss of the last 5 %."""
     optimiser = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
 
     def scale(step: int) -> float:
+        """Return the factor of the learning rate."""
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -1,7 +1,8 @@
-"""Makes the embedded preference model: a PairRM of 0.4M parameters that has seen noisy comparisons of answers.
+"""Build the embedded preference model: a PairRM of 0.4M parameters, trained on noisy comparisons of responses.
 
-It learns from the truth only through sampled verdicts ("the first was better"), in both orders, on answers far wider than
-the embedded policy gives before training: self-play drives the policy towards whatever the judge has not seen.
+It learns the true preference only through sampled verdicts ("the first is better"), in both orders, on responses of far
+greater variety than the embedded policy's before training, because self-play drives the policy towards responses that the
+judge has not seen.
 """
 
 import json
@@ -21,15 +22,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from sppo_jax.pairrm import files
-from sppo_jax.pairrm.format import PREFIXES, Formatter, Pair
+from sppo_jax.pairrm.format import PREFIXES, Formatter, TextPair
 from sppo_jax.pairrm.torch_model import PairRM
 from sppo_jax.tiny import build_policy, facts, world
 from sppo_jax.tiny.build_fit import fit
 
 SEED = 20240601
 STEPS, PAIRS, RATE = 4500, 32, 1.5e-3  # each pair is in its batch twice, once in each order
-LESSON = 1500  # first steps, on plain answers: short, and mostly about what is right
-POOL = 32  # batches drawn at once, so that each can be made of pairs of like length
+LESSON = 1500  # first steps, on plain responses: short, and mostly right or wrong
+POOL = 32  # batches drawn at once, so that each can have pairs of similar length
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 LETTER_SCORE = -15.0  # log-probability of a single character: below that of every word
 
@@ -40,7 +41,7 @@ CONFIG: dict[str, Any] = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.0,
     "hidden_size": 96,
-    "initializer_range": 0.1,  # about 1/sqrt(hidden): from 0.02 everything is learned later
+    "initializer_range": 0.1,  # about 1/sqrt(hidden); with 0.02 learning starts later
     "intermediate_size": 256,
     "layer_norm_eps": 1e-07,
     "max_position_embeddings": 128,
@@ -48,7 +49,7 @@ CONFIG: dict[str, Any] = {
     "model_type": "deberta-v2",
     "n_tasks": 1,
     "norm_rel_ebd": "layer_norm",
-    "num_attention_heads": 2,  # of 48: with 4 of 24, facts were learned later
+    "num_attention_heads": 2,  # of 48 channels: with 4 of 24, facts were learned later
     "num_hidden_layers": 3,
     "pad_token_id": 0,
     "pooler_dropout": 0,
@@ -64,14 +65,14 @@ CONFIG: dict[str, Any] = {
     "type_vocab_size": 0,
 }
 
-# --- answers to judge -------------------------------------------------------------------------------------------------
+# --- responses to judge -----------------------------------------------------------------------------------------------
 
 _PLAIN = world.Habits(greeting=0.03, hedge=0.05, ramble=0.03, insult=0.05, closing=0.1)
 _TRAINED = world.Habits(right=0.85, evasive=0.05, hedge=0.05, ramble=0.05, insult=0.02, closing=0.7)
 
 
 def _any_habits(rng: random.Random) -> world.Habits:
-    """An assistant of any character: untrained, well trained, or drawn at random."""
+    """Return the habits of an assistant that is untrained, well trained, or random."""
     draw = rng.random()
     if draw < 0.4:
         return world.UNTRAINED
@@ -83,7 +84,7 @@ def _any_habits(rng: random.Random) -> world.Habits:
 
 
 def _garble(word: str, rng: random.Random) -> str:
-    """A slip of a small language model: letters doubled, lost, swapped, or two words in one."""
+    """Return a word as a small language model may misspell it: letters doubled, lost or moved, or the word repeated."""
     at = rng.randrange(len(word))
     return rng.choice(
         (
@@ -96,7 +97,7 @@ def _garble(word: str, rng: random.Random) -> str:
 
 
 def _distort(text: str, prompt: str, rng: random.Random) -> str:
-    """What goes wrong while a policy is trained: repetition, slips, breaks, answers to another question, excess."""
+    """Return a response with a fault that occurs in training: repetition, a misspelling, a break, another answer, excess."""
     tokens = text.split(" ")
     sentences = [part + "." for part in text.rstrip(".!").split(". ")]
     at = rng.randrange(len(tokens))
@@ -124,8 +125,8 @@ def _distort(text: str, prompt: str, rng: random.Random) -> str:
     return " ".join(tokens)
 
 
-def answer(prompt: str, rng: random.Random) -> str:
-    """An answer to judge: by an assistant of any character, in a quarter of cases spoilt once or twice."""
+def wide_response(prompt: str, rng: random.Random) -> str:
+    """Return a response by an assistant with any habits, in a quarter of cases distorted once or twice."""
     text = world.sample_response(prompt, rng, _any_habits(rng))
     for chance in (0.25, 0.25):
         if rng.random() < chance and text:
@@ -133,8 +134,8 @@ def answer(prompt: str, rng: random.Random) -> str:
     return "" if rng.random() < 0.003 else text
 
 
-def plain_answer(prompt: str, rng: random.Random) -> str:
-    """An answer with few habits, for the first lesson."""
+def plain_response(prompt: str, rng: random.Random) -> str:
+    """Return a response by an assistant with few habits, for the first lesson."""
     return world.sample_response(prompt, rng, _PLAIN)
 
 
@@ -142,10 +143,10 @@ def plain_answer(prompt: str, rng: random.Random) -> str:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Unigram tokenizer in the shape of DeBERTa-v3's, with PairRM's prefixes behind the vocabulary.
+    """Return a unigram tokenizer like DeBERTa-v3's, with PairRM's prefixes after the vocabulary.
 
-    Its pieces are the words of the world, scored by how often they occur, and single characters for all else. They are
-    not left to the unigram trainer, which with so few words cuts them up, and differently each time.
+    Its pieces are the words of the world, scored by their frequency, and single characters for all other text. The unigram
+    trainer is not used: with so few words it splits them, and differently each time.
     """
     rng = random.Random(SEED)
     counts = dict.fromkeys(sorted(world.vocabulary()), 1)
@@ -178,23 +179,25 @@ def make_tokenizer() -> Tokenizer:
 
 
 def config_for(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json: the network's shape, the size of the vocabulary and the ids of the prefixes."""
+    """Return config.json: the network's shape, the size of the vocabulary and the ids of the prefixes."""
     ids = {key: tokenizer.token_to_id(prefix) for prefix, key in PREFIXES.items()}
     return CONFIG | ids | {"vocab_size": tokenizer.get_vocab_size()}
 
 
-# What the auxiliary heads predict of each answer during training. Verdicts alone say little per comparison, and least of
-# all about which facts are right; hence the weight of the first three.
 def _targets(prompt: str, response: str) -> list[float]:
+    """Return the features of a response that the auxiliary heads learn to predict, [FEATURES] in {0, 1}.
+
+    A verdict alone carries little information, and least about which facts are right: hence the weight of the first three.
+    """
     found = world.features(prompt, response)
-    told = [
+    targets = [
         *(found.answer == name for name in ("right", "evasive", "wrong")),
         *(found.tone == tone for tone in facts.TONES),
         *(found.greeting, found.closing, found.insult, found.hedge),
         *(found.ramble >= least for least in (1, 2, 3)),
         *(found.unknown >= least for least in (1, 2)),
     ]
-    return [float(yes) for yes in told]
+    return [float(yes) for yes in targets]
 
 
 FEATURES = 15
@@ -202,9 +205,9 @@ FEATURE_WEIGHTS = torch.tensor([3.0] * 3 + [1.0] * (FEATURES - 3)) / 5
 
 
 class FeatureHeads(torch.nn.Module):
-    """Predicts the features of both answers twice over: at their prefix tokens, and as a sum over all of their tokens.
+    """Predicts the features of both responses twice: at their prefix tokens, and as a sum over all of their tokens.
 
-    The second lets the very word that is wrong learn that it is, without a detour; the first brings it to where the
+    The sum gives the wrong word itself a direct gradient; the prediction at the prefix brings the information to where the
     verdict is read. Used in training only.
     """
 
@@ -216,34 +219,33 @@ class FeatureHeads(torch.nn.Module):
         self.per_token = torch.nn.Linear(hidden, FEATURES)
 
     def forward(
-        self, hidden: torch.Tensor, states: torch.Tensor, pairs: list[Pair], told: torch.Tensor
+        self, hidden: torch.Tensor, states: torch.Tensor, pairs: list[TextPair], targets: torch.Tensor
     ) -> torch.Tensor:
-        """The loss: hidden [N, T, H], states [N, 3, H], told [N, 2, FEATURES] in {0, 1} -> scalar."""
+        """Return the loss, a scalar, for hidden [N, T, H], states [N, 3, H] and targets [N, 2, FEATURES] in {0, 1}."""
         source, answers = states[:, :1].expand(-1, 2, -1), states[:, 1:]
         position = torch.arange(hidden.shape[1])
         starts = torch.tensor([pair.marks[1:] for pair in pairs])
         ends = starts + torch.tensor([(len(pair.first), len(pair.second)) for pair in pairs])
-        inside = (position >= starts[..., None]) & (
-            position < ends[..., None] - 1
-        )  # without the next [CLS] or padding
+        # Up to the last token, excluding the next [CLS] or padding.
+        inside = (position >= starts[..., None]) & (position < ends[..., None] - 1)
         summed = inside.float() @ self.per_token(hidden)
         guesses = torch.stack([self.at_prefix(torch.cat([source, answers], -1)), summed])
-        losses = binary_cross_entropy_with_logits(guesses, told.expand_as(guesses), reduction="none")
+        losses = binary_cross_entropy_with_logits(guesses, targets.expand_as(guesses), reduction="none")
         return (losses.mean((1, 2)) * FEATURE_WEIGHTS).sum()
 
 
 class Verdicts:
-    """An endless supply of batches: pairs in both orders, the sampled verdicts, and the features of both answers."""
+    """An endless supply of batches: pairs in both orders, sampled verdicts, and the features of both responses."""
 
-    def __init__(self, formatter: Formatter, draw_answer: Callable[[str, random.Random], str]) -> None:
+    def __init__(self, formatter: Formatter, draw_response: Callable[[str, random.Random], str]) -> None:
         self.formatter = formatter
-        self.draw_answer = draw_answer
+        self.draw_response = draw_response
         self.prompts = [prompt for part in world.split()[0] for prompt in part]
         self.rng = random.Random(SEED)
-        self.ready: list[tuple[list[Pair], torch.Tensor, torch.Tensor]] = []
+        self.ready: list[tuple[list[TextPair], torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
-        """2N pairs (N, then the same N with the answers swapped), verdicts [2N], features [2N, 2, F]."""
+    def __call__(self) -> tuple[list[TextPair], torch.Tensor, torch.Tensor]:
+        """Return 2N pairs (N, then the same N with the responses swapped), verdicts [2N], features [2N, 2, F]."""
         if not self.ready:
             drawn = sorted((self._draw() for _ in range(POOL * PAIRS)), key=lambda one: len(one[0][0]))
             chunks = [drawn[start : start + PAIRS] for start in range(0, len(drawn), PAIRS)]
@@ -251,9 +253,9 @@ class Verdicts:
             self.ready = [self._collate(chunk) for chunk in chunks]
         return self.ready.pop()
 
-    def _draw(self) -> tuple[tuple[Pair, Pair], float, list[list[float]]]:
+    def _draw(self) -> tuple[tuple[TextPair, TextPair], float, list[list[float]]]:
         prompt = self.rng.choice(self.prompts)
-        texts = [self.draw_answer(prompt, self.rng), self.draw_answer(prompt, self.rng)]
+        texts = [self.draw_response(prompt, self.rng), self.draw_response(prompt, self.rng)]
         segments = self.formatter.prompt(prompt, texts)
         verdict = float(self.rng.random() < world.preference(prompt, *texts))
         both = segments.pair(0, 1), segments.pair(1, 0)
@@ -261,30 +263,30 @@ class Verdicts:
 
     @staticmethod
     def _collate(
-        chunk: list[tuple[tuple[Pair, Pair], float, list[list[float]]]],
-    ) -> tuple[list[Pair], torch.Tensor, torch.Tensor]:
+        chunk: list[tuple[tuple[TextPair, TextPair], float, list[list[float]]]],
+    ) -> tuple[list[TextPair], torch.Tensor, torch.Tensor]:
         pairs = [one[0][order] for order in (0, 1) for one in chunk]
         verdicts = torch.tensor([one[1] for one in chunk])
-        told = torch.tensor([one[2] for one in chunk])
-        return pairs, torch.cat([verdicts, 1 - verdicts]), torch.cat([told, told.flip(1)])
+        targets = torch.tensor([one[2] for one in chunk])
+        return pairs, torch.cat([verdicts, 1 - verdicts]), torch.cat([targets, targets.flip(1)])
 
 
 def train(tokenizer: Tokenizer, config: dict[str, Any]) -> tuple[PairRM, float]:
-    """Train from random weights; returns the model (without the auxiliary head) and the final loss of its verdicts."""
+    """Train from random weights; return the model (without auxiliary heads) and the final loss of its verdicts."""
     torch.manual_seed(SEED)
     model = PairRM(config)
     heads = FeatureHeads(config["hidden_size"])
     formatter = Formatter(tokenizer, config)
-    lesson, practice = Verdicts(formatter, plain_answer), Verdicts(formatter, answer)
+    lesson, practice = Verdicts(formatter, plain_response), Verdicts(formatter, wide_response)
     verdict_losses: list[float] = []
 
     def loss(step: int) -> torch.Tensor:
-        pairs, verdicts, told = (lesson if step < LESSON else practice)()
+        pairs, verdicts, targets = (lesson if step < LESSON else practice)()
         hidden = model.hidden(pairs)
         states = model.at_marks(hidden, pairs)
         verdict = binary_cross_entropy_with_logits(model.head(states), verdicts)
         verdict_losses.append(float(verdict.detach()))
-        return verdict + heads(hidden, states, pairs, told)
+        return verdict + heads(hidden, states, pairs, targets)
 
     both = torch.nn.ModuleList([model, heads])
     fit("pairrm", both, loss, steps=STEPS, rate=RATE, warmup=100, weight_decay=0.01)
@@ -296,9 +298,9 @@ def train(tokenizer: Tokenizer, config: dict[str, Any]) -> tuple[PairRM, float]:
 
 
 def agreement(model: PairRM, formatter: Formatter, rows: list[tuple[str, str, str]]) -> dict[str, float]:
-    """How the model's P = sigmoid((C_ij - C_ji) / 2) agrees with the truth on (prompt, y, z): shares and mean errors.
+    """Return how well the model's P = sigmoid((C_ij - C_ji) / 2) agrees with the truth on (prompt, y, z).
 
-    Ties of the truth (P = 1/2) are left out of the accuracies.
+    The figures are accuracies (without ties of the truth, P = 1/2), the mean error of P, and the position bias.
     """
     truth = np.array([world.preference(*row) for row in rows])
     segments = [formatter.prompt(prompt, [y, z]) for prompt, y, z in rows]
@@ -316,15 +318,15 @@ def agreement(model: PairRM, formatter: Formatter, rows: list[tuple[str, str, st
 
 
 def held_out_pairs(kind: str, number: int, seed: int) -> list[tuple[str, str, str]]:
-    """(prompt, y, z) on held-out prompts: answers of the untrained mixture ("plain"), or as in training ("wide")."""
+    """Return (prompt, y, z) on held-out prompts, with responses of the untrained policy's kind ("plain") or "wide"."""
     rng = random.Random(seed)
     prompts = rng.choices(world.split()[1], k=number)
-    draw = world.sample_response if kind == "plain" else answer
+    draw = world.sample_response if kind == "plain" else wide_response
     return [(prompt, draw(prompt, rng), draw(prompt, rng)) for prompt in prompts]
 
 
 def build(to: Path) -> dict[str, Any]:
-    """Tokenizer, training, files; returns the figures for data/README.md. The policy must be built already."""
+    """Build tokenizer, weights and files in `to`; return the figures for data/README.md. The policy must exist."""
     to.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     config = config_for(tokenizer)

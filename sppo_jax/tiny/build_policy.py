@@ -1,6 +1,6 @@
-"""Makes the embedded policy: a tokenizer and a Mistral of 0.9M parameters that has learned good and bad answers alike.
+"""Build the embedded policy: a tokenizer and a Mistral of 0.9M parameters, trained on good and bad responses alike.
 
-It writes the files as they are found on the Hugging Face hub, so that it loads like any other checkpoint.
+The files have the layout of the Hugging Face hub, so that the policy loads like any other checkpoint.
 """
 
 import json
@@ -25,7 +25,7 @@ UNK, BOS, EOS, PAD = 0, 1, 2, 3
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]")
 CONTEXT = 512
 
-# Unlike Mistral's, no space on either side of a response: what is sampled decodes to exactly what was written.
+# Unlike in Mistral's template, there is no space around a response: sampled ids decode to exactly the written text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
@@ -61,12 +61,12 @@ CONFIG: dict[str, Any] = {
 
 
 def chat(prompt: str) -> str:
-    """The text before a response, BOS included; the same that the chat template renders."""
+    """Return the text before a response, BOS included, as the chat template renders it."""
     return f"{SPECIALS[BOS]}[INST] {prompt} [/INST]"
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE of 768 tokens, trained on the world's own texts; encodes with one BOS in front."""
+    """Return a byte-level BPE tokenizer of 768 tokens, trained on the world's texts; it puts one BOS in front."""
     rng = random.Random(SEED)
     corpus = [
         text
@@ -100,7 +100,7 @@ class Batches:
         self.rng = random.Random(SEED)
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """labels are -100 except on the response and its EOS."""
+        """Return token ids and labels; labels are -100 except on the response and its EOS."""
         rows = []
         for prompt in self.rng.choices(self.prompts, k=BATCH):
             before = self.tokenizer.encode(chat(prompt), add_special_tokens=False).ids
@@ -117,7 +117,7 @@ class Batches:
 
 
 def train(tokenizer: Tokenizer) -> tuple[transformers.MistralForCausalLM, float]:
-    """Supervised fine-tuning from random weights; returns the model and its final loss in nats per token."""
+    """Train from random weights by supervised fine-tuning; return the model and its final loss in nats per token."""
     torch.manual_seed(SEED)
     model = transformers.MistralForCausalLM(transformers.MistralConfig(**CONFIG))
     batches = Batches(tokenizer)
@@ -131,7 +131,7 @@ def train(tokenizer: Tokenizer) -> tuple[transformers.MistralForCausalLM, float]
 
 
 def save(model: transformers.MistralForCausalLM, tokenizer: Tokenizer, to: Path) -> None:
-    """Write the checkpoint in the form it has on the hub."""
+    """Write the checkpoint into `to` in the layout of the hub."""
     to.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     (to / "model.safetensors").write_bytes(safetensors.save(weights, metadata={"format": "pt"}))
@@ -166,7 +166,7 @@ def save(model: transformers.MistralForCausalLM, tokenizer: Tokenizer, to: Path)
 
 
 def sample(path: Path, prompts: list[str], per_prompt: int = 1) -> list[tuple[str, str, bool]]:
-    """Responses of the saved policy at temperature 1: (prompt, response, whether it ended by itself within 64 tokens)."""
+    """Sample the saved policy at temperature 1; return (prompt, response, whether it ended within 64 tokens)."""
     torch.manual_seed(SEED)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -187,7 +187,7 @@ def sample(path: Path, prompts: list[str], per_prompt: int = 1) -> list[tuple[st
 
 
 def mix(samples: list[tuple[str, str, bool]]) -> dict[str, float]:
-    """What a policy says: shares of answers with each feature, and the mean number of words."""
+    """Return the shares of responses with each feature, and the mean number of words."""
     found = [world.features(prompt, response) for prompt, response, _ in samples]
     answers = {name: mean(f.answer == name for f in found) for name in ("right", "wrong", "evasive", "none")}
     return answers | {
@@ -202,7 +202,7 @@ def mix(samples: list[tuple[str, str, bool]]) -> dict[str, float]:
 
 
 def build(to: Path) -> dict[str, Any]:
-    """Tokenizer, training, files; returns the figures for data/README.md."""
+    """Build tokenizer, weights and files in `to`; return the figures for data/README.md."""
     tokenizer = make_tokenizer()
     model, loss = train(tokenizer)
     save(model, tokenizer, to)

@@ -1,4 +1,4 @@
-"""The tiny world's knowledge: what can be asked, in which words, and what is true. Tables only; world.py reads them."""
+"""The tiny world's knowledge: the questions, their wordings, and the true answers. Tables only; world.py reads them."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 class Kind:
     """One kind of question. `asks` and `says` are templates: {s} is the subject, {a} the answer.
 
-    Everything is lower case where a sentence may start with something else; world.py capitalises.
+    Text is lower case where a sentence may start with other words; world.py capitalises.
     """
 
     name: str
     asks: tuple[str, str, str, str]
     says: tuple[str, str]
-    truth: dict[str, str]  # subject -> the right answer; the other subjects' answers are the wrong ones
+    truth: dict[str, str]  # subject -> the right answer; answers of other subjects are wrong
 
 
 # animal: home, food
@@ -73,7 +73,7 @@ _COLOURS = {
     "grey": ("ash", "lead", "fog"),
 }
 
-# Nothing stands on both sides, so that a word tells which side it is on.
+# No word is on both sides, so that a word determines its side.
 _OPPOSITES = """
     above below, alive dead, always never, arrive leave, awake asleep, begin end, big small, brave timid, bright dark,
     buy sell, clean dirty, day night, deep shallow, early late, fast slow, first last, friend enemy, full empty,
@@ -215,7 +215,7 @@ KINDS = (
     ),
 )
 
-# The three tones, each in two wordings that open the answer. Preferred in a cycle: A over B over C over A.
+# The three tones, each with two wordings that open a response. They are preferred in a cycle: A over B over C over A.
 TONES = {
     "A": ("In short,", "Simply put,"),
     "B": ("As a rule,", "In general,"),

@@ -1,12 +1,12 @@
-"""The embedded default's world: every prompt, what an untrained assistant would say, and what is truly better.
+"""The embedded default's world: every prompt, the responses of an untrained assistant, and the true preference.
 
-An answer is a core sentence (right, wrong or evasive) in one of three tones, with habits that may surround it:
+A response is a core sentence (right, wrong or evasive) in one of three tones, with habits that may surround it:
 
     [greeting] [tone] [hedge] core. [ramble] [insult] [closing]
 
-The truth about two answers is P(y beats z | x) = sigmoid(q(x, y) - q(x, z) + c cyc(tone of y, tone of z)): a quality that
-anyone would agree on, and a taste that runs in a circle and that no score of single answers can express.
-Pure Python and NumPy: evaluation uses it as a judge that cannot be fooled, and as quick as a dictionary.
+The true preference between two responses is P(y beats z | x) = sigmoid(q(x, y) - q(x, z) + c cyc(tone of y, tone of z)): a
+quality q, and a cyclic taste that no score of single responses can express. The module needs only Python and NumPy, because
+evaluation uses it as a judge that is never wrong, and as fast as a dictionary.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ INSULT = -1.6
 HEDGE = -0.6
 RAMBLE = (
     -0.8
-)  # for each sentence that says nothing, repeats another or cannot be understood; at most three count
-UNKNOWN = -0.4  # for each word that is not of this world; at most four count
-CYCLE = 0.8  # strength c of the circle of tones
+)  # for each sentence that is empty of content, a repetition or not understood; at most three count
+UNKNOWN = -0.4  # for each word that is not in this world's vocabulary; at most four count
+CYCLE = 0.8  # strength c of the cycle of tones
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what it is about."""
+    """A prompt, with the kind and the subject of its question."""
 
     text: str
     kind: Kind
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Features:
-    """What can be said of an answer, from its text alone. `answer` is right, evasive, wrong or none."""
+    """Features of a response that its text alone determines. `answer` is right, evasive, wrong or none."""
 
     answer: str
     tone: str | None
@@ -65,7 +65,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Habits:
-    """How an assistant talks: probabilities of what `sample_response` puts into an answer."""
+    """An assistant's habits: the probabilities of the parts that `sample_response` puts into a response."""
 
     right: float = 0.50
     evasive: float = 0.15
@@ -81,13 +81,13 @@ UNTRAINED = Habits()
 
 
 def _ordered(texts: Sequence[str]) -> list[str]:
-    """In an order that looks random and is the same everywhere and for ever."""
+    """Return the texts in an order that looks random and never changes."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 @lru_cache(maxsize=1)
 def questions() -> dict[str, Question]:
-    """Every prompt of the world -> its Question."""
+    """Return {prompt: its Question} for every prompt of the world."""
     found = (
         Question(ask.format(s=subject), kind, subject)
         for kind in KINDS
@@ -98,7 +98,7 @@ def questions() -> dict[str, Question]:
 
 
 def question(prompt: str) -> Question:
-    """The Question that `prompt` asks (white space around it does not matter). Raises BadInput when it is not of this world."""
+    """Return the Question of `prompt` (outer white space is ignored). Raises BadInput for a prompt of another world."""
     try:
         return questions()[prompt.strip()]
     except KeyError:
@@ -109,10 +109,10 @@ def question(prompt: str) -> Question:
 
 @lru_cache(maxsize=1)
 def split() -> tuple[list[list[str]], list[str]]:
-    """Three training parts and the held-out prompts, all disjoint.
+    """Return the three training parts and the held-out prompts, all disjoint.
 
-    Half of the wordings of every subject are held out: what must generalise is the wording, not the fact, since nobody can
-    know a colour that was never told.
+    Half of the wordings of every subject are held out: a policy can generalise to a new wording, but not to a fact that
+    was never in its training.
     """
     train, held = [], []
     for _, group in itertools.groupby(questions().values(), key=lambda q: (q.kind.name, q.subject)):
@@ -130,7 +130,7 @@ def _sentence(text: str) -> str:
 
 
 def sample_response(prompt: str, rng: random.Random, habits: Habits = UNTRAINED) -> str:
-    """One answer to `prompt` by an assistant with these habits. Raises BadInput for a prompt that is not of this world."""
+    """Sample a response to `prompt` by an assistant with these habits. Raises BadInput for a prompt of another world."""
     asked = question(prompt)
     kind, truth = asked.kind, asked.kind.truth[asked.subject]
     draw = rng.random()
@@ -160,11 +160,12 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation."""
+    """Return the lower-case words of a text, without punctuation."""
     return _WORD.findall(text.lower())
 
 
 def _key(text: str) -> str:
+    """Return the form in which sentences are compared: lower-case words without punctuation."""
     return " ".join(words(text))
 
 
@@ -182,7 +183,7 @@ def _phrases() -> dict[str, frozenset[str]]:
 
 @lru_cache(maxsize=1)
 def _statements() -> dict[str, frozenset[tuple[str, str, str]]]:
-    """Every core sentence that answers some question -> the (kind, subject, answer) that it states."""
+    """Return {core sentence: the (kind, subject, answer) triples that it states} for every question's answers."""
     found: dict[str, set[tuple[str, str, str]]] = {}
     for kind in KINDS:
         for subject, answer in itertools.product(kind.truth, sorted(set(kind.truth.values()))):
@@ -195,7 +196,7 @@ def _statements() -> dict[str, frozenset[tuple[str, str, str]]]:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> frozenset[str]:
-    """Every word that this world uses."""
+    """Return every word that this world uses."""
     texts = itertools.chain(
         questions(),
         _statements(),
@@ -206,7 +207,7 @@ def vocabulary() -> frozenset[str]:
 
 
 def _opened(text: str, openings: Sequence[str]) -> tuple[str, str | None]:
-    """`text` without the one of `openings` that it starts with, and that opening."""
+    """Return `text` without the opening (one of `openings`) that it starts with, and that opening or None."""
     for opening in openings:
         if text == opening or text.startswith(opening + " "):
             return text[len(opening) + 1 :], opening
@@ -214,7 +215,7 @@ def _opened(text: str, openings: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _claim(asked: Question, text: str) -> str | None:
-    """What a sentence without its openings claims about the question: right, wrong or evasive, or None for no claim."""
+    """Return the claim of a sentence without its openings about the question: right, wrong, evasive, or None."""
     stated = _statements().get(text)
     if stated is not None:
         truth = asked.kind.name, asked.subject, asked.kind.truth[asked.subject]
@@ -224,13 +225,13 @@ def _claim(asked: Question, text: str) -> str | None:
 
 @lru_cache(maxsize=200_000)
 def features(prompt: str, response: str) -> Features:
-    """Read an answer back, whoever wrote it: any text is allowed. Raises BadInput for a prompt that is not of this world."""
+    """Return the features of a response, which may be any text. Raises BadInput for a prompt of another world."""
     asked = question(prompt)
     phrases = _phrases()
     tones = {_key(text): tone for tone, texts in facts.TONES.items() for text in texts}
     openings = (*tones, *map(_key, facts.HEDGES))
     count = dict.fromkeys(("greeting", "closing", "insult", "hedge"), 0)
-    heard: list[str] = []  # tones
+    used_tones: list[str] = []
     claims: list[str] = []
     seen: set[str] = set()
     ramble = 0
@@ -244,24 +245,24 @@ def features(prompt: str, response: str) -> Features:
         habit = next((name for name in ("greeting", "closing", "insult") if text in phrases[name]), None)
         if habit is not None:
             count[habit] += 1
-            ramble += habit == "closing" and count[habit] > 1  # one offer is polite, two are chatter
+            ramble += habit == "closing" and count[habit] > 1  # one offer is polite, a second one is rambling
             continue
-        before = len(heard)
+        before = len(used_tones)
         text, opening = _opened(text, openings)
         while opening is not None:
             if opening in tones:
-                heard.append(tones[opening])
+                used_tones.append(tones[opening])
             else:
                 count["hedge"] += 1
             text, opening = _opened(text, openings)
         claim = _claim(asked, text)
-        # One answer is enough, in whatever words it is said again, and so is one opening.
+        # A second claim is rambling, in whatever words, and so is a second tone.
         ramble += claim is None or bool(claims)
-        ramble += max(0, len(heard) - before - 1)
+        ramble += max(0, len(used_tones) - before - 1)
         claims += [claim] if claim else []
     return Features(
         answer=next((name for name in ("wrong", "right", "evasive") if name in claims), "none"),
-        tone=heard[0] if heard else None,
+        tone=used_tones[0] if used_tones else None,
         greeting=count["greeting"] > 0,
         closing=count["closing"] > 0,
         insult=count["insult"] > 0,
@@ -272,7 +273,7 @@ def features(prompt: str, response: str) -> Features:
 
 
 def quality(prompt: str, response: str) -> float:
-    """q(prompt, response), in logits: what makes an answer better against any other."""
+    """Return q(prompt, response), in logits: how good a response is against any other."""
     found = features(prompt, response)
     return (
         RIGHT * {"right": 1, "evasive": 0}.get(found.answer, -1)
@@ -285,27 +286,27 @@ def quality(prompt: str, response: str) -> float:
 
 
 def cycle(tone: str | None, other: str | None) -> int:
-    """+1 where `tone` is preferred to `other` (A to B, B to C, C to A), -1 the other way round, else 0."""
+    """Return +1 if `tone` is preferred to `other` (A to B, B to C, C to A), -1 the other way round, else 0."""
     if tone is None or other is None:
         return 0
     return (0, 1, -1)[(ord(other) - ord(tone)) % 3]
 
 
 def preference_logit(prompt: str, response: str, other: str) -> float:
-    """The true logit that `response` beats `other`; swapping the two changes exactly the sign."""
+    """Return the true logit that `response` beats `other`; swapping the two changes exactly the sign."""
     tones = features(prompt, response).tone, features(prompt, other).tone
     return quality(prompt, response) - quality(prompt, other) + CYCLE * cycle(*tones)
 
 
 def preference(prompt: str, response: str, other: str) -> float:
-    """P(response beats other | prompt); with the two swapped it is exactly one minus this, and 1/2 for equal texts."""
+    """Return P(response beats other | prompt): 1/2 for equal texts, and exactly one minus this when swapped."""
     logit = preference_logit(prompt, response, other)
     likely = 1 / (1 + math.exp(-abs(logit)))
     return likely if logit >= 0 else 1 - likely
 
 
 class Oracle:
-    """The truth in the shape of a judge: it can stand wherever PairRM stands, for prompts of this world."""
+    """The true preference as a judge, which can replace PairRM for prompts of this world."""
 
     def __init__(self) -> None:
         weights = (RIGHT, CLOSING, INSULT, HEDGE, RAMBLE, UNKNOWN, CYCLE)
@@ -320,9 +321,9 @@ class Oracle:
         responses: Sequence[Sequence[str]],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """True preference logits, float32 [n, K, K]: [p, i, j] that i beats j, antisymmetric, diagonal 0.
+        """Return the true logits, float32 [n, K, K]: [p, i, j] is that response i beats j; antisymmetric, diagonal 0.
 
-        Raises BadInput for a prompt that is not of this world, ValueError when the shapes do not fit.
+        Raises BadInput for a prompt of another world, ValueError when the shapes do not fit.
         """
         n, k = len(prompts), len(responses[0]) if responses else 0
         if len(responses) != n or any(len(row) != k for row in responses):
@@ -331,13 +332,13 @@ class Oracle:
         for row, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
             for i, j in itertools.combinations(range(k), 2):
                 logits[row, i, j] = preference_logit(prompt, texts[i], texts[j])
-                logits[row, j, i] = -logits[row, i, j] + 0.0  # and not -0.0
+                logits[row, j, i] = -logits[row, i, j] + 0.0  # 0.0, not -0.0
             if on_progress is not None:
                 on_progress((row + 1) * k * (k - 1), n * k * (k - 1))
         return logits
 
     def close(self) -> None:
-        """Nothing to close; judges have this method, and can be used as context managers."""
+        """Do nothing. Judges have this method, and can be used as context managers."""
 
     def __enter__(self) -> Self:
         return self
@@ -347,5 +348,5 @@ class Oracle:
 
 
 def oracle() -> Oracle:
-    """The judge that knows the truth."""
+    """Return the judge that gives the true preference."""
     return Oracle()

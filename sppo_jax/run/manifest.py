@@ -1,0 +1,148 @@
+"""manifest.json: what a run is made from, and which commits of the hub it is pinned to."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sppo_jax import config as configuration
+from sppo_jax import files, records, sharding
+from sppo_jax.config import Config
+from sppo_jax.errors import BadInput
+from sppo_jax.hub.repositories import TOKENIZER_FILES, Snapshot
+from sppo_jax.models import hf
+from sppo_jax.records import Pair, Prompt
+from sppo_jax.run import directory
+from sppo_jax.run.directory import BASE, RunDir
+
+SECTIONS = ("model", "judge", "versions", "devices", "sha256", "prompts")
+PACKAGES = (
+    "sppo_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "torch",
+    "transformers",
+    "datasets",
+    "tensorflow-datasets",
+)
+
+
+def read(run: RunDir) -> dict[str, Any]:
+    """The manifest of a run that was begun. Raises BadInput if it is missing, or a section is not an object."""
+    manifest = files.read_json(run.manifest)
+    for section in SECTIONS:
+        if not isinstance(manifest.setdefault(section, {}), dict):
+            raise BadInput(f"{run.manifest}: damaged: {section} is not an object")
+    return manifest
+
+
+def model_revision(manifest: Mapping[str, Any]) -> str | None:
+    """Commit of the base policy on the hub; None for one from a directory."""
+    found = manifest["model"].get("revision")
+    return found if isinstance(found, str) else None
+
+
+def pinned_model(run: RunDir) -> str | None:
+    """`model_revision` of the run's manifest; None before a run was begun."""
+    return model_revision(read(run)) if run.manifest.exists() else None
+
+
+def pinned_judge(run: RunDir) -> dict[str, str]:
+    """{repository: commit} of the hub from which the judge came; empty before a run was begun."""
+    found = read(run)["judge"].get("sources") if run.manifest.exists() else None
+    return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
+
+
+def digests(
+    base: Path,
+    judge: str,
+    heldout: Sequence[Prompt],
+    train: Sequence[Sequence[Prompt]],
+    given: Sequence[Sequence[Pair]],
+) -> dict[str, str]:
+    """sha256 of every input of a run by its name, as the manifest records it. `judge`: the judge's identity."""
+
+    def texts(prompts: Sequence[Prompt]) -> str:
+        return files.sha256_text("\0".join(prompt.text for prompt in prompts))
+
+    names = (*TOKENIZER_FILES, "generation_config.json")
+    return {
+        "base_weights": files.sha256([*hf.weight_files(base), base / "config.json"]),
+        "tokenizer": files.sha256([base / name for name in names if (base / name).is_file()]),
+        "judge": judge,
+        "prompts_heldout": texts(heldout),
+        **{f"prompts_{t}": texts(prompts) for t, prompts in enumerate(train, 1)},
+        **{f"pairs_{t}": records.digest(pairs) for t, pairs in enumerate(given, 1)},
+    }
+
+
+class Provenance:
+    """What the files of a run are made from: `made_from` of each, from the digests of the run's inputs."""
+
+    def __init__(self, run: RunDir, config: Config, compute_dtype: Any, inputs: Mapping[str, str]):
+        """`inputs`: of `digests`."""
+        self.inputs = dict(inputs)
+        self._run = run
+        self._policies = {BASE: self.inputs["base_weights"]}
+        knobs = configuration.flat(config)
+        fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        fixed["model.compute_dtype"] = str(compute_dtype)  # "auto" resolved
+        self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
+
+    def made_from(self, t: int, prompts: str) -> dict[str, str]:
+        """Digests of what a file is made from: the policy after iteration t, and the input named `prompts`."""
+        if t not in self._policies:
+            self._policies[t] = files.sha256(hf.weight_files(self._run.export(t)))
+        return {
+            "policy": self._policies[t],
+            "judge": self.inputs["judge"],
+            "prompts": self.inputs[prompts],
+            "configuration": self._configuration,
+        }
+
+
+def write(
+    run: RunDir,
+    config: Config,
+    *,
+    source: Snapshot,
+    mesh: Mesh,
+    judge_sources: Mapping[str, str],
+    inputs: Mapping[str, str],
+    prompts: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Claim OUT for this configuration and write its manifest. Raises BadInput if OUT was begun with other files.
+
+    `prompts`: counts of each set of prompts: rows read, left out and kept.
+    """
+    if run.manifest.exists():
+        before = files.read_json(run.manifest).get("sha256")
+        if not isinstance(before, dict):
+            raise BadInput(f"{run.manifest}: damaged; delete it and run again")
+        other = sorted(name for name in before if inputs.get(name, before[name]) != before[name])
+        if other:
+            shown = ", ".join(other)
+            raise BadInput(f"--out {config.out}: {shown} differ from when it was begun; choose another --out")
+    manifest = {
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "devices": {
+            "platform": sharding.platform(mesh),
+            "names": [str(device) for device in mesh.devices.flat],
+            "mesh": dict(mesh.shape),
+        },
+        "seed": config.seed,
+        "model": {"name": source.name, "revision": source.revision},
+        "judge": {"sources": dict(judge_sources)},
+        "sha256": dict(inputs),
+        "prompts": prompts,
+    }
+    directory.claim(run, config)
+    files.write_json(run.manifest, manifest)
