@@ -17,7 +17,7 @@ K = 3
 
 
 def answer(prompt: Prompt, seed: int = 0) -> Responses:
-    """K responses that depend on the prompt alone, with log-probs that use all their bits."""
+    """Return K responses that depend on the prompt and the seed alone, with log-probs that use all their bits."""
     draw = random.Random(prompt.prompt_id + seed)
     ids = [[draw.randrange(99) for _ in range(draw.randint(1, 9))] for _ in range(K)]
     return Responses(
@@ -27,12 +27,12 @@ def answer(prompt: Prompt, seed: int = 0) -> Responses:
 
 
 class Streaming:
-    """The sampler's `stream`: prompts finish two in a chunk, in an order of their own. `chunk(i)` is called before each."""
+    """A sampler whose `stream` finishes two prompts a chunk, in the order of their ids, and calls `chunk(i)` before each."""
 
     def __init__(self, chunk=lambda i: None, alone=True):
         self.chunk, self.alone = chunk, alone
         self.stats = Stats(slots=6, steps=1000, tokens=7)
-        self.made, self.asked = 0, []  # how often it was made; texts, of each call
+        self.made, self.asked = 0, []  # how often a test made it; the prompts' texts of each call
 
     def stream(self, prompts, *, seed, iteration=0, responses=None, limits=None, on_progress=None):
         self.asked.append([prompt.text for prompt in prompts])
@@ -48,7 +48,7 @@ class Streaming:
 
 
 class Counting:
-    """A judge that remembers what it was asked, and whose scores depend on how many prompts it gets at once."""
+    """A judge that keeps the prompts of each call, and whose scores depend on how many prompts it gets at once."""
 
     identity = "counting"
 
@@ -66,7 +66,7 @@ class Counting:
 
 
 class Pod:
-    """Two processes, played by threads; where jax lets processes meet, they meet at a barrier."""
+    """Two processes, played by threads, which meet at a barrier where jax lets processes meet."""
 
     def __init__(self, monkeypatch):
         self._who, self._barrier, self._said = (
@@ -85,7 +85,7 @@ class Pod:
         )
 
     def run(self, process):
-        """[process(0), process(1)], at once."""
+        """Return [process(0), process(1)], which run at the same time."""
 
         def as_process(i):
             self._who.i = i

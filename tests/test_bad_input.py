@@ -67,7 +67,7 @@ def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_oracle_that_does_not_know_the_prompts_is_told_at_once(tmp_path):
+def test_an_oracle_without_these_prompts_is_refused_at_once(tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"own {i}"}) + "\n" for i in range(9)))
     own = {"prompts__heldout": f"jsonl:{tmp_path}/own.jsonl", "eval__oracle": ORACLE}
     with pytest.raises(BadInput, match="does not know the prompt"):
@@ -75,8 +75,8 @@ def test_an_oracle_that_does_not_know_the_prompts_is_told_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_given_pairs_with_ids_beyond_the_vocabulary_are_told_at_once(tmp_path):
-    """A tokenizer that was given words after the model was made."""
+def test_given_pairs_with_ids_beyond_the_vocabulary_are_refused_at_once(tmp_path):
+    """The tokenizer got a word after the model was made."""
 
     policy = shutil.copytree(names.path("policy"), tmp_path / "policy")
     grown = AutoTokenizer.from_pretrained(policy)
@@ -94,7 +94,7 @@ def test_given_pairs_with_ids_beyond_the_vocabulary_are_told_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_judge_that_answers_nonsense_is_told(tmp_path, monkeypatch):
+def test_a_judge_that_returns_no_finite_scores_or_another_shape_is_refused(tmp_path, monkeypatch):
     class Nonsense:
         identity = "nonsense"
 
@@ -114,7 +114,7 @@ def test_a_judge_that_answers_nonsense_is_told(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of the embedded policy to damage."""
+    """Return a copy of the embedded policy to damage."""
     return shutil.copytree(names.path("policy"), tmp_path / "model")
 
 

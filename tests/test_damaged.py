@@ -14,6 +14,8 @@ from sppo_jax.hub import names
 from sppo_jax.models import hf
 from tests.small_game import words
 
+pytestmark = pytest.mark.usefixtures("single_device")
+
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
@@ -93,8 +95,6 @@ def test_a_damaged_model_is_one_line_before_anything_is_compiled(
     policy, out = tmp_path / "policy", tmp_path / "run"
     shutil.copytree(several_files, policy)
     change(policy)
-    devices = jax.devices()
-    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
     monkeypatch.setattr("sys.argv", ["sppo_jax.main", *words(out, model__path=policy)])
     COMPILED.clear()
     with pytest.raises(SystemExit) as ended:
@@ -108,28 +108,26 @@ def test_a_damaged_model_is_one_line_before_anything_is_compiled(
     assert not out.exists()
 
 
-def test_the_listener_hears_compilations():
+def test_the_listener_counts_compilations():
     COMPILED.clear()
     jax.jit(lambda x: x + 1)(np.arange(7.0))
     assert COMPILED
 
 
-def test_what_files_spell_does_not_command_the_terminal(several_files, tmp_path, monkeypatch, capsys):
+def test_control_characters_in_files_do_not_reach_the_terminal(several_files, tmp_path, monkeypatch, capsys):
     shutil.copytree(several_files, tmp_path / "policy")
     edited(tmp_path / "policy/config.json", lambda c: c.update({"\x1b[2J\x1b[31mowned": 1}))
     monkeypatch.setattr(
         "sys.argv", ["sppo_jax.main", *words(tmp_path / "run", model__path=tmp_path / "policy")]
     )
-    devices = jax.devices()
-    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
     with pytest.raises(SystemExit):
         command.call(main.main)
-    told = capsys.readouterr().err
-    assert "\x1b" not in told
-    assert "\\x1b[2J" in told
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert "\\x1b[2J" in printed
 
 
-def test_whoever_closes_our_output_gets_no_traceback(capfd):
+def test_a_reader_that_closes_our_output_gets_no_traceback(capfd):
     def entry(words):
         raise BrokenPipeError
 

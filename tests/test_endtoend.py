@@ -110,7 +110,7 @@ def test_T06_T14_the_ids_trained_on_are_the_ids_sampled(played):
 
 
 def test_published_pairs_are_trained_on_instead_of_playing(played, tmp_path, capsys):
-    """The official code's file of one iteration, here written by us: no response is sampled, no pair is judged."""
+    """From the official code's file of one iteration, here written by us, without sampling or judging."""
     interchange.main(["--run", str(played), "--iteration", "1", "--to", str(tmp_path / "official.parquet")])
     given = words(tmp_path / "run", pairs__source=f"parquet:{tmp_path}/official.parquet")
     main.main(given)

@@ -1,6 +1,5 @@
-"""Whole games with a policy of each kind of family: its tokenizer, its decoder, its files."""
+"""Whole games with a policy of each kind of family: tokenizer, decoder and files."""
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,8 +18,9 @@ KINDS = {
 }
 
 
+@pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", KINDS)
-def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp_path, monkeypatch):
+def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp_path):
     family, options = KINDS[name]
     base, out = tmp_path / "base", tmp_path / "run"
     base.mkdir()
@@ -29,8 +29,6 @@ def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp
     tokenizer = AutoTokenizer.from_pretrained(base)
     theirs = make(family, options | {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}, base)
     (base / "generation_config.json").write_text(ends)  # the model has overwritten it
-    devices = jax.devices()
-    monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
     longer = {"fit__epochs": 2, "fit__schedule_epochs": 2}  # the first update has rate 0
     main.main(words(out, model__path=base, prompts__max_length=300, sampling__max_new_tokens=8, **longer))
 

@@ -25,7 +25,7 @@ from tests.stand_ins import PROMPTS, Counting, K, Pod, Streaming, answer
 
 @pytest.fixture
 def play(tmp_path):
-    """Sample by a stand-in and judge beside it, in a run directory; returns the preferences."""
+    """Return a function that samples by a stand-in, judges beside it in a run directory, and returns the preferences."""
 
     def play(backend, name="run", sampler=None, beside=True, seed=0):
         run = RunDir(tmp_path / name)
@@ -151,9 +151,9 @@ def test_an_error_of_the_judge_ends_sampling_at_the_next_chunk(tmp_path, play):
 
 
 @pytest.mark.parametrize("place", ["sampler", "judge"])
-def test_a_run_that_is_told_to_stop_ends_with_the_chunk_or_the_pairs_at_hand(tmp_path, play, place):
+def test_a_run_that_gets_sigterm_ends_with_the_chunk_or_the_pairs_at_hand(tmp_path, play, place):
     class Slow(Counting):
-        """Once told to stop, the judge is too."""
+        """A judge that takes 20 seconds, unless the run stops."""
 
         def compare(self, prompts, responses, on_progress=None):
             if place == "judge":

@@ -36,7 +36,7 @@ def test_the_documented_conversion_is_the_one_that_errors_name():
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Write an example of docs/judges.md where Python finds it."""
+    """Return a function that writes an example of docs/judges.md where Python finds it."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str) -> None:
@@ -87,7 +87,7 @@ def test_the_documented_reward_model_gives_bradley_terry_matrices(tmp_path, exam
 
 
 class Scripted:
-    """A judge of ours that reads little, and remembers what was asked of it."""
+    """A judge that reads the beginning of each text, finds a cycle everywhere, and counts its releases."""
 
     identity = "scripted"
 
@@ -227,7 +227,7 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
         ),
     ],
 )
-def test_settings_that_no_judge_would_hear_are_refused(flags, complaint):
+def test_settings_that_no_judge_reads_are_refused(flags, complaint):
     with pytest.raises(BadInput, match=complaint):
         config_file.load(overrides=flags)
 

@@ -1,4 +1,4 @@
-"""Stage 1 around a sampler that streams: what is on disk when, what is asked again, and what people see of it."""
+"""Stage 1 around a sampler that streams: what is on disk when, what is sampled again, and what a run prints of it."""
 
 import json
 
@@ -19,25 +19,25 @@ MADE_FROM = {"policy": "p", "configuration": "c"}
 
 
 class Following:
-    """Who hears of finished prompts; `stop` is raised once so many have been heard."""
+    """A stand-in for the judge beside the sampler, which keeps finished prompts and raises `stop` after `after` of them."""
 
     def __init__(self, directory, stop=None, after=99):
-        self.directory, self.heard, self.stop, self.after = directory, {}, stop, after
+        self.directory, self.taken, self.stop, self.after = directory, {}, stop, after
         self.whole = []  # shards on disk at each call
 
     def take(self, n, row):
-        self.heard[n] = row
+        self.taken[n] = row
         self.whole.append({path.name[6:11] for path in self.directory.glob("*.parquet")})
 
     def progress(self):
-        if len(self.heard) >= self.after:
+        if len(self.taken) >= self.after:
             raise self.stop
         return {"judged": 2}
 
 
 @pytest.fixture
 def play(tmp_path):
-    """Respond to the prompts in a run directory; returns rows, the sampler and the follower."""
+    """Return a function that responds to the prompts in a run directory and returns rows, the sampler and the follower."""
 
     def play(name="run", sampler=None, stop=None, after=99, prompts=PROMPTS, shard_prompts=3, **made_from):
         run = RunDir(tmp_path / name)
@@ -64,18 +64,18 @@ def test_responses_come_in_the_order_of_the_prompts_whatever_finishes_first(tmp_
     rows, sampler, follower = play()
     assert rows == [answer(prompt) for prompt in PROMPTS]
     assert sampler.asked == [[prompt.text for prompt in PROMPTS]]  # one stream, though there are three shards
-    assert list(follower.heard) != sorted(follower.heard)
+    assert list(follower.taken) != sorted(follower.taken)
     directory = tmp_path / "run/iter_1/responses"
     assert sorted(files(directory)) == [f"shard-0000{i}-of-00003.parquet" for i in range(3)]
     assert pq.read_table(directory / "shard-00001-of-00003.parquet").num_rows == 3
 
 
-def test_each_prompt_is_heard_of_at_once_and_its_shard_is_on_disk_with_its_last(play):
+def test_each_prompt_is_handed_on_at_once_and_its_shard_is_on_disk_with_its_last(play):
     _, _, follower = play()
-    heard = list(follower.heard)
+    taken = list(follower.taken)
     for n in range(len(PROMPTS)):
         complete = {
-            f"{i:05d}" for i in range(3) if set(range(3 * i, min(3 * i + 3, 7))) <= set(heard[: n + 1])
+            f"{i:05d}" for i in range(3) if set(range(3 * i, min(3 * i + 3, 7))) <= set(taken[: n + 1])
         }
         assert follower.whole[n] == complete
     assert any(follower.whole[:-1])
@@ -98,7 +98,7 @@ def test_T16_killed_in_the_middle_of_a_shard_what_is_finished_is_not_sampled_aga
     assert after <= len(finished) < 7
     assert sampler.asked == [[p.text for p in PROMPTS if p.text not in finished]]
     assert rows == [answer(prompt) for prompt in PROMPTS]
-    assert follower.heard == dict(enumerate(rows))  # those from before too
+    assert follower.taken == dict(enumerate(rows))  # the prompts from before too
     assert files(begun) == files(tmp_path / "whole/iter_1/responses")
     assert "iteration 1 respond: 7/7 prompts, " in capsys.readouterr().out.splitlines()[-1]
 
@@ -163,7 +163,7 @@ def test_on_a_pod_each_process_makes_its_own_shards_and_reads_all(tmp_path, play
     assert pod.waits == [["iteration 1 respond"] * 2] * 2
     for (rows, sampler, follower), own in zip(made, ([0, 1, 2, 6], [3, 4, 5]), strict=True):
         assert sampler.asked == [[PROMPTS[n].text for n in own]]
-        assert sorted(follower.heard) == own
+        assert sorted(follower.taken) == own
         assert rows == [answer(prompt) for prompt in PROMPTS]
     assert files(tmp_path / "run/iter_1/responses") == files(tmp_path / "one/iter_1/responses")
 
@@ -195,13 +195,13 @@ def test_where_a_sampler_needs_the_whole_pod_all_sample_the_same_and_the_first_w
     (rows, first, _), (same, second, follower) = pod.run(lambda i: play(sampler=Streaming(alone=False)))
     assert first.asked == second.asked
     assert 0 < len(first.asked[0]) < 5
-    assert sorted(row.prompt for row in follower.heard.values()) == sorted(second.asked[0])
+    assert sorted(row.prompt for row in follower.taken.values()) == sorted(second.asked[0])
     assert rows == same == [answer(prompt) for prompt in PROMPTS]
     assert writers == {0}
     assert files(tmp_path / "run/iter_1/responses") == files(tmp_path / "one/iter_1/responses")
 
 
-def test_progress_and_metrics_tell_tokens_slots_and_the_judge(tmp_path, play, capsys, monkeypatch):
+def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, capsys, monkeypatch):
     monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
     rows, _, _ = play()
     shown = capsys.readouterr().out.splitlines()

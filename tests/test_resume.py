@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("single_device")
 
 @pytest.fixture
 def run(played, tmp_path):
-    """A copy of the played game."""
+    """Return a copy of the played game."""
     return shutil.copytree(played, tmp_path / "copy")
 
 
@@ -38,7 +38,7 @@ def test_a_finished_run_can_be_continued_with_more_iterations(played, tmp_path):
 
 
 def test_a_card_alone_does_not_make_an_export(run):
-    """Somebody deletes a finished iteration's export to save room: it stays deleted."""
+    """A finished iteration's export that was deleted to save room stays deleted."""
     shutil.rmtree(run / "iter_1/export")
     main.main(words(run, iterations=2))
     assert not (run / "iter_1/export").exists()

@@ -1,4 +1,4 @@
-"""The run directory: whole files or none, the right files or none."""
+"""The run directory holds whole files of its own configuration, or none."""
 
 import dataclasses
 import multiprocessing
@@ -121,7 +121,7 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
     finally:
         release.set()
         other.join()
-    with directory.opened(Config(out=str(tmp_path))):  # free again, however the other ended
+    with directory.opened(Config(out=str(tmp_path))):  # free again, however the other process ended
         pass
 
 
