@@ -113,7 +113,6 @@ class Conversation:
 def _sampler(args: Any) -> "Sampler":
     """Everything that is read from the policy's directory, the cheap and the fallible first."""
     import jax
-    import jax.numpy as jnp
 
     from sppo_jax import compilation, sharding
     from sppo_jax.config import Sampling
@@ -133,7 +132,7 @@ def _sampler(args: Any) -> "Sampler":
             f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all"
         )
     mesh = sharding.make_mesh(1, 1, -1, devices=jax.local_devices())
-    dtype = jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16
+    dtype = sharding.compute_dtype("auto", mesh)
     model = hf.load(directory, mesh=mesh, dtype=dtype, param_dtype=dtype)
     sampling = dataclasses.replace(
         Sampling(),

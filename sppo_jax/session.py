@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names, repositories
 from sppo_jax.models import Transformer, hf, lora
-from sppo_jax.models.attention import choose
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.report import model_card
 from sppo_jax.run import directory
@@ -26,7 +24,7 @@ from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.sampler.engine import Sampler
 from sppo_jax.text import chat_template
-from sppo_jax.training import batches, memory
+from sppo_jax.training import batches, memory, update
 
 PACKAGES = (
     "sppo_jax",
@@ -60,10 +58,11 @@ class Session:
         )
         self.tokenizer = chat_template.load_tokenizer(self.base)
         self.eos = chat_template.eos_ids(self.base, self.tokenizer, self.architecture.vocab)
-        self.compute_dtype = self._compute_dtype()
+        self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None  # kept for its programs, whatever policy is in it
         self._sampled: int | None = None  # the policy that is
+        self._programs: dict[int, update.Programs] = {}  # by updates of an epoch
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
@@ -151,31 +150,30 @@ class Session:
         self._policy = None
         self.rest_sampler()
 
-    def programs(self, steps_per_epoch: int) -> fit.Programs:
-        return fit.make_programs(
-            self.architecture,
-            self.compute_dtype,
-            self.mesh,
-            self.config.fit,
-            steps_per_epoch,
-            self.config.model.attention,
-        )
+    def programs(self, steps_per_epoch: int) -> update.Programs:
+        """Training's programs; kept, so that iterations of equal shapes compile once."""
+        if steps_per_epoch not in self._programs:
+            self._programs[steps_per_epoch] = update.make_programs(
+                self.architecture,
+                self.compute_dtype,
+                self.mesh,
+                self.config.fit,
+                steps_per_epoch,
+                self.config.model.attention,
+            )
+        return self._programs[steps_per_epoch]
 
     def batches(self, pairs: Sequence[Pair], t: int) -> batches.Batches:
         c = self.config
-        kernel = choose(c.model.attention, self.mesh, self.architecture, self.compute_dtype).name
-        width = self.compute_dtype.itemsize
         longest = max(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
-        update = memory.Update(self.architecture, self.mesh, width, kernel, c.fit.remat, longest)
+        needs = memory.Update.of(c, self.architecture, self.mesh, longest)
         return batches.Batches(
             pairs,
             global_batch=c.fit.global_batch,
             epochs=c.fit.epochs,
             seed=c.seed,
             iteration=t,
-            shards=sharding.batch_shards(self.mesh),
-            most_tokens=update.most_tokens(sharding.memory_limit(self.mesh)),
-            pack=kernel != "cudnn",  # which knows one sequence a row
+            packing=needs.packing(sharding.memory_limit(self.mesh)),
         )
 
     def logprobs(self, t: int, pairs: Sequence[Pair], iteration: int) -> np.ndarray:
@@ -294,12 +292,6 @@ class Session:
         fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
         fixed["model.compute_dtype"] = str(self.compute_dtype)  # what auto came to
         return files.sha256_text(json.dumps(fixed, sort_keys=True))
-
-    def _compute_dtype(self) -> Any:
-        name = self.config.model.compute_dtype
-        if name == "auto":
-            name = "float32" if sharding.platform(self.mesh) == "cpu" else "bfloat16"
-        return jnp.dtype(name)
 
     def _check_prompts(self) -> None:
         ids = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]

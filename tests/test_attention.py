@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import config, fit, main, session, sharding
+from sppo_jax import config, main, session, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.training import update
 from tests.conftest import ODD
 from tests.small_game import words
 
@@ -265,11 +266,13 @@ def test_a_run_is_refused_a_kernel_that_its_mesh_has_not(rank, tmp_path):
 
 def test_the_kernel_that_is_named_trains_too(one_device, monkeypatch):
     with pytest.raises(BadInput, match="attention=splash runs on a tpu"):
-        fit.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
+        update.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
     named = []
-    monkeypatch.setattr(fit, "make_programs", lambda *args: named.append(args[-1]))
+    monkeypatch.setattr(update, "make_programs", lambda *args: named.append(args[-1]))
     settings = config.Config(model=config.Model(attention="xla"))
-    run = SimpleNamespace(config=settings, architecture=ODD, compute_dtype=jnp.float32, mesh=one_device)
+    run = SimpleNamespace(
+        config=settings, architecture=ODD, compute_dtype=jnp.float32, mesh=one_device, _programs={}
+    )
     session.Session.programs(run, 1)
     assert named == ["xla"]
 

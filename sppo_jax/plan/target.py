@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -20,7 +19,7 @@ from sppo_jax.plan.chips import Chip
 from sppo_jax.plan.cost import GIB
 from sppo_jax.plan.workload import Lengths, Workload
 from sppo_jax.training import memory
-from sppo_jax.training.batches import Layout
+from sppo_jax.training.packing import Layout
 
 PUBLISHED = (
     Path(__file__).parent / "published"
@@ -45,8 +44,7 @@ class Setting:
     @property
     def dtype(self) -> Any:
         """That the policy computes in, as a run on these chips chooses it."""
-        name = self.config.model.compute_dtype
-        return jnp.dtype(jnp.bfloat16 if name == "auto" else name)
+        return sharding.compute_dtype(self.config.model.compute_dtype, self.mesh)
 
     @cached_property
     def kernel(self) -> str:
@@ -56,16 +54,13 @@ class Setting:
 
     @property
     def update(self) -> memory.Update:
-        c = self.config.fit
         longest = max(map(max, self.work.lengths_GR))
-        return memory.Update(self.architecture, self.mesh, self.dtype.itemsize, self.kernel, c.remat, longest)
+        return memory.Update.of(self.config, self.architecture, self.mesh, longest)
 
     @cached_property
     def layout(self) -> Layout:
-        """The shape of the updates that a run would have there: cuDNN takes one sequence a row."""
-        most = self.update.most_tokens(self.limit)
-        shards = sharding.batch_shards(self.mesh)
-        return workload.layout(self.config, self.work, shards, most, self.kernel != "cudnn")
+        """The shape of the updates that a run would have there."""
+        return workload.layout(self.config, self.work, self.update.packing(self.limit))
 
     @property
     def limit(self) -> int:
