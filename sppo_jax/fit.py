@@ -82,6 +82,8 @@ def fit(
         log = _Log(metrics, advance, settings, batches, iteration, log_every)
         for step, batch in zip(range(start, total), batches.from_step(start), strict=True):
             if profiler is not None:
+                if profiler.turns(step - start):
+                    log.flush()  # so that whole updates are recorded
                 profiler.step(step - start)
             state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
             log.add(step, scalars)
