@@ -29,7 +29,7 @@ class Batch:
     @property
     def prompts(self) -> int:
         """Number of real prompts."""
-        return sum(int(part.real.sum()) for part in self.microbatches)
+        return sum(int(np.sum(part.real)) for part in self.microbatches)
 
     def placed(self, mesh: Mesh) -> Iterator[Microbatch]:
         """Copy the microbatches to the devices one by one, as they are asked for."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import numpy as np
@@ -13,7 +13,10 @@ from jaxtyping import Array, Bool, Float32, Int32
 from sppo_jax import sharding
 from sppo_jax.training.packing import Layout
 
-Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # on the devices, on the host, or a shape alone
+if TYPE_CHECKING:
+    Leaf = Any  # each use has one kind
+else:
+    Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # on the devices, on the host, or a shape alone
 
 
 @dataclass(frozen=True)
