@@ -80,7 +80,7 @@ class Run:
         trace = Trace.of("lognormal", self.pairs, 16 if self.quick else 1)
         data = Data.of(trace, self.sizes["vocab_size"])
         batches = fit_replay.batches_of(data.pairs(), self.global_batch)
-        order = [batches[step]["pair"][batches[step]["real"]].tolist() for step in range(len(batches))]
+        order = [fit_replay.pairs_of(batches[step]) for step in range(len(batches))]
         # Within an update ours are sorted for packing, and TRL's are to come as a shuffle leaves them.
         rng = np.random.default_rng(SEED)
         data = replace(data, order=[rng.permutation(step).tolist() for step in order])

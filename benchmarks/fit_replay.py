@@ -6,6 +6,7 @@ NAME is a function of WORKERS, TASK its argument as JSON; the last line printed 
 interpreter of TRL's environment, which has no sppo_jax.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -89,11 +90,21 @@ class Data:
 
 
 def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
-    from sppo_jax.training import batches
+    """The pairs' updates as sppo_jax makes them: sppo_jax.training.batches.Batches."""
+    from sppo_jax.training.batches import Batches
+    from sppo_jax.training.packing import Packing
 
-    return batches.Batches(
-        pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, most_tokens=most_tokens, pack=pack
-    )
+    packing = Packing(most_tokens=most_tokens, pack=pack)
+    return Batches(pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, packing=packing)
+
+
+def pairs_of(batch: Any) -> list[int]:
+    """Indices of an update's pairs, in the order of its microbatches."""
+    return [
+        index
+        for part, pair_G in zip(batch.microbatches, batch.pairs, strict=True)
+        for index in pair_G[part.real].tolist()
+    ]
 
 
 def one_device() -> Any:
@@ -105,41 +116,40 @@ def one_device() -> Any:
 
 
 def updates(batches: Iterable[Any], model: Any, programs: Any, mesh: Any) -> Iterator[dict[str, float]]:
-    """sppo_jax.fit.fit without its files: the scalars of each update; `model`'s arrays are given up."""
+    """Train as sppo_jax.fit.fit does, without its files. Yields each update's scalars; donates `model`'s arrays."""
     import jax
-    import numpy as np
 
-    from sppo_jax import fit
+    from sppo_jax.training.update import split
 
-    _, params, frozen = fit.split(model)
-    zero = jax.device_put(np.int32(0), programs.shardings.step)
-    state = fit.TrainState(zero, params, programs.init_optimizer(params))
+    _, params, frozen = split(model)
+    state = programs.first_state(params)
     del params
     for batch in batches:
-        state, scalars = programs.train_step(state, frozen, fit.place(batch, mesh))
+        state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
         yield {name: float(value) for name, value in jax.device_get(scalars).items()}
 
 
 def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Path) -> None:
-    """What the first update's optimiser is given, as a checkpoint."""
+    """Write the first update's gradients as a checkpoint."""
     from flax import nnx
 
-    from sppo_jax import fit
     from sppo_jax.models import hf
+    from sppo_jax.training.update import split
 
-    _, params, frozen = fit.split(model)
-    grads, _ = programs.gradients(params, frozen, fit.place(batch, mesh))
+    _, params, frozen = split(model)
+    grads, _ = programs.gradients(params, frozen, batch.placed(mesh))
     folder.mkdir()
     hf.save(nnx.merge(programs.graph, grads, frozen), folder)
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """Reference log-probs, then all updates. What compiles does so before, on two microbatches of a model that is dropped."""
+    """Time reference log-probs, then all updates. Programs compile before, on two microbatches of a model that is dropped."""
     data = Data.read(task)
     with Watch() as imports:
-        from sppo_jax import fit, models, pairs, sharding
+        from sppo_jax import models, pairs, sharding
         from sppo_jax.config import Fit
-        from sppo_jax.training import memory
+        from sppo_jax.training import memory, trainer
+        from sppo_jax.training.update import make_programs
 
         compiled = compilations()
     rows, mesh = data.pairs(), one_device()
@@ -153,10 +163,11 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
         most = update.most_tokens(sharding.memory_limit(mesh))
         batches = batches_of(rows, task["global_batch"], most, task["pack"])
-        programs = fit.make_programs(
+        programs = make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
         )
-        short = {name: x[:2] for name, x in batches[0].items()}
+        first = batches[0]
+        short = dataclasses.replace(first, microbatches=first.microbatches[:2], pairs=first.pairs[:2])
         for _ in updates([short], model, programs, mesh):
             pass
     del model
@@ -165,7 +176,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         model = models.load(Path(task["folder"]) / "model")
     count = len(compiled)
     with Work() as reference:
-        values = fit.logprobs(model, batches, len(rows), programs, mesh)
+        values = trainer.logprobs(model, batches, len(rows), programs, mesh)
     filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], most, task["pack"])
     if task["gradients"]:
         save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
@@ -174,8 +185,8 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     computed = 0
     for step, expected in enumerate(data.order):
         batch = filled[step]
-        computed += batch["tokens"].size
-        assert sorted(batch["pair"][batch["real"]].tolist()) == sorted(expected)
+        computed += sum(part.tokens.size for part in batch.microbatches)
+        assert sorted(pairs_of(batch)) == sorted(expected)
     return {
         "seconds": training.seconds,
         "reference_seconds": reference.seconds,

@@ -56,7 +56,19 @@ ODD = Architecture(
 )  # fmt: skip
 
 # The files that take longest, which begin first, so that the workers end at about the same time.
-LONGEST = ("lora", "fit", "processes", "plan", "sampler", "logprob", "pod", "families", "resume", "endtoend", "hub")
+LONGEST = (
+    "lora",
+    "fit",
+    "processes",
+    "plan",
+    "sampler",
+    "logprob",
+    "pod",
+    "families",
+    "resume",
+    "endtoend",
+    "hub",
+)
 
 
 def pytest_collection_modifyitems(items):

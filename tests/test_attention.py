@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import config, fit, main, sharding
+from sppo_jax import config, main, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.training import update
 from sppo_jax.training.trainer import Trainer
 from tests.conftest import ODD
 from tests.small_game import words
@@ -265,9 +266,9 @@ def test_a_run_is_refused_a_kernel_that_its_mesh_has_not(rank, tmp_path):
 
 def test_the_kernel_that_is_named_trains_too(one_device, monkeypatch):
     with pytest.raises(BadInput, match="attention=splash runs on a tpu"):
-        fit.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
+        update.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
     named = []
-    monkeypatch.setattr(fit, "make_programs", lambda *args: named.append(args[-1]))
+    monkeypatch.setattr(update, "make_programs", lambda *args: named.append(args[-1]))
     settings = config.Config(model=config.Model(attention="xla"))
     Trainer(settings, ODD, one_device, jnp.dtype(jnp.float32)).programs(1)
     assert named == ["xla"]
