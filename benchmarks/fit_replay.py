@@ -142,6 +142,13 @@ def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Pat
     hf.save(nnx.merge(programs.graph, grads, frozen), folder)
 
 
+def computed_tokens(batches: Any, data: Data) -> int:
+    """Tokens of all updates' rows, padding included. Fails where an update has other pairs than `data` asks for."""
+    for step, expected in enumerate(data.order):
+        assert sorted(pairs_of(batches[step])) == sorted(expected)
+    return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
+
+
 def ours(task: dict[str, Any]) -> dict[str, Any]:
     """Time reference log-probs, then all updates. Programs compile before, on two microbatches of a model that is dropped."""
     data = Data.read(task)
@@ -182,11 +189,6 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
     with Work() as training:
         found = list(updates(filled.from_step(0), model, programs, mesh))
-    computed = 0
-    for step, expected in enumerate(data.order):
-        batch = filled[step]
-        computed += sum(part.tokens.size for part in batch.microbatches)
-        assert sorted(pairs_of(batch)) == sorted(expected)
     return {
         "seconds": training.seconds,
         "reference_seconds": reference.seconds,
@@ -197,7 +199,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, reference.others),
         "pairs": len(rows),
         "tokens": data.tokens,
-        "computed_tokens": computed,
+        "computed_tokens": computed_tokens(filled, data),
         "losses": [one["loss"] for one in found],
         "margins": [one["margin"] for one in found],
         "reference": values.tolist(),
@@ -230,26 +232,14 @@ def tokenizer(vocab: int) -> Any:
     )
 
 
-def trl(task: dict[str, Any]) -> dict[str, Any]:
-    """DPOTrainer with its reference log-probs computed once, over the same updates."""
-    with Watch() as imports:
-        import torch
-        import transformers
-        from datasets import Dataset
-        from safetensors.torch import save_file
-        from transformers import AutoModelForCausalLM, TrainerCallback
-        from trl import DPOConfig, DPOTrainer, __version__
+def instruments(
+    trainer: Any, task: dict[str, Any], training: Work, sizes: dict[str, int]
+) -> tuple[type, type]:
+    """A DPOTrainer that counts its tokens into `sizes`, and a callback that times `training` and writes gradients."""
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
 
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(task["threads"])
-    data, per_device = Data.read(task), task["per_device"]
-    order = [[*step] for step in data.order]
-    if task["by_length"]:
-        order = [sorted(step, key=lambda i: (max(data.lengths(i)), i)) for step in order]
-    in_order = [i for step in order for i in step]
-    training, sizes = Work(), {"computed": 0, "real": 0}
-
-    class Measured(DPOTrainer):
+    class Measured(trainer):
         def _precompute_ref_logps(self, *args: Any) -> Any:
             with Work() as self.reference:
                 return super()._precompute_ref_logps(*args)
@@ -272,24 +262,49 @@ def trl(task: dict[str, Any]) -> dict[str, Any]:
                 grads = {name: p.grad.contiguous() for name, p in model.named_parameters()}
                 save_file(grads, Path(task["gradients"]) / GRADIENTS)
 
+    return Measured, Clock
+
+
+def dpo_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of TRL's DPOConfig for the same training as ours."""
+    return dict(  # noqa: C408
+        output_dir=task["output"], loss_type="sppo_hard", beta=1 / ETA, max_length=None,
+        precompute_ref_log_probs=True, gradient_checkpointing=task["checkpointing"],
+        per_device_train_batch_size=task["per_device"],
+        gradient_accumulation_steps=task["global_batch"] // task["per_device"], num_train_epochs=1,
+        train_sampling_strategy="sequential", optim="rmsprop", optim_args="alpha=0.99,eps=1e-8",
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0,
+        use_cpu=True, bf16=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=SEED,
+    )  # fmt: skip
+
+
+def trl(task: dict[str, Any]) -> dict[str, Any]:
+    """DPOTrainer with its reference log-probs computed once, over the same updates."""
+    with Watch() as imports:
+        import torch
+        import transformers
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM
+        from trl import DPOConfig, DPOTrainer, __version__
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(task["threads"])
+    data = Data.read(task)
+    order = [[*step] for step in data.order]
+    if task["by_length"]:
+        order = [sorted(step, key=lambda i: (max(data.lengths(i)), i)) for step in order]
+    in_order = [i for step in order for i in step]
+    training, sizes = Work(), {"computed": 0, "real": 0}
+    measured, clock = instruments(DPOTrainer, task, training, sizes)
     with Watch() as load:
         model = AutoModelForCausalLM.from_pretrained(Path(task["folder"]) / "model", dtype=torch.float32)
     texts = [
         {"prompt": words(data.prompts[i]), **dict(zip(("chosen", "rejected"), map(words, data.responses[i]), strict=True))}
         for i in in_order
     ]  # fmt: skip
-    args = DPOConfig(
-        output_dir=task["output"], loss_type="sppo_hard", beta=1 / ETA, max_length=None,
-        precompute_ref_log_probs=True, gradient_checkpointing=task["checkpointing"],
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=task["global_batch"] // per_device, num_train_epochs=1,
-        train_sampling_strategy="sequential", optim="rmsprop", optim_args="alpha=0.99,eps=1e-8",
-        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0,
-        use_cpu=True, bf16=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, seed=SEED,
-    )  # fmt: skip
-    trainer = Measured(
-        model, args=args, train_dataset=Dataset.from_list(texts), callbacks=[Clock()],
+    trainer = measured(
+        model, args=DPOConfig(**dpo_settings(task)), train_dataset=Dataset.from_list(texts), callbacks=[clock()],
         processing_class=tokenizer(model.config.vocab_size),
     )  # fmt: skip
     for row, i in zip(trainer.train_dataset, in_order, strict=True):
