@@ -12,7 +12,7 @@ test: venv
 lint: venv
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy
+	.venv/bin/mypy --num-workers auto
 	.venv/bin/lint-imports
 
 tiny: venv

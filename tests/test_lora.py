@@ -26,12 +26,14 @@ from tests.test_families import FAMILIES, make, reference, texts
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
-def adapted(directory, mesh, rank=3, **options):
+def adapted(directory, mesh, **options):
     """A checkpoint with adapters whose B is not 0."""
-    model = lora.attach(models.load(directory, mesh=mesh, **options), rank, jax.random.key(1), mesh)
-    for i, (name, param) in enumerate(sorted(model.layers.items())):
+    model = lora.attach(models.load(directory, mesh=mesh, **options), 3, jax.random.key(1), mesh)
+    rng = np.random.default_rng(0)
+    for name, param in sorted(model.layers.items()):
         if name.endswith("_lora_b"):
-            param[...] = 0.1 * jax.random.normal(jax.random.key(i), param[...].shape)
+            drawn = 0.1 * rng.standard_normal(param[...].shape, np.float32)
+            param[...] = jax.device_put(drawn, param[...].sharding)
     return model
 
 
@@ -43,7 +45,7 @@ def logits(model, side="left"):
 def test_a_fresh_adapter_changes_nothing(tmp_path, one_device):
     make("Llama", {}, tmp_path)
     model = models.load(tmp_path)
-    fresh = lora.attach(model, 4, jax.random.key(0), one_device)
+    fresh = lora.attach(model, 3, jax.random.key(0), one_device)
     np.testing.assert_array_equal(logits(fresh)[0], logits(model)[0])
     assert fresh.layers["q_lora_a"][...].std() > 0
 
@@ -124,7 +126,7 @@ def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one
 def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype(tmp_path, one_device, dtype):
     make("Mistral", {}, tmp_path)
     frozen_model = models.load(tmp_path, dtype=dtype, param_dtype=dtype)
-    model = lora.attach(frozen_model, 2, jax.random.key(0), one_device)
+    model = lora.attach(frozen_model, 3, jax.random.key(0), one_device)
     settings = Fit(learning_rate=1e-2, warmup=0.0, eta=10.0)
     programs = update.make_programs(model.architecture, model.compute_dtype, one_device, settings, 4)
     _, params, frozen = update.split(model)
@@ -147,14 +149,14 @@ def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"r": 5}, r"lora_alpha 4; needed lora_alpha = 2 r"),
+        ({"r": 5}, r"lora_alpha 6; needed lora_alpha = 2 r"),
         ({"r": 5, "lora_alpha": 10}, "config.json makes it"),
         ({"r": None}, "r is None"),
     ],
 )
 def test_an_adapter_of_another_make_is_one_line(tmp_path, one_device, change, said):
     make("Llama", {}, tmp_path)
-    model = adapted(tmp_path, one_device, rank=2)
+    model = adapted(tmp_path, one_device)
     lora.save(model, tmp_path, "base")
     config = json.loads((tmp_path / lora.CONFIG).read_text())
     (tmp_path / lora.CONFIG).write_text(json.dumps(config | change))
