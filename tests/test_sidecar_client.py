@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import comparisons, process_judge, protocol, sidecar, torch_model
+from sppo_jax.pairrm import comparisons, launch, process_judge, protocol, sidecar, torch_model
 from sppo_jax.pairrm.child import Broken
 from sppo_jax.pairrm.format import Formatter, Limits
 from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
@@ -338,7 +338,7 @@ def test_telling_without_a_score_is_a_stall(played: Callable[..., Any]) -> None:
 def test_process_gets_the_processors_that_there_are(
     played: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_judge, "_available_cpus", lambda: 3)
+    monkeypatch.setattr(launch, "available_cpus", lambda: 3)
     ((command, environment),) = played(dtype="bfloat16").started
     assert command[command.index("--threads") + 1] == "3"
     assert command[command.index("--dtype") + 1] == "bfloat16"
@@ -350,9 +350,9 @@ def test_process_gets_the_processors_that_there_are(
 def test_a_containers_share_of_processors_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_judge, "_CGROUP", tmp_path)
+    monkeypatch.setattr(launch, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert process_judge._available_cpus() == 8
+    assert launch.available_cpus() == 8
     for text, cpus in [
         ("max 100000", 8),
         ("200000 100000", 2),
@@ -361,13 +361,13 @@ def test_a_containers_share_of_processors_is_respected(
         ("", 8),
     ]:
         (tmp_path / "cpu.max").write_text(f"{text}\n")
-        assert process_judge._available_cpus() == cpus, text
+        assert launch.available_cpus() == cpus, text
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cpus in [("-1", 8), ("150000", 2), ("1600000", 8)]:
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert process_judge._available_cpus() == cpus, quota
+        assert launch.available_cpus() == cpus, quota
 
 
 def test_request_counts_the_cells_that_it_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
