@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what is trained, and the files that PEFT and transformers read."""
+"""Adapters: their product, their training, and the files that PEFT and transformers read."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from tests import test_fit
 from tests.small_game import words
 from tests.test_families import FAMILIES, make, reference, texts
 
-# 2026-11: peft 0.21 asks transformers 5.23 for a property under its old name.
+# 2026-11: peft 0.21 reads a property of transformers 5.23 by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -75,7 +75,7 @@ def test_peft_and_the_merged_export_compute_the_same(name, tmp_path, eight_devic
 
 
 def batch(mesh, groups=2, width=16):
-    """A microbatch in which each response has a row of its own."""
+    """Return a microbatch in which each response has a row of its own."""
     rng = np.random.default_rng(0)
     rows = Microbatch(
         tokens=rng.integers(3, 102, (2 * groups, width)).astype(np.int32),
@@ -143,7 +143,7 @@ def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype
     for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(before[1]), strict=True):
         np.testing.assert_array_equal(np.asarray(x), y)
     sizes = {x.size for x in jax.tree.leaves(state.opt_state) if x.ndim}
-    assert max(sizes) < 3 * 80 * 48  # the optimiser holds nothing of a whole matrix's size
+    assert max(sizes) < 3 * 80 * 48  # no array of the optimiser has the size of a whole matrix
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,9 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
     options = {"model__lora_rank": 4, "fit__learning_rate": 1e-3}
     main.main(words(tmp_path / "whole", iterations=2, **options))
     main.main(words(tmp_path / "parts", iterations=1, **options))
-    main.main(words(tmp_path / "parts", iterations=2, **options))  # its policy comes from base and adapter
+    main.main(
+        words(tmp_path / "parts", iterations=2, **options)
+    )  # its policy is loaded from base and adapter
     for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
         one, two = (tmp_path / run / "iter_2" / name for run in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
@@ -214,7 +216,7 @@ def test_adapters_stopped_in_the_middle_of_training_go_on_to_the_same_bits(tmp_p
 
 @pytest.mark.parametrize(("stored", "kept"), [("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_frozen_weights_lose_nothing_of_what_the_files_hold(stored, kept, tmp_path, monkeypatch):
-    """Under bfloat16 compute: kept as bfloat16 where that is all there is, else exports would be rounded."""
+    """Frozen weights are kept in bfloat16 only if the checkpoint is bfloat16; else exports would be rounded."""
     base = tmp_path / "base"
     export.export(models.load(names.path("policy")), names.path("policy"), base, dtype=stored)
     seen = []
