@@ -80,7 +80,7 @@ class Run:
         trace = Trace.of("lognormal", self.pairs, 16 if self.quick else 1)
         data = Data.of(trace, self.sizes["vocab_size"])
         batches = fit_replay.batches_of(data.pairs(), self.global_batch)
-        order = [batches[step]["pair"][batches[step]["real"]].tolist() for step in range(len(batches))]
+        order = [fit_replay.pairs_of(batches[step]) for step in range(len(batches))]
         # Within an update ours are sorted for packing, and TRL's are to come as a shuffle leaves them.
         rng = np.random.default_rng(SEED)
         data = replace(data, order=[rng.permutation(step).tolist() for step in order])
@@ -210,6 +210,22 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def ratios(
+    mine: dict[str, Any], theirs: dict[str, Any], alone: dict[str, Any], default: dict[str, Any]
+) -> dict[str, float]:
+    """Ours over TRL's. `alone` and `default` are ours and TRL's default over the first update alone."""
+    return {
+        "vs_trl_pairs_per_s": mine["pairs_per_s"] / theirs["pairs_per_s"],
+        "vs_trl_peak_memory": mine["peak_bytes"] / theirs["peak_bytes"],
+        "vs_trl_pairs_per_s_without_reference": mine["pairs_per_s_without_reference"]
+        / theirs["pairs_per_s_without_reference"],
+        # The first process compiles, those after it find its programs on disk.
+        "vs_trl_peak_memory_compiled_before": min(mine["every_peak_bytes"]) / theirs["peak_bytes"],
+        "vs_trl_default_pairs_per_s": alone["pairs_per_s"] / default["pairs_per_s"],
+        "vs_trl_default_peak_memory": alone["peak_bytes"] / default["peak_bytes"],
+    }
+
+
 def compare(run: Run) -> dict[str, Any]:
     """All measurements, as --json prints them."""
     from importlib.metadata import version
@@ -243,19 +259,10 @@ def compare(run: Run) -> dict[str, Any]:
     for one in ablations.values():
         one.pop("reference")
     relative = np.abs(losses[0] - losses[1] / 2) / (losses[1] / 2)
-    # Both over the first update alone, ours with its programs on disk.
-    alone, default = ablations[AS_OURS], next(e for e in estimates if tuple(e["setting"].values()) == DEFAULT)
-    return {
-        "vs_trl_pairs_per_s": mine["pairs_per_s"] / theirs["pairs_per_s"],
-        "vs_trl_peak_memory": mine["peak_bytes"] / theirs["peak_bytes"],
+    default = next(e for e in estimates if tuple(e["setting"].values()) == DEFAULT)
+    return ratios(mine, theirs, ablations[AS_OURS], default) | {
         "real_token_share": mine["real_token_share"],
         "max_grad_error": gradients["max_grad_error"],
-        "vs_trl_pairs_per_s_without_reference": mine["pairs_per_s_without_reference"]
-        / theirs["pairs_per_s_without_reference"],
-        # The first process compiles, those after it find its programs on disk.
-        "vs_trl_peak_memory_compiled_before": min(mine["every_peak_bytes"]) / theirs["peak_bytes"],
-        "vs_trl_default_pairs_per_s": alone["pairs_per_s"] / default["pairs_per_s"],
-        "vs_trl_default_peak_memory": alone["peak_bytes"] / default["peak_bytes"],
         "gradients": gradients,
         "loss_errors": relative.tolist(),
         "margin_errors_nats": np.abs(margins[0] - margins[1]).tolist(),

@@ -6,6 +6,7 @@ NAME is a function of WORKERS, TASK its argument as JSON; the last line printed 
 interpreter of TRL's environment, which has no sppo_jax.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -89,11 +90,21 @@ class Data:
 
 
 def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
-    from sppo_jax.training import batches
+    """The pairs' updates as sppo_jax makes them: sppo_jax.training.batches.Batches."""
+    from sppo_jax.training.batches import Batches
+    from sppo_jax.training.packing import Packing
 
-    return batches.Batches(
-        pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, most_tokens=most_tokens, pack=pack
-    )
+    packing = Packing(most_tokens=most_tokens, pack=pack)
+    return Batches(pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, packing=packing)
+
+
+def pairs_of(batch: Any) -> list[int]:
+    """Indices of an update's pairs, in the order of its microbatches."""
+    return [
+        index
+        for part, pair_G in zip(batch.microbatches, batch.pairs, strict=True)
+        for index in pair_G[part.real].tolist()
+    ]
 
 
 def one_device() -> Any:
@@ -105,41 +116,47 @@ def one_device() -> Any:
 
 
 def updates(batches: Iterable[Any], model: Any, programs: Any, mesh: Any) -> Iterator[dict[str, float]]:
-    """sppo_jax.fit.fit without its files: the scalars of each update; `model`'s arrays are given up."""
+    """Train as sppo_jax.fit.fit does, without its files. Yields each update's scalars; donates `model`'s arrays."""
     import jax
-    import numpy as np
 
-    from sppo_jax import fit
+    from sppo_jax.training.update import split
 
-    _, params, frozen = fit.split(model)
-    zero = jax.device_put(np.int32(0), programs.shardings.step)
-    state = fit.TrainState(zero, params, programs.init_optimizer(params))
+    _, params, frozen = split(model)
+    state = programs.first_state(params)
     del params
     for batch in batches:
-        state, scalars = programs.train_step(state, frozen, fit.place(batch, mesh))
+        state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
         yield {name: float(value) for name, value in jax.device_get(scalars).items()}
 
 
 def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Path) -> None:
-    """What the first update's optimiser is given, as a checkpoint."""
+    """Write the first update's gradients as a checkpoint."""
     from flax import nnx
 
-    from sppo_jax import fit
     from sppo_jax.models import hf
+    from sppo_jax.training.update import split
 
-    _, params, frozen = fit.split(model)
-    grads, _ = programs.gradients(params, frozen, fit.place(batch, mesh))
+    _, params, frozen = split(model)
+    grads, _ = programs.gradients(params, frozen, batch.placed(mesh))
     folder.mkdir()
     hf.save(nnx.merge(programs.graph, grads, frozen), folder)
 
 
+def computed_tokens(batches: Any, data: Data) -> int:
+    """Tokens of all updates' rows, padding included. Fails where an update has other pairs than `data` asks for."""
+    for step, expected in enumerate(data.order):
+        assert sorted(pairs_of(batches[step])) == sorted(expected)
+    return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
+
+
 def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """Reference log-probs, then all updates. What compiles does so before, on two microbatches of a model that is dropped."""
+    """Time reference log-probs, then all updates. Programs compile before, on two microbatches of a model that is dropped."""
     data = Data.read(task)
     with Watch() as imports:
-        from sppo_jax import fit, models, pairs, sharding
+        from sppo_jax import models, pairs, sharding
         from sppo_jax.config import Fit
-        from sppo_jax.training import memory
+        from sppo_jax.training import memory, trainer
+        from sppo_jax.training.update import make_programs
 
         compiled = compilations()
     rows, mesh = data.pairs(), one_device()
@@ -153,10 +170,11 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
         most = update.most_tokens(sharding.memory_limit(mesh))
         batches = batches_of(rows, task["global_batch"], most, task["pack"])
-        programs = fit.make_programs(
+        programs = make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
         )
-        short = {name: x[:2] for name, x in batches[0].items()}
+        first = batches[0]
+        short = dataclasses.replace(first, microbatches=first.microbatches[:2], pairs=first.pairs[:2])
         for _ in updates([short], model, programs, mesh):
             pass
     del model
@@ -165,17 +183,12 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         model = models.load(Path(task["folder"]) / "model")
     count = len(compiled)
     with Work() as reference:
-        values = fit.logprobs(model, batches, len(rows), programs, mesh)
+        values = trainer.logprobs(model, batches, len(rows), programs, mesh)
     filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], most, task["pack"])
     if task["gradients"]:
         save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
     with Work() as training:
         found = list(updates(filled.from_step(0), model, programs, mesh))
-    computed = 0
-    for step, expected in enumerate(data.order):
-        batch = filled[step]
-        computed += batch["tokens"].size
-        assert sorted(batch["pair"][batch["real"]].tolist()) == sorted(expected)
     return {
         "seconds": training.seconds,
         "reference_seconds": reference.seconds,
@@ -186,7 +199,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, reference.others),
         "pairs": len(rows),
         "tokens": data.tokens,
-        "computed_tokens": computed,
+        "computed_tokens": computed_tokens(filled, data),
         "losses": [one["loss"] for one in found],
         "margins": [one["margin"] for one in found],
         "reference": values.tolist(),
@@ -219,26 +232,14 @@ def tokenizer(vocab: int) -> Any:
     )
 
 
-def trl(task: dict[str, Any]) -> dict[str, Any]:
-    """DPOTrainer with its reference log-probs computed once, over the same updates."""
-    with Watch() as imports:
-        import torch
-        import transformers
-        from datasets import Dataset
-        from safetensors.torch import save_file
-        from transformers import AutoModelForCausalLM, TrainerCallback
-        from trl import DPOConfig, DPOTrainer, __version__
+def instruments(
+    trainer: Any, task: dict[str, Any], training: Work, sizes: dict[str, int]
+) -> tuple[type, type]:
+    """A DPOTrainer that counts its tokens into `sizes`, and a callback that times `training` and writes gradients."""
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
 
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(task["threads"])
-    data, per_device = Data.read(task), task["per_device"]
-    order = [[*step] for step in data.order]
-    if task["by_length"]:
-        order = [sorted(step, key=lambda i: (max(data.lengths(i)), i)) for step in order]
-    in_order = [i for step in order for i in step]
-    training, sizes = Work(), {"computed": 0, "real": 0}
-
-    class Measured(DPOTrainer):
+    class Measured(trainer):
         def _precompute_ref_logps(self, *args: Any) -> Any:
             with Work() as self.reference:
                 return super()._precompute_ref_logps(*args)
@@ -261,24 +262,49 @@ def trl(task: dict[str, Any]) -> dict[str, Any]:
                 grads = {name: p.grad.contiguous() for name, p in model.named_parameters()}
                 save_file(grads, Path(task["gradients"]) / GRADIENTS)
 
+    return Measured, Clock
+
+
+def dpo_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of TRL's DPOConfig for the same training as ours."""
+    return dict(  # noqa: C408
+        output_dir=task["output"], loss_type="sppo_hard", beta=1 / ETA, max_length=None,
+        precompute_ref_log_probs=True, gradient_checkpointing=task["checkpointing"],
+        per_device_train_batch_size=task["per_device"],
+        gradient_accumulation_steps=task["global_batch"] // task["per_device"], num_train_epochs=1,
+        train_sampling_strategy="sequential", optim="rmsprop", optim_args="alpha=0.99,eps=1e-8",
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0,
+        use_cpu=True, bf16=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=SEED,
+    )  # fmt: skip
+
+
+def trl(task: dict[str, Any]) -> dict[str, Any]:
+    """DPOTrainer with its reference log-probs computed once, over the same updates."""
+    with Watch() as imports:
+        import torch
+        import transformers
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM
+        from trl import DPOConfig, DPOTrainer, __version__
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(task["threads"])
+    data = Data.read(task)
+    order = [[*step] for step in data.order]
+    if task["by_length"]:
+        order = [sorted(step, key=lambda i: (max(data.lengths(i)), i)) for step in order]
+    in_order = [i for step in order for i in step]
+    training, sizes = Work(), {"computed": 0, "real": 0}
+    measured, clock = instruments(DPOTrainer, task, training, sizes)
     with Watch() as load:
         model = AutoModelForCausalLM.from_pretrained(Path(task["folder"]) / "model", dtype=torch.float32)
     texts = [
         {"prompt": words(data.prompts[i]), **dict(zip(("chosen", "rejected"), map(words, data.responses[i]), strict=True))}
         for i in in_order
     ]  # fmt: skip
-    args = DPOConfig(
-        output_dir=task["output"], loss_type="sppo_hard", beta=1 / ETA, max_length=None,
-        precompute_ref_log_probs=True, gradient_checkpointing=task["checkpointing"],
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=task["global_batch"] // per_device, num_train_epochs=1,
-        train_sampling_strategy="sequential", optim="rmsprop", optim_args="alpha=0.99,eps=1e-8",
-        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0,
-        use_cpu=True, bf16=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, seed=SEED,
-    )  # fmt: skip
-    trainer = Measured(
-        model, args=args, train_dataset=Dataset.from_list(texts), callbacks=[Clock()],
+    trainer = measured(
+        model, args=DPOConfig(**dpo_settings(task)), train_dataset=Dataset.from_list(texts), callbacks=[clock()],
         processing_class=tokenizer(model.config.vocab_size),
     )  # fmt: skip
     for row, i in zip(trainer.train_dataset, in_order, strict=True):

@@ -33,7 +33,7 @@ from sppo_jax.plan import compiled, stages, target
 from sppo_jax.plan.chips import TPUS
 from sppo_jax.plan.cost import GIB
 from sppo_jax.training import memory
-from sppo_jax.training.batches import Layout
+from sppo_jax.training.packing import Layout
 
 PROMPTS, WIDTH = 64, 1024
 

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "pairrm"
 REQUIREMENTS = ROOT / "requirements-llm-blender.txt"
 SEED, K = 0, 5
-# Tokens: median and spread of lengths that are log-normal, and their limits.
+# Log-normal lengths in tokens: median, spread and limits.
 PROMPT, RESPONSE = (125, 0.6, 15, 800), (320, 0.45, 20, 850)
-REPEATED = 0.1  # of the responses equal an earlier one to the same prompt, as they do at a low temperature
+REPEATED = 0.1  # share of responses that equal an earlier one to the same prompt, as at a low temperature
 WARM_UP = ("hello", ["one answer", "and another"])
 BACKENDS = ("original", "sidecar", "jax")
-# Of a logit. On a GPU the original takes float16, and the sidecar bfloat16.
+# Largest difference of a logit. On a GPU the original uses float16, and the sidecar bfloat16.
 TOLERANCE = {"cpu": 2e-3, "cuda": 0.5}
 CONFIG: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 4096,
@@ -44,11 +44,11 @@ CONFIG: dict[str, Any] = {
 TIMES = ("load_seconds", "warm_seconds", "seconds")
 
 
-# --- what is judged, by what ------------------------------------------------------------------------------------------
+# --- the texts and the models ----------------------------------------------------------------------------------------
 
 
 def make(folder: Path, layers: int) -> None:
-    """PairRM in both layouts: folder/hf, and folder/ranker with folder/backbone."""
+    """Write a PairRM in both layouts: folder/hf, and folder/ranker with folder/backbone."""
     import torch
     from safetensors.torch import save_file
 
@@ -79,7 +79,7 @@ def make(folder: Path, layers: int) -> None:
     (folder / "backbone" / "config.json").write_text(
         json.dumps(config | {"architectures": ["DebertaV2Model"]})
     )
-    # llm-blender loads a backbone first and PairRM's weights over it; one tensor is enough for that.
+    # llm-blender loads a backbone and then PairRM's weights over it; a backbone of one tensor is enough.
     embedding = weights["pretrained_model.embeddings.word_embeddings.weight"]
     save_file(
         {"embeddings.word_embeddings.weight": embedding},
@@ -89,14 +89,17 @@ def make(folder: Path, layers: int) -> None:
 
 
 def _spread(name: str, dimensions: int) -> float:
-    """Standard deviation of a parameter, so that logits tell texts apart. With attention much sharper than this (0.1) 24
-    random layers are chaotic: float32's rounding alone, a millionth, ends up as large as the logits."""
+    """Return a parameter's standard deviation, chosen so that logits differ between texts.
+
+    With much sharper attention (0.1) 24 random layers are chaotic: float32's rounding, a millionth, grows to the size of
+    the logits.
+    """
     of = {"query_proj": 0.08, "key_proj": 0.08, "attention.output": 0.04, "dense": 0.01, "head_layer.4": 1.0}
     return 0.1 if dimensions == 1 else next((size for part, size in of.items() if part in name), 0.04)
 
 
 def texts(folder: Path, count: int) -> None:
-    """folder/texts.json: prompts, responses, and how long the pairs are."""
+    """Write folder/texts.json: prompts, responses, and the lengths of the pairs."""
     from sppo_jax.pairrm import comparisons, files
     from sppo_jax.pairrm.format import Formatter
 
@@ -136,12 +139,12 @@ def read_texts(folder: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def peak(who: int) -> int:
-    """Bytes of resident memory, at most."""
+    """Return the peak of resident memory in bytes."""
     return 1024 * resource.getrusage(who).ru_maxrss
 
 
 def original(folder: Path, threads: int) -> dict[str, Any]:
-    """`Blender.rank` with batch size 1, as uclaml/SPPO calls it; its interpreter has no sppo_jax."""
+    """Measure `Blender.rank` with batch size 1, as uclaml/SPPO calls it, in an interpreter without sppo_jax."""
     import torch
     import transformers
     from llm_blender import Blender
@@ -155,7 +158,7 @@ def original(folder: Path, threads: int) -> dict[str, Any]:
     matrices: list[Any] = []
     predict = blender.ranker._full_predict
 
-    def recorded(**batch: Any) -> Any:  # rank itself gives out the scores only
+    def recorded(**batch: Any) -> Any:  # rank itself returns only the scores
         outputs = predict(**batch)
         matrices.extend(outputs["logits"].tolist())
         return outputs
@@ -184,7 +187,7 @@ def sidecar(folder: Path, threads: int) -> dict[str, Any]:
 
 
 def on_mesh(folder: Path, threads: int) -> dict[str, Any]:
-    """The jax backend. Its warm-up scores two pairs of each length that it compiles for."""
+    """Measure the jax backend. Its warm-up scores two pairs of each length that it compiles for."""
     import jax
 
     from sppo_jax import pairrm
@@ -222,7 +225,7 @@ def ours(judge: Any, folder: Path, warm_up: list[tuple[str, list[str]]], who: in
 
 
 def environment(cache: Path) -> Path:
-    """The interpreter of llm-blender's environment, which is made unless it is there with these requirements."""
+    """Return the interpreter of llm-blender's environment, which is made unless it exists with these requirements."""
     home = cache / "llm-blender"
     python, stamp = home / "bin" / "python", home / "installed.txt"
     if not stamp.is_file() or stamp.read_text() != REQUIREMENTS.read_text():
@@ -234,7 +237,7 @@ def environment(cache: Path) -> Path:
 
 
 def measure(python: str | Path, name: str, folder: Path, threads: int) -> dict[str, Any]:
-    """What `name` of this file returns, in a fresh process that has `threads` cores."""
+    """Return the result of this file's function `name`, run in a new process with `threads` cores."""
     variables = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -305,7 +308,7 @@ def main() -> None:
 def report(
     args: argparse.Namespace, told: dict[str, Any], found: dict[str, Any], device: str, spread: float
 ) -> dict[str, Any]:
-    """Prints the table; returns what --json prints."""
+    """Print the table; return the object that --json prints."""
     from importlib.metadata import version
 
     pairs, tokens = len(told["tokens"]), told["tokens"]
@@ -317,7 +320,7 @@ def report(
         for backend in rate
         if backend != "original" and "original" in rate
     }
-    # Without what is gained by scoring repeated responses once.
+    # Without the gain from scoring repeated responses once.
     scored = told["distinct"] / pairs
     summary |= {f"{name}_but_for_repetition": ratio * scored for name, ratio in summary.items()}
     summary |= {

@@ -1,4 +1,4 @@
-"""What bfloat16 does to the judge: errors against float32, on the embedded judge and on random weights of the real size.
+"""The errors of the judge in bfloat16 against float32, on the embedded judge and on random weights of the real size.
 
 python benchmarks/judge_precision.py [--pairs 400] [--layers 24] [--json]
 
@@ -37,7 +37,7 @@ LARGE = {
 
 
 class RoundedDepth(jax_model.PairRM):
-    """The sum over the depth is rounded to bfloat16 after every norm, as in most implementations."""
+    """The residual stream is rounded to bfloat16 after every norm, as in most implementations."""
 
     def _norm(self, x: jax.Array, weight_D: jax.Array, bias_D: jax.Array) -> jax.Array:
         return super()._norm(x, weight_D, bias_D).astype(jnp.bfloat16).astype(jnp.float32)
@@ -68,7 +68,7 @@ def batch(pairs: list[TextPair], size: int) -> tuple[jax.Array, ...]:
 
 
 def embedded(number: int) -> list[dict[str, Any]]:
-    """Logits of both orders of `number` pairs of held-out answers."""
+    """Return the logits of both orders of `number` pairs of held-out responses."""
     checkpoint = files.read(names.path("pairrm"))
     formatter = Formatter.of(checkpoint)
     segments = [formatter.prompt(p, [y, z]) for p, y, z in held_out_pairs("wide", number, 7)]
@@ -104,7 +104,7 @@ def embedded(number: int) -> list[dict[str, Any]]:
 
 
 def large(directory: Path, layers: int) -> files.Checkpoint:
-    """Random weights of the real width, in the layout of a checkpoint, under the embedded judge's vocabulary."""
+    """Write a checkpoint of random weights of the real width with the embedded judge's vocabulary."""
     small = files.read(names.path("pairrm"))
     config = small.config | LARGE | {"num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(config))
@@ -129,12 +129,12 @@ def large(directory: Path, layers: int) -> files.Checkpoint:
 
 @functools.partial(jax.jit, static_argnums=0)
 def last_hidden(graph: nnx.GraphDef, weights: Any, ids: jax.Array, length: jax.Array) -> jax.Array:
-    """Weights are arguments: as constants the compiler would copy them."""
+    """Return the jitted network with weights as arguments: as constants the compiler would copy them."""
     return nnx.merge(graph, weights).hidden(ids, length)[0]
 
 
 def real_size(layers: int) -> list[dict[str, Any]]:
-    """Errors of the last hidden state of one pair of about 250 tokens."""
+    """Return the errors of the last hidden state of one pair of about 250 tokens."""
     rows = []
     with tempfile.TemporaryDirectory() as made:
         checkpoint = large(Path(made), layers)

@@ -1,4 +1,4 @@
-"""The judge under fire: 200 random faults befall its process while 2,000 prompts are judged; the results must not differ.
+"""The judge under faults: its process has 200 random ones while 2,000 prompts are judged; the results must not differ.
 
 python benchmarks/judge_soak.py [--prompts 2000] [--faults 200] [--seed 0] [--exec] [--json]
 
@@ -31,10 +31,10 @@ from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
 ROOT = Path(__file__).resolve().parents[1]
 K = 5
 SHARD = 250  # prompts of one comparison, as in a run
-BATCH_TOKENS = 1024  # small, so that a fault comes after a handful of prompts
-BATCHES = 20  # between two faults, at most
-SILENCE = 3.0  # seconds until a stopped process is given up
-TOLERANCE = 1e-5  # of a logit: batches are composed differently after a restart
+BATCH_TOKENS = 1024  # small, so that a fault occurs after a few prompts
+BATCHES = 20  # most batches between two faults
+SILENCE = 3.0  # seconds after which a stopped process is given up
+TOLERANCE = 1e-5  # of a logit, because batches are composed differently after a restart
 KINDS = {
     "kill -9": ["kill"],
     "crash": ["crash", "exit"],
@@ -58,7 +58,7 @@ KINDS = {
 
 
 class Forked:
-    """As much of subprocess.Popen as `process.Child` uses, for a sidecar that need not import anything."""
+    """The part of subprocess.Popen that `child.Child` uses, for a forked sidecar, which need not import anything."""
 
     def __init__(self, command: Sequence[str], stderr: BinaryIO, env: Mapping[str, str], **_: Any) -> None:
         self.returncode: int | None = None
@@ -71,7 +71,7 @@ class Forked:
                 os.setsid()
                 for ours, theirs in ((requests, 0), (answers, 1), (stderr.fileno(), 2)):
                     os.dup2(ours, theirs)
-                os.closerange(3, 256)  # other judges' pipes too
+                os.closerange(3, 256)  # and the pipes of other judges
                 os.environ.update(env)
                 os._exit(_faulty().real(_faulty().Faults(command[2]), list(command[4:])))
             finally:
@@ -94,7 +94,7 @@ class Forked:
 
 
 def _faulty() -> Any:
-    if sys.path[0] != str(ROOT):  # before any other package's tests
+    if sys.path[0] != str(ROOT):  # before the tests of any other package
         sys.path.insert(0, str(ROOT))
     from tests import faulty_sidecar
 
@@ -102,7 +102,7 @@ def _faulty() -> Any:
 
 
 def texts(rng: random.Random, prompts: int) -> tuple[list[str], list[list[str]]]:
-    """Random words, some of them odd, of random number; one response in eight is another's equal."""
+    """Return random texts of random length with some odd words; one response in eight equals another."""
     letters = "abcdefghijklmnopqrstuvwxyz" * 3 + "éß…½שع😀日 \n"
 
     def text(most: int) -> str:
@@ -117,7 +117,7 @@ def texts(rng: random.Random, prompts: int) -> tuple[list[str], list[list[str]]]
 
 
 def plan(rng: random.Random, faults: int) -> list[tuple[str, int]]:
-    """[(fault, batches that it waits for)]: every kind equally often, in random order."""
+    """Return [(fault, batches before it)], with every kind equally often, in random order."""
     kinds = [list(KINDS.values())[n % len(KINDS)] for n in range(faults)]
     rng.shuffle(kinds)
     return [(rng.choice(kind), rng.randint(0, BATCHES)) for kind in kinds]
@@ -126,7 +126,7 @@ def plan(rng: random.Random, faults: int) -> list[tuple[str, int]]:
 def judged(
     prompts: list[str], responses: list[list[str]], faults: list[tuple[str, int]]
 ) -> tuple[list[list[np.ndarray]], list[str], list[str], float]:
-    """Results of each prompt [n][times], what was told of restarts, which faults came, and seconds."""
+    """Return results of each prompt [n][times], lines about restarts, faults that occurred, and seconds."""
     told: list[str] = []
     results: list[list[np.ndarray]] = [[] for _ in prompts]
     checkpoint = files.read(names.path("pairrm"))

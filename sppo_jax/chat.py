@@ -123,7 +123,6 @@ class Conversation:
 def _sampler(args: argparse.Namespace) -> "Sampler":
     """A sampler of the policy that --policy names. What is quick to read, and may be bad, is read before the weights."""
     import jax
-    import jax.numpy as jnp
 
     from sppo_jax import compilation, sharding
     from sppo_jax.models import hf
@@ -140,7 +139,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
             f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all"
         )
     mesh = sharding.make_mesh(1, 1, -1, devices=jax.local_devices())
-    dtype = jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16
+    dtype = sharding.compute_dtype("auto", mesh)
     model = hf.load(directory, mesh=mesh, dtype=dtype, param_dtype=dtype)
     sampling = dataclasses.replace(
         Sampling(),

@@ -5,9 +5,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from sppo_jax.errors import BadInput
+from sppo_jax.losses import LOSSES
+
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(LOSSES)]
 
 EMBEDDED = "embedded:"  # prefix of paths that name the small default inside the package
 INTRODUCTION = """Generated from the dataclasses in `sppo_jax/config.py` by `make config-docs`.
@@ -188,7 +194,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Fit:
-    loss: Literal["sppo", "sppo_single", "sppo_hard", "dpo", "ipo"] = knob("sppo", "see sppo_jax.losses")
+    loss: LossName = knob(  # noqa: RUF009  (a type that ruff cannot see through)
+        "sppo",
+        "the loss, where l_w and l_l are log pi_theta/pi_t of winner and loser; "
+        + "; ".join(f"{name}: {loss.equation}" for name, loss in LOSSES.items()),
+    )
     eta: float = knob(1000.0, "step size of the game; 1/beta of dpo and ipo", above=0)
     baseline: float | Literal["log_partition"] = knob(
         0.5, "win rate, from 0 to 1, whose target is 0; log_partition: log mean exp(eta P)/eta of each prompt"
@@ -303,16 +313,27 @@ def validate(config: Config) -> None:
             "the rate would be 0 before the end"
         )
     _check_judge(config.judge)
-    if config.pairs.select == "all" and fit.loss != "sppo":
-        raise BadInput(f"pairs.select=all needs fit.loss=sppo: {fit.loss} is a loss of pairs; use best_worst")
+    _check_loss(config)
     if config.pairs.source:
         _check_given_pairs(config)
     if isinstance(fit.baseline, float) and not 0 <= fit.baseline <= 1:
         raise BadInput(
             f"fit.baseline={fit.baseline} is a win rate: it must lie in [0, 1], or be log_partition"
         )
-    if fit.baseline != 0.5 and fit.loss != "sppo":
-        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss=sppo only; leave it at 0.5")
+
+
+def _check_loss(config: Config) -> None:
+    """A loss of pairs takes neither all K responses nor a baseline."""
+    fit = config.fit
+    if not LOSSES[fit.loss].pairs:
+        return
+    others = " or ".join(name for name, loss in LOSSES.items() if not loss.pairs)
+    if config.pairs.select == "all":
+        raise BadInput(
+            f"pairs.select=all needs fit.loss={others}: {fit.loss} is a loss of pairs; use best_worst"
+        )
+    if fit.baseline != 0.5:
+        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss={others} only; leave it at 0.5")
 
 
 def _check_judge(judge: Judge) -> None:

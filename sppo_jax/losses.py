@@ -1,21 +1,28 @@
-"""The losses: pure functions of log-probabilities and preferences, one equation each.
+"""The losses: pure functions of log-probabilities and preferences, one equation each, and the table of their names.
 
 Everywhere `logprob` and `ref_logprob` are sums over response tokens in nats; the log-ratio is their difference
 and no gradient flows into the reference. Losses of pairs have the winner first and the loser second on the
 last axis. `where` leaves out elements (padding of the last batch); its shape broadcasts to the loss's terms.
+
+jax is imported inside the functions: the configuration takes its choices from LOSSES, and bad flags are refused before
+jax is imported, which takes a second.
 """
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-Values = Array | np.ndarray
+from jaxtyping import Float
+
+Values = Any  # jax.Array or np.ndarray
+ArrayLike = Any  # as jax.typing.ArrayLike
 
 
-def log_ratio(logprob: Float[Values, "..."], ref_logprob: Float[Values, "..."]) -> Float[Array, "..."]:
+def log_ratio(logprob: Float[Values, "..."], ref_logprob: Float[Values, "..."]) -> Float[Values, "..."]:
     """log pi_theta(y|x) - log pi_t(y|x), constant in the reference."""
+    import jax
+    import jax.numpy as jnp
+
     return jnp.asarray(logprob) - jax.lax.stop_gradient(jnp.asarray(ref_logprob))
 
 
@@ -27,12 +34,14 @@ def sppo_loss(
     eta: float,
     baseline: ArrayLike = 0.5,
     where: ArrayLike | None = None,
-) -> Float[Array, ""]:
+) -> Float[Values, ""]:
     """mean ( log pi_theta/pi_t - eta (P(y > pi_t) - baseline) )^2
 
     Equation 4.7 of arXiv:2405.00675: a regression on any set of responses. `baseline` 1/2 stands for
     log Z / eta; an array of each prompt's own log Z / eta gives the form before that simplification.
     """
+    import jax.numpy as jnp
+
     target = eta * (jnp.asarray(win_rate) - jnp.asarray(baseline))
     return _mean((log_ratio(logprob, ref_logprob) - target) ** 2, where)
 
@@ -44,11 +53,13 @@ def sppo_single_loss(
     *,
     eta: float,
     where: ArrayLike | None = None,
-) -> Float[Array, ""]:
+) -> Float[Values, ""]:
     """mean 1/2 [ (l_w - eta (P - 1/2))^2 + (l_l + eta (P - 1/2))^2 ], P = P(winner > loser)
 
     The official code's `sppo_single`: only the pair's own probability is used, not the win rates.
     """
+    import jax.numpy as jnp
+
     both = jnp.stack([jnp.asarray(probability), 1.0 - jnp.asarray(probability)], axis=-1)
     return sppo_loss(logprob, ref_logprob, both, eta=eta, where=_pairwise(where))
 
@@ -59,12 +70,14 @@ def sppo_hard_loss(
     *,
     eta: float,
     where: ArrayLike | None = None,
-) -> Float[Array, ""]:
+) -> Float[Values, ""]:
     """mean 1/2 [ (l_w - eta/2)^2 + (l_l + eta/2)^2 ]
 
     Labels 1 and 0 in place of win rates. This is the mean of the squares; TRL and EasyDeL sum them, which is
     twice this value (and twice its gradient).
     """
+    import jax.numpy as jnp
+
     return sppo_loss(logprob, ref_logprob, jnp.array([1.0, 0.0]), eta=eta, where=_pairwise(where))
 
 
@@ -74,8 +87,13 @@ def dpo_loss(
     *,
     eta: float,
     where: ArrayLike | None = None,
-) -> Float[Array, ""]:
-    """mean -log sigmoid( beta (l_w - l_l) ), beta = 1/eta. Equation 7 of arXiv:2305.18290."""
+) -> Float[Values, ""]:
+    """mean -log sigmoid( beta (l_w - l_l) ), beta = 1/eta
+
+    Equation 7 of arXiv:2305.18290.
+    """
+    import jax
+
     return _mean(-jax.nn.log_sigmoid(_margin(logprob, ref_logprob) / eta), where)
 
 
@@ -85,21 +103,105 @@ def ipo_loss(
     *,
     eta: float,
     where: ArrayLike | None = None,
-) -> Float[Array, ""]:
-    """mean ( l_w - l_l - 1/(2 tau) )^2, tau = 1/eta. Equation 17 of arXiv:2310.12036."""
+) -> Float[Values, ""]:
+    """mean ( l_w - l_l - 1/(2 tau) )^2, tau = 1/eta
+
+    Equation 17 of arXiv:2310.12036.
+    """
     return _mean((_margin(logprob, ref_logprob) - eta / 2) ** 2, where)
 
 
-def _margin(logprob: Values, ref_logprob: Values) -> Array:
+class Judged(Protocol):
+    """G prompts with R responses each, best first, worst last: what a loss reads besides the policy's log-probs."""
+
+    @property
+    def ref_logprob(self) -> Values:
+        """log pi_t(y|x) [G, R]."""
+
+    @property
+    def win_rate(self) -> Values:
+        """P(y > pi_t | x) [G, R]."""
+
+    @property
+    def baseline(self) -> Values:
+        """Win rate that leaves a response alone [G]."""
+
+    @property
+    def probability(self) -> Values:
+        """P(best > worst | x) [G]."""
+
+    @property
+    def real(self) -> Values:
+        """Is it a prompt, and not padding? [G]"""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that the configuration may name."""
+
+    formula: Callable[..., Any]  # one of the functions above
+    compute: Callable[[Any, Judged, float], Any]  # the formula's value from (logprob [G, R], prompts, eta)
+    pairs: bool = (
+        True  # needs a winner and a loser; else it takes any number of responses, and their baseline
+    )
+    squared: bool = False  # its value where all log-ratios are 0 is the mean squared target
+
+    @property
+    def equation(self) -> str:
+        """The first line of the formula's docstring; l_w and l_l are the winner's and the loser's log pi_theta/pi_t."""
+        return (self.formula.__doc__ or "").splitlines()[0]
+
+
+# To add a loss, write its formula above and its line here.
+LOSSES: dict[str, Loss] = {
+    "sppo": Loss(
+        sppo_loss,
+        lambda logprob_GR, p, eta: sppo_loss(
+            logprob_GR,
+            p.ref_logprob,
+            p.win_rate,
+            eta=eta,
+            baseline=p.baseline[:, None],
+            where=p.real[:, None],
+        ),
+        pairs=False,
+        squared=True,
+    ),
+    "sppo_single": Loss(
+        sppo_single_loss,
+        lambda logprob_GR, p, eta: sppo_single_loss(
+            logprob_GR, p.ref_logprob, p.probability, eta=eta, where=p.real
+        ),
+        squared=True,
+    ),
+    "sppo_hard": Loss(
+        sppo_hard_loss,
+        lambda logprob_GR, p, eta: sppo_hard_loss(logprob_GR, p.ref_logprob, eta=eta, where=p.real),
+        squared=True,
+    ),
+    "dpo": Loss(
+        dpo_loss, lambda logprob_GR, p, eta: dpo_loss(logprob_GR, p.ref_logprob, eta=eta, where=p.real)
+    ),
+    "ipo": Loss(
+        ipo_loss, lambda logprob_GR, p, eta: ipo_loss(logprob_GR, p.ref_logprob, eta=eta, where=p.real)
+    ),
+}
+
+
+def _margin(logprob: Values, ref_logprob: Values) -> Values:
     ratio = log_ratio(logprob, ref_logprob)
     return ratio[..., 0] - ratio[..., 1]
 
 
 def _pairwise(where: ArrayLike | None) -> ArrayLike | None:
+    import jax.numpy as jnp
+
     return None if where is None else jnp.asarray(where)[..., None]
 
 
-def _mean(terms: Array, where: ArrayLike | None) -> Array:
+def _mean(terms: Values, where: ArrayLike | None) -> Values:
+    import jax.numpy as jnp
+
     if where is None:
         return jnp.mean(terms)
     return jnp.mean(terms, where=jnp.broadcast_to(jnp.asarray(where), terms.shape))

@@ -37,7 +37,7 @@ def probability_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpn
 
 
 def win_rates(probability: ArrayLike, *, leave_one_out: bool = False) -> NDArray[np.float64]:
-    """P(y_i > pi_t) ~ mean_j P[i, j], over all j with self at 1/2, or over j != i. Shape [..., K]."""
+    """P(y_i > pi_t) ~ mean_j P[i, j], over all j with self at 1/2, or over j != i: [..., K]."""
     probability = np.asarray(probability, np.float64)
     k = probability.shape[-1]
     if leave_one_out:
@@ -46,20 +46,22 @@ def win_rates(probability: ArrayLike, *, leave_one_out: bool = False) -> NDArray
 
 
 def has_cycle(probability: ArrayLike) -> NDArray[np.bool_]:
-    """Is there i beats j beats k beats i (each above 1/2)? For complete comparisons, a cycle implies such a 3-cycle
-    up to ties. Shape [...]."""
+    """Does some i beat j, j beat k and k beat i (each above 1/2)? bool [...].
+
+    For complete comparisons every cycle implies such a 3-cycle, up to ties.
+    """
     beats = np.asarray(probability, np.float64) > 0.5 + TIE
     three = beats.astype(np.int64) @ beats.astype(np.int64) @ beats.astype(np.int64)
     return np.trace(three, axis1=-2, axis2=-1) > 0
 
 
 def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -> dict[str, float]:
-    """What to know of n judged prompts: logits and probability [n, K, K], response lengths [n, K] in tokens.
+    """Statistics of n judged prompts, from logits and probability [n, K, K] and response lengths [n, K] in tokens.
 
     cycle_share: prompts with a 3-cycle. tie_share: pairs within 1e-6 of 1/2. position_bias: mean of
-    L_ij + L_ji, twice the pull of being shown first, in nats. length_correlation: of win rate and length within
-    prompts, in [-1, 1]; 0 where one of them never varies. entropy: mean binary entropy of P_ij, in nats (log 2: the
-    judge knows nothing).
+    L_ij + L_ji, twice the advantage of being shown first, in nats. length_correlation: of win rate and length within
+    prompts, in [-1, 1]; 0 where one of them never varies. entropy: mean binary entropy of P_ij, in nats (log 2: every
+    pair is a tie).
     """
     logits, p = np.asarray(logits, np.float64), np.asarray(probability, np.float64)
     k = p.shape[-1]
@@ -80,6 +82,6 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Without overflow, and with sigmoid(0) exactly 1/2."""
+    """1 / (1 + exp(-x)) without overflow; exactly 1/2 at 0."""
     e = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e))

@@ -1,16 +1,11 @@
 """The loop: the algorithm box of arXiv:2405.00675, stage by stage. Each stage reads what is on disk, or makes it."""
 
-import contextlib
-
 from sppo_jax import evaluate, export, fit, pairs, respond
 from sppo_jax.judge import Judging
-from sppo_jax.models import Transformer
 from sppo_jax.records import Pair
 from sppo_jax.report import model_card, page
 from sppo_jax.run.stage import Stage
 from sppo_jax.session import Session
-from sppo_jax.training import checkpoint
-from sppo_jax.training.profiling import Profiler
 
 
 def play(run: Session) -> None:
@@ -36,7 +31,7 @@ def iterate(run: Session, t: int) -> None:
     if not run.run.export(t).exists():
         with devices.training(t - 1) as hand_over:
             # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
-            policy = _fit(run, t, hand_over(), trained_on)
+            policy = fit.fit(hand_over, trained_on, run.trainer, stage)
         devices.put(t, policy)
         export.export_policy(policy, run.source, run.run, t)
 
@@ -72,22 +67,3 @@ def _given(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]:
     with run.devices.scoring(t - 1, stage) as logprob:
         trained_on = pairs.scored(lambda: run.given[t - 1], logprob, stage)
         return trained_on, evaluate.score_probe(run, t, ranked, logprob)
-
-
-def _fit(run: Session, t: int, policy: Transformer, trained_on: list[Pair]) -> Transformer:
-    batches, profiler = run.trainer.batches(trained_on, t), None
-    with checkpoint.Checkpoints(run.run.checkpoints(t)) as checkpoints, contextlib.ExitStack() as stack:
-        if t == 1 and run.config.log.profile:
-            profiler = stack.enter_context(Profiler(run.run.profile, run.config.log.profile))
-        return fit.fit(
-            policy,
-            batches,
-            settings=run.config.fit,
-            programs=run.trainer.programs(batches.steps_per_epoch),
-            mesh=run.mesh,
-            checkpoints=checkpoints,
-            iteration=t,
-            log_every=run.config.log.every,
-            metrics=run.metrics,
-            profiler=profiler,
-        )

@@ -4,9 +4,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
-
-import jax.numpy as jnp
 
 from sppo_jax import interchange, judges, prompts, sharding
 from sppo_jax.config import Config
@@ -39,7 +36,7 @@ class Session:
         self.architecture = dataclasses.replace(hf.read_architecture(base), lora_rank=config.model.lora_rank)
         self.tokenizer = chat_template.load_tokenizer(base)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
-        self.compute_dtype = self._compute_dtype()
+        self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
@@ -112,12 +109,6 @@ class Session:
             )
             found.append(pairs)
         return found
-
-    def _compute_dtype(self) -> Any:
-        name = self.config.model.compute_dtype
-        if name == "auto":
-            name = "float32" if sharding.platform(self.mesh) == "cpu" else "bfloat16"
-        return jnp.dtype(name)
 
     def _check_prompts(self) -> None:
         asked = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -27,9 +28,6 @@ TABLE: dict[str, str | tuple[str, ...]] = {
     "F": "tensor",
     "V": "tensor",
 }
-
-# KiB of a TPU's vector memory that one operation may use, where it is not the compiler's own choice. Both have 128 MiB.
-VECTOR_MEMORY = {"TPU v5 lite": 65_536, "TPU v6 lite": 98_304}
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list | None = None) -> Mesh:
@@ -144,16 +142,8 @@ def memory_limit(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What XLA is told for programs that gather weights over `fsdp`.
-
-    TPUs: weights are gathered whole before a product. Left alone XLA multiplies piece by piece while they travel, which
-    costs twice the cycles for a Mistral-7B on v5e. Products may use more of the vector memory than a few MiB, or else
-    gathered weights wait in there and leave too little for large tiles.
-    """
-    if platform(mesh) != "tpu":
-        return None
-    kib = VECTOR_MEMORY.get(mesh.devices.flat[0].device_kind)
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} | (
-        {"xla_tpu_scoped_vmem_limit_kib": str(kib)} if kib else {}
-    )
+def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
+    """The dtype of matrix products on a mesh: `name` itself, or for auto float32 on CPUs and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
+    return jnp.dtype(name)

@@ -1,4 +1,4 @@
-"""A hub of datasets on this machine: the few addresses that the `datasets` library asks, over files in memory."""
+"""A hub of datasets on this machine: the few addresses that the `datasets` library uses, with files in memory."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ COMMIT = "a" * 40
 
 
 class Hub:
-    """`repos`: name -> {file: bytes}, all at one commit; `refused`: name -> (status, the hub's error code)."""
+    """`repos` maps names to {file: bytes}, all at one commit; `refused` maps names to (status, the hub's error code)."""
 
     def __init__(self):
         self.repos, self.refused, self.fetched = {}, {}, []
@@ -46,14 +46,14 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def add(self, repo, **splits):
-        """A dataset of parquet files, one for each split: {split: rows}."""
+        """Add a dataset of parquet files, one for each split of {split: rows}."""
         files = {f"data/{name}-00000-of-00001.parquet": _parquet(rows) for name, rows in splits.items()}
         entries = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in splits)
         readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n{entries}---\n"
         self.repos[repo] = {"README.md": readme.encode(), **files}
 
     def answer(self, method, path, body):
-        """(status, headers, data)"""
+        """Return (status, headers, data) of a reply."""
         found = re.fullmatch(
             r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(resolve|revision|tree|paths-info)/([^/]+)/?(.*))?", path
         )
@@ -101,7 +101,7 @@ def serving():
 
 
 def environment(hub, home):
-    """Of a process whose hub is `hub`, whose cache lies in `home`, and that reaches no other machine."""
+    """Return the environment of a process that uses `hub`, has its cache in `home` and reaches no other machine."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     closed = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     return inherited | closed | {

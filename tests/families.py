@@ -1,7 +1,7 @@
-"""Tokenizers of the families that we train, as small as they can be, in directories as they are published.
+"""Small tokenizers of the supported families, in directories laid out as published ones.
 
-The vocabularies are made here from a handful of words; what is the family's own is kept: which tokens it has and with
-which flags, how it treats white space and bytes, where it begins a sequence, its turns, and its files.
+The vocabularies are made of a few words, but the properties of each family are kept: its added tokens and their flags, its
+treatment of white space and bytes, its beginning of a sequence, its turns, and its files.
 """
 
 import json
@@ -37,7 +37,7 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_excep
 CHATML = """{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are the assistant.<|im_end|>\n' }}{% endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-# Thoughts of earlier turns are left out, the last turn has some even if it had none.
+# Thoughts of earlier turns are dropped; the last turn has some, even if empty.
 QWEN_3 = """{% for m in messages %}{% set content = m['content'] %}{% set thought = '' %}{% if m['role'] == 'assistant' %}
 {%- if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
@@ -49,7 +49,7 @@ QWEN_3 = """{% for m in messages %}{% set content = m['content'] %}{% set though
 
 @dataclass(frozen=True)
 class Family:
-    """One family's tokenizer. `generation_eos`: what generation_config.json names; `ends`: what ends a response."""
+    """One family's tokenizer. `generation_eos` is for generation_config.json; `ends` are the tokens that end a response."""
 
     model_type: str
     tokenizer_class: str
@@ -59,7 +59,7 @@ class Family:
     ends: list[str]
     bos: str | None
     eos: str
-    header: str  # what a prompt ends with
+    header: str  # the end of every prompt
     pad: str | None = None
     unk: str | None = None
     trims: bool = False
@@ -67,7 +67,7 @@ class Family:
 
 
 def write(family: Family, directory: Path, *, template: str = "jinja") -> Path:
-    """Its files. `template`: where the chat template is: a file (`jinja`), `config`, a list there (`named`), `none`."""
+    """Write a family's files. `template` is the place of the chat template: `jinja` (a file), `config`, `named` or `none`."""
     directory.mkdir(parents=True, exist_ok=True)
     backend = family.backend()
     backend.save(str(directory / "tokenizer.json"))
@@ -95,7 +95,7 @@ def write(family: Family, directory: Path, *, template: str = "jinja") -> Path:
 def sentencepiece(
     first: list[str], *, dummy_prefix: str | None, added: list[AddedToken], newlines: bool = False
 ) -> Tokenizer:
-    """Spaces are pieces of words, unknown characters are bytes; `first` opens the vocabulary, control tokens inside.
+    """Return a tokenizer with spaces in pieces and unknown characters as bytes; `first` begins the vocabulary.
 
     `dummy_prefix`: "normalizer" puts a space before every stretch between control tokens, "metaspace" before the
     string alone.
@@ -110,7 +110,7 @@ def sentencepiece(
     pieces = [p for p in learned["vocab"] if p not in first]
     words = [*first, *(f"<0x{i:02X}>" for i in range(256)), *(p for p in pieces if p not in ("\n", "<unk>"))]
     merges = [tuple(m) for m in learned["merges"] if "\n" not in "".join(m)]
-    # A converter that takes every two pieces which make a third for a merge also makes control tokens.
+    # A converter that makes a merge of every two pieces whose concatenation is a piece also makes control tokens.
     for left, right in (("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">")):
         words += [x for x in (left, right, left + right) if x not in words]
         merges += [(left, right)] if (left, right) not in merges else []
@@ -131,7 +131,7 @@ def sentencepiece(
 
 
 def byte_level(added: list[AddedToken], *, nfc: bool = False) -> Tokenizer:
-    """Words of bytes, control tokens after them."""
+    """Return a byte-level tokenizer with control tokens after the vocabulary."""
     pattern = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s"
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC() if nfc else None

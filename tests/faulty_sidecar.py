@@ -1,10 +1,9 @@
-"""A program on the other end of the judge's pipe, to which things happen: the real sidecar, or a stand-in that scores by
-checksum and starts in a moment.
+"""A faulty program at the other end of the judge's pipe: the real sidecar, or a stand-in that scores by checksum.
 
     python tests/faulty_sidecar.py PLAN (real SIDECAR-ARGUMENTS… | stand-in [SECONDS-OF-A-BEAT])
 
-PLAN is a file with JSON [[fault, batches], …]: each fault befalls it after so many batches since the one before, or since
-the start of the process. PLAN.fired has a line for each that has happened, so that another process goes on from there.
+PLAN is a file with JSON [[fault, batches], …]: each fault occurs after that many batches since the one before, or since the
+start of the process. PLAN.fired has a line for each fault that has occurred, so that the next process continues the plan.
 """
 
 import importlib.util
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-POISON = "POISON"  # a text with it, in a request, ends the stand-in
-MODEL = ("nan", "cuda", "cpu", "memory")  # what befalls the network; the others befall the stream
+POISON = "POISON"  # a request with this text ends the stand-in
+MODEL = ("nan", "cuda", "cpu", "memory")  # faults of the network; the others are of the stream
 BROKEN_CELLS = {
     "range": ([[9999, 0, 1]], [0.5]),
     "negative": ([[-1, 0, 1]], [0.5]),
@@ -41,14 +40,14 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 class Faults:
-    """The next fault and how far it is, shared by one process's batches."""
+    """The next fault and the batches left before it, for one process."""
 
     def __init__(self, plan: str) -> None:
         self._plan, self._fired = json.loads(Path(plan).read_text()), Path(f"{plan}.fired")
-        self._batches = {True: 0, False: 0}  # seen by the network, and by the stream
+        self._batches = {True: 0, False: 0}  # batches of the network, and of the stream
 
     def due(self, model: bool) -> str | None:
-        """The fault that befalls this batch, noted as fired; None if none does."""
+        """Return the fault due at this batch, after noting it as fired; None if there is none."""
         done = len(self._fired.read_text().splitlines()) if self._fired.exists() else 0
         if done == len(self._plan):
             return None
@@ -64,11 +63,11 @@ class Faults:
 
 def die(number: int) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(60)  # it arrives in a moment
+    time.sleep(60)  # until the signal arrives
 
 
 def faulty(protocol: Any, faults: Faults) -> type:
-    """Replies to which the faults happen that befall the stream."""
+    """Return a class of Replies with the faults of the stream."""
 
     class Faulty(protocol.Replies):  # type: ignore[misc]
         def send(self, message: dict[str, Any]) -> None:
@@ -83,8 +82,8 @@ def faulty(protocol: Any, faults: Faults) -> type:
                 super().send(WRONG[kind](message))
             else:
                 self._befall(kind, protocol.encode(message))
-            time.sleep(30)  # only one fault to a process, which is ended for it
-            os._exit(4)  # it was not: no test is to wait for ever
+            time.sleep(30)  # one fault per process, which the judge then ends
+            os._exit(4)  # if it does not, no test should wait for ever
 
         def _befall(self, kind: str, frame: bytes) -> None:
             if kind == "torn":
@@ -100,7 +99,7 @@ def faulty(protocol: Any, faults: Faults) -> type:
                 die(signal.SIGSTOP)
             elif kind == "closed":
                 os.close(self._out.fileno())
-            elif kind == "announced":  # 32 MiB, of which signs of life are all that comes
+            elif kind == "announced":  # 32 MiB, of which only heartbeats arrive
                 self._out.write(b"\x02\x00\x00\x00")
             elif kind == "length":
                 self._out.write(b"\xff\xff\xff\xff" + frame)
@@ -119,7 +118,7 @@ def faulty(protocol: Any, faults: Faults) -> type:
 
 
 def checksum(prompt: str, first: str, second: str) -> float:
-    """The stand-in's logit, exact in float32."""
+    """Return the stand-in's logit, exact in float32."""
     text = json.dumps([prompt, first, second])
     return (zlib.crc32(text.encode()) % 4001 - 2000) / 128
 
@@ -176,7 +175,7 @@ def main() -> int:
     plan, which, *arguments = sys.argv[1:]
     if which == "real":
         return real(Faults(plan), arguments)
-    # By its file, as a program in an interpreter without this package would.
+    # Loaded as a file, as by a program in an interpreter without this package.
     spec = importlib.util.spec_from_file_location("protocol", ROOT / "sppo_jax" / "pairrm" / "protocol.py")
     assert spec is not None
     assert spec.loader is not None

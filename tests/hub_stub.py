@@ -1,4 +1,4 @@
-"""A hub on this machine: the few addresses that huggingface_hub asks, over files in memory, with faults on request."""
+"""A hub on this machine: the few addresses that huggingface_hub uses, with files in memory and faults on request."""
 
 import base64
 import contextlib
@@ -18,10 +18,10 @@ class Hub:
     def __init__(self):
         self.repos, self.main = {}, {}
         self.seen = []  # (method, path, headers)
-        self.refused = {}  # repository -> (status, headers) for all of it
-        self.gated = set()  # its files are refused, what it holds may be listed
-        self.broken = {}  # file -> bytes after which the connection is cut, once
-        self.reset = False  # cut by force: the client takes an end for a pause, and asks again by itself
+        self.refused = {}  # repository -> (status, headers) of every reply
+        self.gated = set()  # repositories whose files are refused but may be listed
+        self.broken = {}  # file -> bytes after which the connection ends, once
+        self.reset = False  # end it by a reset: after an ordinary end the client retries by itself
         self.pushed = {}  # repository -> {file: bytes}
         self.push_status = 200
         hub = self
@@ -42,14 +42,14 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def add(self, repo, files):
-        """A new commit, which `main` now is."""
+        """Add a commit, to which `main` moves; return its hash."""
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self.repos.setdefault(repo, {})[commit] = dict(files)
         self.main[repo] = commit
         return commit
 
     def fetched(self, method="GET"):
-        """Files whose contents were asked for."""
+        """Return the names of files whose contents were requested."""
         return [p.rsplit("/", 1)[1] for m, p, _ in self.seen if m == method and "/resolve/" in p]
 
     def answer(self, request):
@@ -175,7 +175,7 @@ def serving(kind=Hub):
 
 
 def environment(hub, home, **more):
-    """Of a process whose hub is `hub`, whose cache lies in `home`, and that reaches no other machine."""
+    """Return the environment of a process that uses `hub`, has its cache in `home` and reaches no other machine."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     closed = "http://127.0.0.1:9"
     return inherited | {

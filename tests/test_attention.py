@@ -1,4 +1,4 @@
-"""Kernels of attention against dense masks: splash in Pallas' interpreter, cuDNN by what it is told, and who gets which."""
+"""Attention kernels against dense masks: splash in Pallas' interpreter, cuDNN by its arguments, and the kernel's choice."""
 
 import dataclasses
 
@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import config, fit, main, sharding
+from sppo_jax import config, main, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.training import update
 from sppo_jax.training.trainer import Trainer
 from tests.conftest import ODD
 from tests.small_game import words
@@ -24,7 +25,7 @@ ALTERNATING = dataclasses.replace(
 
 
 def padded(lengths, width, side="right"):
-    """valid [B, T] of rows of these lengths; "middle": padding on both sides."""
+    """Return valid [B, T] for rows of these lengths; with "middle", padding is on both sides."""
     valid = np.arange(width)[None] < np.asarray(lengths)[:, None]
     turn = {"right": 0, "left": 1, "middle": 0.5}[side]
     rows = zip(valid, lengths, strict=True)
@@ -32,7 +33,7 @@ def padded(lengths, width, side="right"):
 
 
 def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softcap=None, scale=None):
-    """What the real queries see, and the gradients of q, k, v; `valid` may number the segments of a row from 1 on."""
+    """Return the outputs of real queries and the gradients of q, k, v; `valid` may number a row's segments from 1."""
     rng = np.random.default_rng(0)
     shapes = [(*valid.shape, n, 16) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -71,7 +72,7 @@ def test_splash_equals_dense_masks(one_device, lengths, width, side, options):
 
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_segments_of_a_row_see_themselves_alone(one_device, kernel):
-    """A row of three sequences gives what they give in rows of their own, and the same gradients."""
+    """A row of three sequences has the outputs and gradients of the same sequences in rows of their own."""
     sizes, window = (50, 3, 61), 20
     packed = jnp.asarray([[i + 1 for i, n in enumerate(sizes) for _ in range(n)] + [0] * 14])
     of = Kernel(kernel, one_device, interpret=kernel == "splash")
@@ -86,7 +87,7 @@ def test_segments_of_a_row_see_themselves_alone(one_device, kernel):
 
 def test_splash_equals_dense_masks_over_many_blocks(one_device, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 256)
-    valid = padded((300, 140), 300)  # three by three blocks, of which the window and the diagonal leave five
+    valid = padded((300, 140), 300)  # three by three blocks; the window and the diagonal leave five
     found = seen_and_gradients(Kernel("splash", one_device, interpret=True), valid, window=70)
     assert_close(found, seen_and_gradients(Kernel(), valid, window=70))
 
@@ -161,7 +162,7 @@ def test_blocks_of_splash_tile_the_padded_length(length):
     for block in dataclasses.astuple(blocks)[:6]:
         assert size % block == 0
         assert block % attention.LANES == 0
-    # What fits a TPU's vector memory with 256 channels.
+    # These sizes fit into a TPU's vector memory with 256 channels.
     assert blocks.block_q <= 512
     assert blocks.block_kv <= 1024
 
@@ -174,7 +175,7 @@ def test_blocks_of_splash_tile_the_padded_length(length):
     ],
 )
 def test_each_device_calls_the_kernel_for_its_own_row_and_heads(kernel, platform, names, heads, monkeypatch):
-    """Lowered for devices that are not here: the kernels accept what they are given, with its gradient."""
+    """Lowered for absent devices, the kernels and their gradients accept their arguments."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     mesh = sharding.make_mesh(2, 2, 2)
 
@@ -189,11 +190,11 @@ def test_each_device_calls_the_kernel_for_its_own_row_and_heads(kernel, platform
     assert len(calls) == 2
     for call, name in zip(calls, names, strict=True):
         assert name in call
-        assert heads in call  # of 4 rows and 8 heads
+        assert heads in call  # 4 rows and 8 heads
 
 
 class Device:
-    """A device as far as a choice looks at it."""
+    """The attributes of a device that the choice of a kernel reads."""
 
     id = process_index = 0
 
@@ -265,9 +266,9 @@ def test_a_run_is_refused_a_kernel_that_its_mesh_has_not(rank, tmp_path):
 
 def test_the_kernel_that_is_named_trains_too(one_device, monkeypatch):
     with pytest.raises(BadInput, match="attention=splash runs on a tpu"):
-        fit.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
+        update.make_programs(ODD, jnp.float32, one_device, config.Fit(), 1, "splash")
     named = []
-    monkeypatch.setattr(fit, "make_programs", lambda *args: named.append(args[-1]))
+    monkeypatch.setattr(update, "make_programs", lambda *args: named.append(args[-1]))
     settings = config.Config(model=config.Model(attention="xla"))
     Trainer(settings, ODD, one_device, jnp.dtype(jnp.float32)).programs(1)
     assert named == ["xla"]
@@ -282,7 +283,7 @@ def test_adapters_keep_the_kernel(one_device):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What cuDNN's attention is called with. XLA, which takes the same arguments, answers in its place."""
+    """Return the arguments of calls of cuDNN's attention. XLA, which takes the same arguments, computes in its place."""
     calls = []
     original = jax.nn.dot_product_attention
 
@@ -296,17 +297,17 @@ def told(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 9, 40])
-def test_what_cudnn_is_told_means_the_dense_masks(one_device, told, window):
+def test_what_cudnn_is_reported_means_the_dense_masks(one_device, told, window):
     valid = padded((40, 9, 1, 0), 40)
     found = seen_and_gradients(Kernel("cudnn", one_device), valid, window=window, scale=0.2)
     assert_close(found, seen_and_gradients(Kernel(), valid, window=window, scale=0.2))
     (options,) = told
-    # No mask of T x T: only these have a place in cuDNN's own kernel.
+    # No mask of T x T: these are the only arguments that cuDNN's own kernel supports.
     assert options.keys() == {
         "scale", "is_causal", "local_window_size", "query_seq_lengths", "key_value_seq_lengths"
     }  # fmt: skip
     assert options["is_causal"] is True
-    assert options["local_window_size"] == ((8, 0) if window == 9 else None)  # 40 is no window here
+    assert options["local_window_size"] == ((8, 0) if window == 9 else None)  # 40 is longer than the row
 
 
 def test_lengths_of_cudnn_are_those_of_the_texts_and_never_0(one_device, monkeypatch):

@@ -1,4 +1,4 @@
-"""The CPU's attention, block by block, against dense masks: values, gradients, what it leaves out, memory."""
+"""The CPU's attention in blocks against dense masks: values, gradients, skipped blocks, memory."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.test_attention import assert_close, padded, seen_and_gradients
 
 
 def rows_of(*rows, width):
-    """segment [B, T] of rows of sequences of these lengths, padding after them; a negative one is padding."""
+    """Return segment [B, T] for rows of sequences of these lengths; a negative length is padding, as is the rest."""
     found = np.zeros((len(rows), width), np.int32)
     for b, lengths in enumerate(rows):
         begin = 0
@@ -93,7 +93,7 @@ def test_only_blocks_that_share_a_sequence_are_computed(window):
         for i in range(first.shape[1]):
             needed = np.flatnonzero(cut[b, i])
             assert (first[b, i] <= needed).all()
-            if b in (0, 1, 3, 4):  # no padding before a sequence, whose blocks would begin with it
+            if b in (0, 1, 3, 4):  # no padding before a sequence: its blocks would begin with it
                 assert first[b, i] == (needed[0] if len(needed) else i + 1)
 
 
@@ -113,7 +113,7 @@ def test_scores_of_whole_rows_do_not_exist(one_device, kernel):
 
 
 def test_short_rows_are_computed_at_once(one_device):
-    """They have no block to leave out: the loop would only take time."""
+    """Short rows have no block to skip: the loop would only take time."""
 
     def loops(length):
         rows = jnp.ones((1, length), jnp.int32)

@@ -1,7 +1,10 @@
 """Configuration: refused input, the meaning of every enum value, and what is written."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 from sppo_jax import config, config_file
 from sppo_jax.errors import BadInput
-from sppo_jax.fit import make_loss
+from sppo_jax.losses import LOSSES
 from sppo_jax.preferences import probability_matrix, win_rates
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -90,6 +93,27 @@ def test_losses_of_pairs_are_refused_for_all_k_and_other_baselines():
         config_file.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
 
 
+def test_flags_are_refused_and_help_is_printed_before_jax_is_imported():
+    """jax takes a second to import; the losses' names and equations are there without it."""
+    script = """if True:
+        import sys
+        from sppo_jax import config_file, main
+        from sppo_jax.errors import BadInput
+        for loss in ("sppo", "spo"):
+            try:
+                config_file.load([], ["--fit.loss", loss])
+            except BadInput as error:
+                print(error)
+        main.main(["--help"])
+        print("jax" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    refused, *text, imported = done.stdout.splitlines()
+    assert "'spo'" in refused
+    assert all(loss.equation in "\n".join(text) for loss in LOSSES.values())
+    assert imported == "False"
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
         config_file.load(["nowhere.yaml"])
@@ -135,7 +159,7 @@ def enums():
 
 
 RATES = {"pairwise": 0.6983, "pairwise_loo": 0.7974, "score": 0.7932}  # worked by hand
-LOSSES = {"sppo": 4.0, "sppo_single": 1.0, "sppo_hard": 25.0, "dpo": 0.6931, "ipo": 25.0}
+VALUES = {"sppo": 4.0, "sppo_single": 1.0, "sppo_hard": 25.0, "dpo": 0.6931, "ipo": 25.0}
 
 
 @pytest.mark.parametrize(("key", "value"), list(enums()))
@@ -145,11 +169,12 @@ def test_T26_every_enum_value_has_its_own_meaning(key, value):
     assert config.flat(loaded)[key] == value
     if key == "fit.loss":
         zero = np.zeros((1, 2), np.float32)
-        batch = {
-            "ref_logprob": zero, "win_rate": zero + 0.7, "baseline": zero[:, 0] + 0.5, "probability": zero[:, 0] + 0.6,
-            "real": np.array([True]),
-        }  # fmt: skip
-        assert float(make_loss(loaded.fit)(zero, batch)) == pytest.approx(LOSSES[value], abs=1e-3)
+        prompts = SimpleNamespace(
+            ref_logprob=zero, win_rate=zero + 0.7, baseline=zero[:, 0] + 0.5, probability=zero[:, 0] + 0.6,
+            real=np.array([True]),
+        )  # fmt: skip
+        found = LOSSES[loaded.fit.loss].compute(zero, prompts, loaded.fit.eta)
+        assert float(found) == pytest.approx(VALUES[value], abs=1e-3)
     if key == "judge.estimator":
         logits = np.array([[0, 2.0, 0.5], [-1.0, 0, 0.5], [-2.0, 0, 0]])
         p = probability_matrix(logits, value)

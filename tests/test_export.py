@@ -18,12 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from sppo_jax import export, sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.fit import TrainState
 from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Adapter
 from sppo_jax.report import model_card
 from sppo_jax.training import checkpoint
+from sppo_jax.training.update import TrainState
 from tests import hub_stub
 from tests.run_directory import begun
 

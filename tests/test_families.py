@@ -1,4 +1,4 @@
-"""Every family's decoder and files against transformers' own: fixed awkward shapes, then random configurations."""
+"""Every family's decoder and files against transformers: fixed awkward shapes, then random configurations."""
 
 import json
 import shutil
@@ -30,7 +30,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-FAMILIES = {  # texts of 40 tokens: beyond every window and beyond the original length
+# Texts have 40 tokens: more than every window and the original length.
+FAMILIES = {
     "mistral-v0.1": ("Mistral", {"sliding_window": 7}),
     "mistral-v0.2": ("Mistral", {"sliding_window": None, "rope_parameters": {"rope_theta": 1e6}}),
     "llama-2": ("Llama", {"num_key_value_heads": 6, "head_dim": 8}),
@@ -46,7 +47,7 @@ ATOL = {"Gemma2": 1e-3}
 
 
 def make(family, options, directory, seed=0, **saving):
-    """A transformers model with random weights, norms and biases too, saved as its users would get it."""
+    """Return a transformers model with random weights, norms and biases too, saved as a published one."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(
         **(SIZES | options), initializer_range=0.2, attn_implementation="eager"
@@ -62,7 +63,7 @@ def make(family, options, directory, seed=0, **saving):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request, tmp_path_factory):
-    """(directory, transformers model, tolerance of its logits)."""
+    """Return (directory, transformers model, tolerance of its logits)."""
     family, options = FAMILIES[request.param]
     directory = tmp_path_factory.mktemp("checkpoint")
     return directory, make(family, options, directory), ATOL.get(family, 1e-4)
@@ -82,11 +83,11 @@ def reference(model, tokens, valid):
 
 
 def worst(model, theirs, side):
-    """The largest difference of a logit on real positions."""
+    """Return the largest difference of a logit at real positions."""
     tokens, valid = texts(side, vocab=model.architecture.vocab)
     ours = np.asarray(jax.jit(lambda m, t, v: m(t, v))(model, jnp.asarray(tokens), jnp.asarray(valid)))
     expected = reference(theirs, tokens, valid)
-    assert expected[valid].std() > 0.3  # logits that say something
+    assert expected[valid].std() > 0.3  # logits differ enough to compare
     return np.abs(ours - expected)[valid].max()
 
 
@@ -103,7 +104,7 @@ def test_logits_equal_transformers_on_eight_devices(checkpoint, eight_devices):
 
 def test_greedy_generation_is_transformers_token_for_token(checkpoint, tokenizer):
     directory, theirs, _ = checkpoint
-    model, new = models.load(directory), 24  # 30 tokens in the end: beyond every window
+    model, new = models.load(directory), 24  # 30 tokens at the end: more than every window
     sampler = Sampler(
         model, tokenizer, Sampling(temperature=0.0, max_new_tokens=new, responses=1, slots=3), eos=(2,)
     )
@@ -186,7 +187,7 @@ def test_random_configurations_of_each_family(family, tmp_path):
         sizes["hidden_size"] = heads[0] * (2 * half + 2 if family == "Qwen2" else 7)
         theirs = make(family, SIZES | small | own | sizes, tmp_path, seed=seed)
         with torch.no_grad():
-            theirs.lm_head.weight *= 2  # small models say little
+            theirs.lm_head.weight *= 2  # logits of small models hardly differ
         theirs.save_pretrained(tmp_path)
         tokens, valid = texts("left", vocab=small["vocab_size"])
         ours = models.load(tmp_path)(jnp.asarray(tokens), jnp.asarray(valid))
@@ -198,7 +199,7 @@ def test_random_configurations_of_each_family(family, tmp_path):
     check()
 
 
-# As published, options only: sizes are small here. Keys that transformers 5 no longer writes are in them too.
+# Published options, with small sizes. Some keys are no longer written by transformers 5.
 PUBLISHED = {
     "Mistral-7B-Instruct-v0.2": {
         "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
@@ -246,7 +247,7 @@ def test_options_as_published_are_read_as_transformers_reads_them(name, tmp_path
 
 @pytest.mark.parametrize("family", OWN)
 def test_absent_options_have_the_defaults_of_transformers(family, tmp_path):
-    """config.json with sizes alone, as hand-made ones are; transformers itself writes every key."""
+    """A config.json that has only sizes, as a hand-made one; transformers itself writes every key."""
     sizes = {
         "vocab_size": 102, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 30,
         "num_attention_heads": 32, "max_position_embeddings": 512, "architectures": [f"{family}ForCausalLM"],

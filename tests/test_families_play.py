@@ -28,8 +28,8 @@ def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp
     ends = (base / "generation_config.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(base)
     theirs = make(family, options | {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}, base)
-    (base / "generation_config.json").write_text(ends)  # the model has overwritten it
-    longer = {"fit__epochs": 2, "fit__schedule_epochs": 2}  # the first update has rate 0
+    (base / "generation_config.json").write_text(ends)  # saving the model has overwritten it
+    longer = {"fit__epochs": 2, "fit__schedule_epochs": 2}  # the first update has learning rate 0
     main.main(words(out, model__path=base, prompts__max_length=300, sampling__max_new_tokens=8, **longer))
 
     rows = pq.read_table(out / "iter_1/pairs.parquet").to_pylist()

@@ -1,4 +1,4 @@
-"""The hub against a stub on this machine: what is fetched and pinned, and one line for everything that can fail."""
+"""The hub, replaced by a stub on this machine: files that are fetched, pinned commits, and one line for each failure."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def files():
 
 @pytest.fixture
 def ask(hub, tmp_path):
-    """Run fetch in a process of its own, since huggingface_hub reads the environment when it is imported."""
+    """Return a function that runs fetch in a new process, as huggingface_hub reads the environment at import."""
 
     def ask(*words, code=0, **env):
         done = subprocess.run(
@@ -118,7 +118,7 @@ def test_offline_the_cache_serves_and_says_what_it_has_not(hub, files, ask):
 def test_a_download_that_breaks_off_is_taken_up_where_it_was(hub, files, ask):
     large = files | {
         "model.safetensors": bytes(range(256)) * 100_000
-    }  # beyond one chunk of the client's, 10 MiB
+    }  # more than one of the client's chunks of 10 MiB
     hub.add("owner/tiny", large)
     hub.broken = {"model.safetensors": 15_000_000}
     directory, *_ = ask("owner/tiny")
@@ -141,7 +141,7 @@ def test_after_a_broken_download_complete_files_are_not_fetched_again(hub, files
     directory, *_ = ask("owner/tiny")
     assert (directory / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert "model.safetensors" in hub.fetched()
-    # Threads run side by side: what had not begun when the connection broke is fetched now, and nothing twice.
+    # Files that had not begun when the connection broke are fetched now, and no file is fetched twice.
     assert not complete & set(hub.fetched())
 
 
@@ -209,7 +209,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
              "a/b@x y", "-a/b", "a/b--c", "a" * 5000, "a/" + "b" * 5000],
 )  # fmt: skip
 def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no name is a directory by chance
+    monkeypatch.chdir(tmp_path)  # a place where no name is a directory by chance
     monkeypatch.setattr(environment, "endpoint", lambda: "http://127.0.0.1:9")
     monkeypatch.setattr(environment, "offline", lambda: False)
     with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
@@ -217,7 +217,7 @@ def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypat
 
 
 def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
-    """The manifest pins it: `main` moves on between two iterations, and the run does not."""
+    """The manifest pins the commit: `main` moves between two iterations, and the run keeps its commit."""
     begun = hub.add("owner/policy", files)
     out = tmp_path / "run"
 

@@ -220,7 +220,7 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
             ["--judge.backend", "llm_blender", "--judge.python", "p", "--judge.compute_dtype", "bfloat16"],
             "leave it at auto",
         ),
-        (["--judge.backend", "my:rule", "--judge.total_tokens", "99"], "not heard by judge.backend=my:rule"),
+        (["--judge.backend", "my:rule", "--judge.total_tokens", "99"], "ignored by judge.backend=my:rule"),
         (
             ["--judge.backend", "my:rule", "--judge.compute_dtype", "float32"],
             "compute_dtype=float32 is PairRM's",

@@ -1,4 +1,4 @@
-"""The original package behind the sidecar's pipe: a stand-in for it always, itself where LLM_BLENDER_PYTHON names one."""
+"""The original package behind the sidecar's pipe: always a stand-in, and llm-blender itself with LLM_BLENDER_PYTHON."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TEXTS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text())
 TOLERANCE = 2e-5
 PYTHON = os.environ.get("LLM_BLENDER_PYTHON", "")
 
-# What llm_blender.py uses of llm-blender, torch and transformers. The "logit" of i against j is made of lengths.
+# What llm_blender.py uses of llm-blender, torch and transformers. The "logit" of i against j depends on lengths.
 STAND_INS = {
     "torch.py": """
         class cuda:
@@ -78,7 +78,7 @@ STAND_INS = {
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins, which the children of this test see before the real packages."""
+    """Write a folder of stand-ins, which the child processes of a test import instead of the real packages."""
     folder = tmp_path / "packages"
     for name, text in STAND_INS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ranker(to: Path) -> files.Checkpoint:
-    """The golden model in the ranker's layout, with a backbone of random weights, which PairRM's replace."""
+    """Return the golden model in the ranker's layout, with a backbone of random weights, which PairRM's replace."""
     shutil.copytree(GOLDEN / "backbone", to / "backbone", dirs_exist_ok=True)
     config = DebertaV2Config(**json.loads((to / "backbone" / "config.json").read_text()))
     weights = DebertaV2Model(config).state_dict()
@@ -115,7 +115,7 @@ def test_the_programs_answers_are_the_originals_matrices(tmp_path: Path, stand_i
 
 
 def conversation(command: list[str], *requests: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the program says to `requests`, its signs of life left out."""
+    """Return the frames that the program sends for `requests`, without heartbeats."""
     said = subprocess.run(
         command, input=b"".join(map(protocol.encode, requests)), capture_output=True, timeout=60, check=False
     )
@@ -231,7 +231,7 @@ def test_ranker_that_is_another_models_is_refused(
     checkpoint = ranker(tmp_path)
     file = checkpoint.directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: name}))
-    if not with_weights:  # as a backbone from the hub, which llm-blender fetches by that name
+    if not with_weights:  # like a backbone on the hub, which llm-blender downloads by that name
         checkpoint = replace(checkpoint, backbone=None)
     with pytest.raises(BadInput, match=rf"is in its {key} '{name}'; only a DeBERTa"):
         llm_blender.command(sys.executable, checkpoint)
@@ -245,7 +245,7 @@ def test_weights_that_were_not_hashed_are_refused(tmp_path: Path) -> None:
 
 
 def test_our_own_packages_are_hidden_from_the_other_interpreter(tmp_path: Path) -> None:
-    # The package as it lies when installed, beside a llm_blender that the other interpreter must not find.
+    # The package as installed, beside an llm_blender that the other interpreter must not find.
     site, theirs = tmp_path / "site-packages", tmp_path / "theirs"
     (site / "sppo_jax" / "pairrm").mkdir(parents=True)
     for name in ("llm_blender.py", "protocol.py"):
@@ -291,7 +291,7 @@ def test_the_original_gives_the_golden_logits(which: str, tmp_path: Path) -> Non
         command = llm_blender.command(PYTHON, checkpoint, 1, limits)
         prompts = [TEXTS["sources"][e] for e in case["examples"]]
         responses = [TEXTS["candidates"][e] for e in case["examples"]]
-        if which == "hf":  # whose way does not replace "[SEP]", as the ranker's does
+        if which == "hf":  # this layout does not replace "[SEP]", as the ranker does
             responses = [[text.replace("[SEP]", " ") for text in row] for row in responses]
             prompts = [text.replace("[SEP]", " ") for text in prompts]
         with SidecarJudge(checkpoint, command=command) as judge:

@@ -30,7 +30,7 @@ def theirs():
 
 
 def brute_force(theirs, prompt, answer):
-    """Sum of log-softmax in float64, one unpadded sequence, one token at a time."""
+    """Return the sum of log-softmax in float64 for one unpadded sequence, one token at a time."""
     with torch.no_grad():
         logits = theirs(torch.tensor([prompt + answer])).logits[0].double()
     log_p = torch.log_softmax(logits, -1)
@@ -105,7 +105,7 @@ def test_chunked_logits_give_the_same_sums_and_gradients(policy, monkeypatch):
     ],
 )
 def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, tied, odd_model, monkeypatch):
-    """102 columns, which neither 5 blocks nor 4 devices divide: log-probs and all gradients, against one device without blocks."""
+    """Log-probabilities and gradients equal those of one device without blocks; neither 5 blocks nor 4 devices divide 102."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 102, (16, 20)), jnp.int32)
     lengths = jnp.full(16, 4), jnp.asarray(np.arange(16) % 8 + 12)
 
@@ -139,7 +139,7 @@ def test_a_head_in_blocks_gives_what_it_gives_whole(axes, blocks, tied, odd_mode
 
 
 def test_devices_along_tensor_gather_their_own_columns_and_add_up_in_float32(odd_model, monkeypatch):
-    """Of 102 columns in blocks of 17 and bfloat16 compute: what travels, in the gradient's program."""
+    """The collectives of the gradient's program, for 102 columns in blocks of 17 and bfloat16 compute."""
     mesh = sharding.make_mesh(1, 4, 2)
     a, half = odd_model.architecture, jnp.bfloat16
     weights = dict(hf.abstract(a, mesh))
@@ -162,7 +162,7 @@ def test_devices_along_tensor_gather_their_own_columns_and_add_up_in_float32(odd
 
 
 def equations(jaxpr):
-    """Of a jaxpr and all within it."""
+    """Yield the equations of a jaxpr and of all jaxprs within it."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(
@@ -186,7 +186,7 @@ def test_a_label_beyond_the_vocabulary_has_no_logprob(policy, eight_devices):
 
 
 def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy):
-    """Three sequences in one row of 32, and the third again in a row of its own that is padded on the left."""
+    """Three sequences in one row of 32, and the third again in a row of its own, padded on the left."""
     rows = np.zeros((2, 32), np.int32)
     segment, scored = np.zeros((2, 32), np.int32), np.zeros((2, 32), bool)
     expected = [brute_force(theirs, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]

@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what is trained, and the files that PEFT and transformers read."""
+"""Adapters: their product, their training, and the files that PEFT and transformers read."""
 
 import dataclasses
 import json
@@ -11,16 +11,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import export, fit, main, models, sharding
+from sppo_jax import export, main, models, sharding
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
+from sppo_jax.training import update
+from sppo_jax.training.microbatch import Microbatch
 from tests import test_fit
 from tests.small_game import words
 from tests.test_families import FAMILIES, make, reference, texts
 
-# 2026-11: peft 0.21 asks transformers 5.23 for a property under its old name.
+# 2026-11: peft 0.21 reads a property of transformers 5.23 by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -73,24 +75,22 @@ def test_peft_and_the_merged_export_compute_the_same(name, tmp_path, eight_devic
 
 
 def batch(mesh, groups=2, width=16):
-    """A microbatch in which each response has a row of its own."""
+    """Return a microbatch in which each response has a row of its own."""
     rng = np.random.default_rng(0)
-    rows = {
-        "tokens": rng.integers(3, 102, (2 * groups, width)).astype(np.int32),
-        "segment": np.ones((2 * groups, width), np.int32),
-        "scored": np.tile(np.arange(width) >= 4, (2 * groups, 1)),
-        "place": np.arange(2 * groups, dtype=np.int32).reshape(groups, 2),
-        "segments": np.ones(1, np.int32),
-        "ref_logprob": np.zeros((groups, 2), np.float32),
-        "win_rate": np.tile(np.float32([0.8, 0.3]), (groups, 1)),
-        "baseline": np.full(groups, 0.5, np.float32),
-        "probability": np.full(groups, 0.8, np.float32),
-        "real": np.ones(groups, bool),
-        "share": np.float32(1),
-        "pair": np.arange(groups),
-    }
-    (placed,) = fit.place({name: x[None] for name, x in rows.items()}, mesh)
-    return placed
+    rows = Microbatch(
+        tokens=rng.integers(3, 102, (2 * groups, width)).astype(np.int32),
+        segment=np.ones((2 * groups, width), np.int32),
+        scored=np.tile(np.arange(width) >= 4, (2 * groups, 1)),
+        segments=np.ones(1, np.int32),
+        place=np.arange(2 * groups, dtype=np.int32).reshape(groups, 2),
+        ref_logprob=np.zeros((groups, 2), np.float32),
+        win_rate=np.tile(np.float32([0.8, 0.3]), (groups, 1)),
+        baseline=np.full(groups, 0.5, np.float32),
+        probability=np.full(groups, 0.8, np.float32),
+        real=np.ones(groups, bool),
+        share=np.ones((), np.float32),
+    )
+    return rows.placed(mesh)
 
 
 def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one_device):
@@ -102,11 +102,11 @@ def test_gradients_are_the_full_gradients_seen_through_the_factors(tmp_path, one
     cotangent = jnp.asarray([[1.0, -0.5], [0.3, 2.0]])
 
     def gradients(model):
-        graph, params, frozen = fit.split(model)
+        graph, params, frozen = update.split(model)
 
         def pulled(params, frozen, rows):
-            pullback = fit.forward(params, frozen, rows, graph=graph, remat="layer")[1]
-            return fit.backward(params, frozen, rows, pullback, cotangent)
+            pullback = update.forward(params, frozen, rows, graph=graph, remat="layer")[1]
+            return update.backward(params, frozen, rows, pullback, cotangent)
 
         return jax.jit(pulled)(params, frozen, batch(one_device))["layers"]
 
@@ -128,13 +128,13 @@ def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype
     frozen_model = models.load(tmp_path, dtype=dtype, param_dtype=dtype)
     model = lora.attach(frozen_model, 3, jax.random.key(0), one_device)
     settings = Fit(learning_rate=1e-2, warmup=0.0, eta=10.0)
-    programs = fit.make_programs(model.architecture, model.compute_dtype, one_device, settings, 4)
-    _, params, frozen = fit.split(model)
+    programs = update.make_programs(model.architecture, model.compute_dtype, one_device, settings, 4)
+    _, params, frozen = update.split(model)
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {dtype}
     before = jax.tree.map(np.asarray, (params, frozen))
-    state = fit.TrainState(jnp.int32(0), params, programs.init_optimizer(params))
+    state = programs.first_state(params)
     rows = batch(one_device)
-    rows["ref_logprob"] = programs.forward(params, frozen, rows)[0]
+    rows = dataclasses.replace(rows, ref_logprob=programs.forward(params, frozen, rows)[0])
     for step in range(3):
         state, metrics = programs.train_step(state, frozen, [rows])
         assert step > 0 or float(metrics["max_log_ratio"]) == 0
@@ -143,7 +143,7 @@ def test_only_adapters_are_trained_and_the_frozen_weights_keep_the_compute_dtype
     for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(before[1]), strict=True):
         np.testing.assert_array_equal(np.asarray(x), y)
     sizes = {x.size for x in jax.tree.leaves(state.opt_state) if x.ndim}
-    assert max(sizes) < 3 * 80 * 48  # the optimiser holds nothing of a whole matrix's size
+    assert max(sizes) < 3 * 80 * 48  # no array of the optimiser has the size of a whole matrix
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,9 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
     options = {"model__lora_rank": 4, "fit__learning_rate": 1e-3}
     main.main(words(tmp_path / "whole", iterations=2, **options))
     main.main(words(tmp_path / "parts", iterations=1, **options))
-    main.main(words(tmp_path / "parts", iterations=2, **options))  # its policy comes from base and adapter
+    main.main(
+        words(tmp_path / "parts", iterations=2, **options)
+    )  # its policy is loaded from base and adapter
     for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
         one, two = (tmp_path / run / "iter_2" / name for run in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
@@ -214,7 +216,7 @@ def test_adapters_stopped_in_the_middle_of_training_go_on_to_the_same_bits(tmp_p
 
 @pytest.mark.parametrize(("stored", "kept"), [("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_frozen_weights_lose_nothing_of_what_the_files_hold(stored, kept, tmp_path, monkeypatch):
-    """Under bfloat16 compute: kept as bfloat16 where that is all there is, else exports would be rounded."""
+    """Frozen weights are kept in bfloat16 only if the checkpoint is bfloat16; else exports would be rounded."""
     base = tmp_path / "base"
     export.export(models.load(names.path("policy")), names.path("policy"), base, dtype=stored)
     seen = []

@@ -80,6 +80,12 @@ def test_left_out_rows_change_neither_value_nor_gradient(name):
     assert float(value) != pytest.approx(float(call(LOGPROB)))
 
 
+def test_every_loss_of_the_table_is_tested_here_and_shows_its_equation():
+    assert set(losses.LOSSES) == set(ALL)
+    for loss in losses.LOSSES.values():
+        assert loss.equation.startswith("mean ")
+
+
 def test_log_partition_at_eta_1000_pushes_nearly_all_down():
     """The published example: +1.6, -248, ... against +350, +100, ... with the constant."""
     rates = np.array([0.85, 0.6, 0.5, 0.35, 0.2])

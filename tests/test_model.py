@@ -1,4 +1,4 @@
-"""The decoder and its Hugging Face form, against transformers' own."""
+"""The decoder and its Hugging Face form, against transformers."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tests.test_families import texts
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(directory, transformers model): odd shapes, a window of 7, a head that is not the embedding."""
+    """Return (directory, transformers model) with odd shapes, a window of 7 and a head that is not the embedding."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=102, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A checkpoint to damage."""
+    """Return a copy of the checkpoint, to damage."""
     return shutil.copytree(checkpoint[0], tmp_path / "copy")
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(copy, change, said):
         models.load(copy)
 
 
-def test_a_truncated_file_and_a_missing_one_are_told(copy):
+def test_a_truncated_file_and_a_missing_one_are_reported(copy):
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(BadInput, match="damaged"):
@@ -110,14 +110,14 @@ def test_a_truncated_file_and_a_missing_one_are_told(copy):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.bin", "absent.safetensors"])
 def test_an_index_cannot_lead_out_of_its_directory(copy, name):
-    (copy / "model.safetensors").unlink()  # which would be preferred
+    (copy / "model.safetensors").unlink()  # the single file would be preferred
     index = {"weight_map": {"lm_head.weight": name}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BadInput, match="index"):
         models.load(copy)
 
 
-def test_a_directory_that_is_not_there_is_told(tmp_path):
+def test_a_directory_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(BadInput, match="no such directory, and not a name on the hub"):
         models.load(tmp_path / "nowhere")
 

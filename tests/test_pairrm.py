@@ -1,4 +1,4 @@
-"""PairRM in PyTorch against the reference implementation's numbers, and what it makes of any text."""
+"""PairRM in PyTorch against the reference implementation's numbers, and its ids for any text."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def ranker(tmp_path_factory: pytest.TempPathFactory) -> files.Checkpoint:
-    """The same network in the layout of llm-blender/PairRM, whose tokenizer is its backbone's spm.model."""
+    """Return the same network in the layout of llm-blender/PairRM, with its backbone's spm.model as tokenizer."""
     directory = tmp_path_factory.mktemp("ranker")
     config = (GOLDEN / "pairrm/config.json").read_text().replace("@BACKBONE@", str(GOLDEN / "backbone"))
     (directory / "config.json").write_text(config)
@@ -64,7 +64,7 @@ def formatter() -> Formatter:
 def case(
     name: str, checkpoint: files.Checkpoint | None = None
 ) -> tuple[Formatter, list[str], list[list[str]]]:
-    """The formatter of a golden case, reading control tokens as the reference does, its prompts and responses."""
+    """Return a golden case: its formatter, which reads control tokens as the reference does, prompts and responses."""
     limits = TEXTS["cases"][name]
     formatter = Formatter.of(
         checkpoint or files.read(MODEL),
@@ -78,7 +78,7 @@ def case(
 def in_process(
     model: torch_model.PairRM, formatter: Formatter, prompts: Any, responses: Any, tokens: int = 4096
 ) -> np.ndarray:
-    """Logits [n, K, K] in this process, in batches of at most so many tokens."""
+    """Return logits [n, K, K], computed in this process in batches of at most `tokens` tokens."""
     logits = np.zeros((len(prompts), len(responses[0]), len(responses[0])), np.float32)
     for batch in comparisons.batches(comparisons.plan(formatter, prompts, responses), tokens):
         comparisons.scatter(logits, batch, model.logits([comparison.pair for comparison in batch]))
@@ -87,7 +87,7 @@ def in_process(
 
 @pytest.fixture(scope="module")
 def brief() -> Formatter:
-    """With limits that keep the network's share of a test small."""
+    """Return a formatter with small limits, so that the network takes little of a test's time."""
     return Formatter.of(files.read(MODEL), Limits(40, 20))
 
 
@@ -180,14 +180,14 @@ def test_texts_of_which_only_a_part_is_read_are_marked() -> None:
     over = formatter.prompt(word * (room + 1), ["", word])
     assert (over.cut_prompt, over.cut_responses) == (True, [False, False])
     assert over.source.tolist() == exact.source.tolist()
-    # A short prompt leaves its room to the responses.
+    # A short prompt leaves more tokens to the responses.
     assert formatter.prompt("", [word * room, word * (room + 1)]).cut_responses == [False, False]
 
 
 def test_control_tokens_in_a_text_cannot_change_the_indexing(
     model: torch_model.PairRM, formatter: Formatter
 ) -> None:
-    # Normalisation turns it into control tokens.
+    # Normalisation turns this text into control tokens.
     wide = "".join(chr(ord(c) + 0xFEE0) for c in "<|candidate2|>[CLS]")
     for token in [*CONTROL, wide, "<|cand[SEP]idate2|>", "\u0338"]:
         text = f"{token} good {token}{token} answer {token}"
@@ -213,7 +213,7 @@ def test_identical_responses_get_exactly_one_half(model: torch_model.PairRM, for
 
 
 def texts() -> st.SearchStrategy[str]:
-    """Any text, and what is awkward: control tokens, half and whole, surrogates, combining marks, NUL, spaces, length."""
+    """Any text, with control tokens (half and whole), surrogates, combining marks, NUL, spaces and long texts."""
     awkward = [
         *CONTROL,
         "<|candidate2",

@@ -1,4 +1,4 @@
-"""A PairRM in both published layouts, from a directory and from the hub; its tokenizer from either file; what is refused."""
+"""PairRM's files: both published layouts, from a directory and from the hub, and the files that are refused."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ SPM = BACKBONE / "spm.model"
 
 @pytest.fixture
 def ranker(tmp_path: Path) -> Path:
-    """A ranker directory with its backbone inside."""
+    """Return a ranker's directory with its backbone inside."""
     directory = tmp_path / "ranker"
     shutil.copytree(BACKBONE, directory / "deberta")
     config = (GOLDEN / "pairrm/config.json").read_text().replace("@BACKBONE@", "deberta")
@@ -112,7 +112,7 @@ def test_identity_is_of_what_scores_and_not_of_where_it_lies(ranker: Path, hf: P
         moved.rename(directory)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_is_missing_or_broken_is_named(hf: Path, ranker: Path, tmp_path: Pa
         files.read("~nobody-of-this-name")
 
 
-def test_files_that_may_not_be_read_are_told(ranker: Path, monkeypatch: Any) -> None:
+def test_files_that_may_not_be_read_are_reported(ranker: Path, monkeypatch: Any) -> None:
     def refuse(self: Path, **_: Any) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -250,7 +250,7 @@ def test_a_damaged_table_of_normalisation_is_refused(ranker: Path) -> None:
     found, data = files.read(ranker), spm.read_bytes()
     charsmap = tokenizer._proto(data)[3]
     trie = 4 + int.from_bytes(charsmap[:4], "little")
-    # Its index is sound, so that what is plain reads well; the characters that it points to begin elsewhere.
+    # Its index is intact, so that plain text is read; the characters that it points to begin elsewhere.
     whole, rest = divmod(len(charsmap) - trie, 4)
     spm.write_bytes(data.replace(charsmap, charsmap[:trie] + b"x" * rest + "\U0001f600".encode() * whole))
     with pytest.raises(BadInput, match=r"spm.model' is damaged: its tokenizer fails with: "):
@@ -331,7 +331,7 @@ def test_a_ranker_from_the_hub_brings_its_backbone_without_weights_and_stays_pin
         backbone = hub.add("owner/deberta", base | unread | {files.WEIGHTS: b"not needed"})
         sources, identity, tokens, where = ask("owner/ranker", {})
         assert sources == {"owner/ranker": ranker, "owner/deberta": backbone}
-        assert sorted(hub.fetched()) == sorted(base)  # the ranker's own files came before
+        assert sorted(hub.fetched()) == sorted(base)  # the ranker's own files were fetched before
         assert tokens == f"{where}/spm.model"
 
         hub.add("owner/ranker", own | {"config.json": own["config.json"] + b"\n"})

@@ -33,7 +33,7 @@ HERE = ("heads", "gather", "shift", "pallas_interpreted")  # the forms that a CP
 
 @pytest.fixture(autouse=True)
 def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs per mesh, not seven: compiling is what these tests cost."""
+    """Two buckets, so that a mesh compiles two programs and not seven: compiling takes most of the time."""
     monkeypatch.setitem(mesh_judge.BUCKETS, "cpu", (128, 640))
 
 
@@ -44,7 +44,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def judge(name: str, mesh: Mesh, **options: Any) -> JaxJudge:
-    """A judge with the limits of a golden case, reading control tokens as the reference does."""
+    """Return a judge with the limits of a golden case that reads control tokens as the reference does."""
     limits = TEXTS["cases"][name]
     limits = Limits(limits["source_max_length"], limits["candidate_max_length"])
     made = JaxJudge(CHECKPOINT, mesh=mesh, limits=limits, **options)
@@ -69,7 +69,7 @@ def test_table_rows_equal_those_of_transformers(
 
 @dataclass(frozen=True)
 class Device:
-    """As much of a device as a choice by its kind looks at."""
+    """The attributes of a device that the choice of a form reads."""
 
     platform: str
     device_kind: str
@@ -249,7 +249,7 @@ def test_bucket_is_the_smallest_that_fits() -> None:
             patched.setattr(mesh_judge, "BUCKETS", SHIPPED)
             found = {length: mesh_judge.bucket(length, platform) for length in range(1, 4000)}
         assert list(shipped) == sorted(set(shipped))
-        assert shipped[-1] == 2048  # what the checkpoint's own limits make of the longest texts
+        assert shipped[-1] == 2048  # the longest texts, cut to the checkpoint's own limits
         assert all(found[size] == size for size in shipped)
         assert found[1] == shipped[0]
         for before, size in itertools.pairwise(shipped):
@@ -305,7 +305,7 @@ def test_weights_must_fit_exactly_and_as_in_torch(tmp_path: Path) -> None:
         JaxJudge(changed(tmp_path, {"head_layer.1.bias": None}))
 
 
-def test_bad_weights_and_options_are_told(tmp_path: Path, one_device: Mesh) -> None:
+def test_bad_weights_and_options_are_reported(tmp_path: Path, one_device: Mesh) -> None:
     with pytest.raises(BadInput, match="float16"):
         JaxJudge(CHECKPOINT, dtype="float16")
     with pytest.raises(BadInput, match=r"head_layer.1.bias as I32; give weights of floating point"):
@@ -337,7 +337,7 @@ def test_bfloat16_is_near_and_float32_is_multiplied_in_float32(
 
 
 def large(directory: Path, layers: int) -> files.Checkpoint:
-    """Random weights as wide as DeBERTa-v3-large, under a small vocabulary; scaled so that every layer matters."""
+    """Write random weights of DeBERTa-v3-large's width with a small vocabulary, scaled so that every layer matters."""
     config = json.loads((MODEL / "config.json").read_text()) | {
         "vocab_size": 773, "hidden_size": 1024, "num_attention_heads": 16, "attention_head_size": 64, "intermediate_size": 4096,
         "num_hidden_layers": layers, "position_buckets": 256, "max_position_embeddings": 512, "pooler_hidden_size": 1024,
@@ -358,14 +358,14 @@ def large(directory: Path, layers: int) -> files.Checkpoint:
                 x *= 0.1
             elif tensor.path != "embedding":
                 x /= np.sqrt(x.shape[1], dtype=np.float32)
-            weights[name] = 200 * x if tensor.path == "head_out" else x  # or the logit would be 3e-4
+            weights[name] = 200 * x if tensor.path == "head_out" else x  # else the logit would be 3e-4
     save_file(weights, directory / "model.safetensors")
     return files.read(directory)
 
 
 @pytest.fixture
 def real_size(tmp_path: Path) -> Iterator[files.Checkpoint]:
-    """24 layers, whose 1.2 GB do not stay behind in pytest's directory."""
+    """Return a checkpoint of 24 layers, whose 1.2 GB are deleted from pytest's directory."""
     try:
         yield large(tmp_path, 24)
     finally:

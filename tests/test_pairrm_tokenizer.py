@@ -17,7 +17,7 @@ from tests.test_pairrm_files import SPM
 
 @functools.cache
 def tokenizers() -> tuple[Any, Any]:
-    """The reference's tokenizer.json, and what we make of spm.model."""
+    """Return the reference's tokenizer (tokenizer.json) and ours (spm.model)."""
     return tokenizer.load(MODEL / "tokenizer.json"), tokenizer.load(SPM)
 
 
@@ -48,7 +48,7 @@ def test_spm_model_gives_the_references_ids_for_random_text() -> None:
     ]
 
     def one() -> str:
-        """Any character at all, or of a narrow range, or of words, control tokens and what normalisation touches."""
+        """Return any character, one of a narrow range, or a word, a control token or text that normalisation changes."""
         match rng.randrange(3):
             case 0:
                 return chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))

@@ -1,4 +1,4 @@
-"""PairRM's network in torch: its own attention against transformers', which shares its weights."""
+"""PairRM's network in PyTorch: its attention against transformers' with the same weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,11 +46,11 @@ def seeded() -> Iterator[None]:
 
 
 def model_of(**changed: Any) -> torch_model.PairRM:
-    """In float64, so that nothing but a fault makes a difference."""
+    """Return a model in float64, so that only a fault makes a difference."""
     model = torch_model.PairRM(CONFIG | changed).double()
     with torch.no_grad():
         for value in model.parameters():
-            if value.ndim == 1:  # initialised to 0 and 1, they would hide what is left out
+            if value.ndim == 1:  # initialised to 0 and 1, they would hide an omission
                 value += 0.3 * torch.randn(value.shape)
     return model.eval()
 
@@ -61,13 +61,13 @@ def pair_of(tokens: int) -> TextPair:
 
 
 def of_transformers(model: torch_model.PairRM, pairs: list[TextPair]) -> list[torch.Tensor]:
-    """Last hidden states of each pair by itself, by transformers' own module."""
+    """Return the last hidden states of each pair by itself, computed by transformers' own module."""
     whole = [torch.from_numpy(pair.ids.astype(np.int64))[None] for pair in pairs]
     return [model.pretrained_model(ids, torch.ones_like(ids)).last_hidden_state[0] for ids in whole]
 
 
 def largest_difference(hidden: torch.Tensor, wanted: list[torch.Tensor]) -> float:
-    """Over the tokens that are not padding."""
+    """Return the largest difference over tokens that are not padding."""
     rows = zip(hidden, wanted, strict=True)
     return max(float((row[: len(one)] - one).abs().max()) for row, one in rows)
 
@@ -119,7 +119,7 @@ def test_padding_and_batch_mates_change_nothing() -> None:
 
 
 def test_gradients_equal_transformers() -> None:
-    model = model_of().fix()  # what is fixed must not cut the gradient off
+    model = model_of().fix()  # the fixed tables must not cut off the gradient
     pairs = [pair_of(70)]
     weight = torch.randn(70, CONFIG["hidden_size"], dtype=torch.float64)
     found, wanted = (

@@ -8,6 +8,7 @@ import pytest
 from sppo_jax import pairs, preferences
 from sppo_jax.records import Preferences, Responses, prompt_id
 from sppo_jax.training.batches import Batches
+from sppo_jax.training.packing import Packing
 
 
 def judged(logits, texts=None, *, prompt="q", reasons=None):
@@ -57,7 +58,7 @@ def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_
     assert [len(ids) for ids in pair.response_ids] == [4, 8]
     assert counts["truncated_responses"] == 1
     for pack in (True, False):
-        batches = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, pack=pack)
+        batches = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, packing=Packing(pack=pack))
         assert sequences(batches, batches[0]) == {
             (0, k): (pair.prompt_ids + ids, len(ids)) for k, ids in enumerate(pair.response_ids)
         }
@@ -66,14 +67,20 @@ def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_
 def sequences(batches, batch):
     """(pair, response) -> (its tokens, how many are scored), from where the batch says that it lies."""
     found = {}
-    for m, g in zip(*np.nonzero(batch["real"]), strict=True):
-        for k, place in enumerate(batch["place"][m, g]):
-            row, slot = divmod(place, batches.layout.segments)
-            own = batch["segment"][m, row] == batch["segments"][m, slot]
-            scored = batch["scored"][m, row][own]
-            assert scored[-scored.sum() :].all()  # the response comes last
-            found[int(batch["pair"][m, g]), k] = batch["tokens"][m, row][own].tolist(), int(scored.sum())
+    for part, pair_G in zip(batch.microbatches, batch.pairs, strict=True):
+        for g in np.flatnonzero(part.real):
+            for k, place in enumerate(part.place[g]):
+                row, slot = divmod(place, batches.layout.segments)
+                own = part.segment[row] == part.segments[slot]
+                scored = part.scored[row][own]
+                assert scored[-scored.sum() :].all()  # the response comes last
+                found[int(pair_G[g]), k] = part.tokens[row][own].tolist(), int(scored.sum())
     return found
+
+
+def indices(batch):
+    """Each microbatch's pairs, in order."""
+    return [pair_G[part.real].tolist() for part, pair_G in zip(batch.microbatches, batch.pairs, strict=True)]
 
 
 def test_T11_prompts_without_signal_are_dropped_and_counted():
@@ -127,27 +134,24 @@ def many(n):
 @pytest.mark.parametrize(("n", "size"), [(7, 3), (8, 4), (5, 8), (1, 1)])
 def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, size):
     for most in (None, 64):
-        batches = Batches(
-            many(n), global_batch=size, epochs=3, seed=0, iteration=1, shards=2, most_tokens=most
-        )
+        batches = Batches(many(n), global_batch=size, epochs=3, seed=0, iteration=1, packing=Packing(2, most))
         steps, at = batches.steps_per_epoch, batches.layout
         assert len(batches) == 3 * steps == 3 * -(-n // size)
         assert at.width == 32
         assert at.rows % 2 == 0
         for epoch in range(3):
             seen = [batches[epoch * steps + i] for i in range(steps)]
-            assert all(b["tokens"].shape[1:] == (at.rows, 32) for b in seen)
-            assert max(len(b["tokens"]) for b in seen) <= at.microbatches
-            assert all(b["real"].sum() <= size for b in seen)
-            assert all(b["share"].sum() == pytest.approx(1) for b in seen)
-            rows = np.concatenate([b["pair"][b["real"]] for b in seen])
-            assert sorted(rows) == list(range(n))
+            assert all(part.tokens.shape == (at.rows, 32) for b in seen for part in b.microbatches)
+            assert max(len(b.microbatches) for b in seen) <= at.microbatches
+            assert all(b.prompts <= size for b in seen)
+            assert all(sum(part.share for part in b.microbatches) == pytest.approx(1) for b in seen)
+            assert sorted(i for b in seen for part in indices(b) for i in part) == list(range(n))
 
 
 def test_order_is_a_function_of_seed_iteration_and_step():
     def order(seed=0, iteration=1):
         batches = Batches(many(16), global_batch=4, epochs=2, seed=seed, iteration=iteration)
-        return [batches[step]["pair"].tolist() for step in range(8)]
+        return [indices(batches[step]) for step in range(8)]
 
     assert order() == order()
     assert order()[:4] != order()[4:]  # epochs differ
@@ -157,8 +161,8 @@ def test_order_is_a_function_of_seed_iteration_and_step():
 def test_a_resumed_stream_continues_where_it_stopped():
     batches = Batches(many(16), global_batch=4, epochs=2, seed=0, iteration=1)
     for start in (0, 3, 7):
-        rows = [batch["pair"].tolist() for batch in batches.from_step(start)]
-        assert rows == [batches[step]["pair"].tolist() for step in range(start, 8)]
+        rows = [indices(batch) for batch in batches.from_step(start)]
+        assert rows == [indices(batches[step]) for step in range(start, 8)]
 
 
 def uneven(n, seed=0):
@@ -176,14 +180,12 @@ def uneven(n, seed=0):
 @pytest.mark.parametrize("most", [None, 800, 1])
 def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, most):
     rows = uneven(30)
-    batches = Batches(
-        rows, global_batch=10, epochs=1, seed=0, iteration=1, shards=2, most_tokens=most, pack=pack
-    )
+    batches = Batches(rows, global_batch=10, epochs=1, seed=0, iteration=1, packing=Packing(2, most, pack))
     at, found = batches.layout, {}
     for step in range(3):
         batch = batches[step]
         found |= sequences(batches, batch)
-        used = [np.unique(row[row > 0]) for row in batch["segment"].reshape(-1, at.width)]
+        used = [np.unique(row[row > 0]) for part in batch.microbatches for row in part.segment]
         assert all(ids.tolist() == list(range(1, len(ids) + 1)) for ids in used)
     assert found == {
         (i, k): (row.prompt_ids + ids, len(ids))
@@ -191,7 +193,7 @@ def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, mos
         for k, ids in enumerate(row.response_ids)
     }
     tokens = sum(len(ids) for ids, _ in found.values())
-    computed = sum(batches[step]["tokens"].size for step in range(3))
+    computed = sum(part.tokens.size for step in range(3) for part in batches[step].microbatches)
     assert at.real_token_share == pytest.approx(tokens / computed)
     if most is None:
         assert at.microbatches == 1

@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax import config, config_file, fit, models, pairs, sharding
+from sppo_jax import config, config_file, models, pairs, sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.plan import compiled, config_header, cost, hlo, target, workload
 from sppo_jax.plan.__main__ import main
 from sppo_jax.plan.chips import GPUS, TPUS, stand_ins
 from sppo_jax.plan.workload import Lengths
-from sppo_jax.training import memory
+from sppo_jax.training import memory, trainer
 from sppo_jax.training.batches import Batches
+from sppo_jax.training.packing import Packing
+from sppo_jax.training.update import make_programs, split
 from tests.test_fit import pairs_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -69,7 +71,7 @@ def test_a_workload_counts_what_an_iteration_does():
     assert work.sampled_tokens == pytest.approx((20_000 * 5 + 1000 + 100 * 5) * 350, rel=0.05)
     assert work.ordered_pairs == 20_100 * 20 + 4000  # held out: both orders, against base and previous
     assert work.pair_tokens == pytest.approx(180 + 2 * 350, rel=0.05)
-    at = workload.layout(c, work, 16, 16 * 8192)
+    at = workload.layout(c, work, Packing(16, 16 * 8192))
     assert at.microbatches == 1
     assert at.rows % 16 == 0
     assert at.real_token_share > 0.7
@@ -118,17 +120,14 @@ def test_the_plans_memory_of_the_update_is_that_of_the_programs_that_run(mesh, m
         epochs=1,
         seed=0,
         iteration=1,
-        shards=sharding.batch_shards(mesh),
-        most_tokens=most,
+        packing=Packing(sharding.batch_shards(mesh), most),
     )
-    programs = fit.make_programs(model.architecture, model.compute_dtype, mesh, settings, 100)
-    reference = fit.logprobs(model, batches, 16, programs, mesh)
+    programs = make_programs(model.architecture, model.compute_dtype, mesh, settings, 100)
+    reference = trainer.logprobs(model, batches, 16, programs, mesh)
     batches._pairs = pairs.with_reference(rows, reference)
-    _, params, frozen = fit.split(model)
-    state = fit.TrainState(
-        jax.device_put(np.int32(0), programs.shardings.step), params, programs.init_optimizer(params)
-    )
-    placed = list(fit.place(batches[0], mesh))
+    _, params, frozen = split(model)
+    state = programs.first_state(params)
+    placed = list(batches[0].placed(mesh))
     ran = []
     logprob, pullback = programs.forward(params, frozen, placed[0])
     ran.append(programs.forward.lower(params, frozen, placed[0]).compile())
@@ -203,7 +202,7 @@ def test_adapters_alone_have_masters_moments_and_gradients():
     c = config_file.load([CONFIGS / "mistral_7b.yaml"], ["--model.lora_rank", "16"])
     update = update_of(c, 4)
     model = compiled.abstract_model(c, update.a, update.mesh, jnp.dtype(jnp.bfloat16))
-    _, params, frozen = fit.split(model)
+    _, params, frozen = split(model)
     kinds = update.kinds(1024, accumulated=False)
     assert kinds["parameters"] == kinds["optimiser"] == kinds["gradients"] == compiled.local_bytes(params)
     assert kinds["frozen"] == compiled.local_bytes(frozen)

@@ -1,4 +1,4 @@
-"""The judge's process: what it answers, and whatever can befall it."""
+"""The judge's process: its logits, and every fault that can occur."""
 
 import json
 import os
@@ -28,9 +28,8 @@ PROGRAM = Path(__file__).with_name("faulty_sidecar.py")
 CHECKPOINT = files.read(GOLDEN / "pairrm_hf")
 TOLERANCE = 2e-5  # the reference's float32 and float64 differ by 3.2e-6
 HASTE = Patience(start=120, heartbeat_timeout=60, pause=0.01)
-SHORT = replace(
-    HASTE, heartbeat_timeout=2
-)  # for a process that is stopped for sure; others may wait for their turn
+# For a process that is certainly stopped; others may only be waiting for a core.
+SHORT = replace(HASTE, heartbeat_timeout=2)
 ODD = [
     "",
     "   ",
@@ -56,7 +55,7 @@ def judge() -> Iterator[SidecarJudge]:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Callable[..., SidecarJudge]]:
-    """Makes judges whose process the given faults befall; `told` of each are the lines that it said."""
+    """Return a maker of judges whose process has the given faults; `told` of each are the lines that it reported."""
     judges: list[SidecarJudge] = []
 
     def make(*plan: tuple[str, int], arguments: tuple[str, ...] = ("stand-in",), **options: Any) -> Any:
@@ -82,7 +81,7 @@ def golden(count: int = 5) -> tuple[list[str], list[list[str]]]:
 
 
 def expected(prompts: list[str] = PROMPTS, responses: list[list[str]] = RESPONSES) -> np.ndarray:
-    """What the stand-in answers."""
+    """Return the stand-in's logits."""
     return np.array(
         [
             [[0.0 if i == j else checksum(p, a, b) for j, b in enumerate(row)] for i, a in enumerate(row)]
@@ -93,7 +92,7 @@ def expected(prompts: list[str] = PROMPTS, responses: list[list[str]] = RESPONSE
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ends within half a minute, for it may still be importing (a zombie has ended)."""
+    """Return whether the process ends within half a minute, as it may still be importing (a zombie has ended)."""
     for _ in range(3000):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX":
@@ -116,7 +115,7 @@ def test_sidecar_gives_the_reference_logits(judge: SidecarJudge) -> None:
     assert logits.dtype == np.float32
     assert seen[-1] == (100, 100)
     assert seen == sorted(set(seen))
-    assert len(seen) >= 3  # as they come
+    assert len(seen) >= 3  # as they are computed
     assert judge.identity == CHECKPOINT.identity
     assert judge.cut == Counter()
 
@@ -138,9 +137,7 @@ def test_numbers_of_responses_at_the_edge(judge: SidecarJudge) -> None:
         judge.compare(["x", "y"], [["a", "b"], ["a"]])
 
 
-def test_real_sidecar_survives_what_befalls_it(
-    judge: SidecarJudge, faulty: Callable[..., SidecarJudge]
-) -> None:
+def test_real_sidecar_survives_faults(judge: SidecarJudge, faulty: Callable[..., SidecarJudge]) -> None:
     prompts, responses = golden(4)
     undisturbed = judge.compare(prompts, responses)
     arguments = ("real", "--path", str(CHECKPOINT.directory), "--threads", "1", "--batch-tokens", "3200")
@@ -149,7 +146,7 @@ def test_real_sidecar_survives_what_befalls_it(
     broken: Any = faulty(*plan, arguments=arguments, patience=patience)
     np.testing.assert_allclose(broken.compare(prompts, responses), undisturbed, rtol=0, atol=TOLERANCE)
     assert [line.split()[0] for line in broken.fired.read_text().splitlines()] == [kind for kind, _ in plan]
-    short = [line for line in broken.told if "out of memory" in line]  # which is no reason to start again
+    short = [line for line in broken.told if "out of memory" in line]  # the process is not restarted for it
     assert len(short) == 3
     assert all(
         re.fullmatch(r"PairRM: out of memory with a batch of \d+ pairs; going on with \d+", s) for s in short
@@ -184,7 +181,7 @@ def test_limits_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPat
         SidecarJudge(CHECKPOINT, limits=Limits(8, 8, 10))
 
 
-# A stand-in for it, which starts in a moment.
+# A stand-in for the sidecar, which starts quickly.
 
 FAULTS = {
     "kill": "ended by signal 9",
@@ -214,7 +211,7 @@ def test_process_is_started_again_and_asked_for_what_is_missing(
     assert re.search(FAULTS[kind], judge.told[0])
     assert len(judge.told) == 1
     assert judge.fired.read_text().startswith(kind)
-    # 16 of 36 scores were there: they are not asked for again.
+    # 16 of 36 scores had arrived: they are not requested again.
     assert judge._child.last_words() == "20 None"
     assert seen == sorted(set(seen))
     assert seen[-1] == 36
@@ -259,7 +256,7 @@ def test_poisonous_prompt_is_found_and_named(faulty: Callable[..., Any]) -> None
     assert told.endswith("run the same command again to resume")
     assert "\n" not in told
     assert len(judge.told) < 25
-    # Without it the same judge goes on.
+    # Without that prompt the same judge continues.
     assert np.array_equal(judge.compare(PROMPTS, RESPONSES), expected())
 
 
@@ -298,9 +295,8 @@ def test_writing_to_a_stopped_process_does_not_block(faulty: Callable[..., Any])
     judge = faulty(patience=SHORT)
     judge.compare(PROMPTS, RESPONSES)
     os.kill(judge._child.pid, signal.SIGSTOP)
-    judge._child.send(
-        protocol.encode({"id": 0, "prompts": [], "responses": [], "pad": "x" * 5000})
-    )  # not a whole pipe
+    # Less than the pipe holds.
+    judge._child.send(protocol.encode({"id": 0, "prompts": [], "responses": [], "pad": "x" * 5000}))
     judge._child._write()
     prompts = [f"{n} {'x' * 10_000}" for n in range(100)]  # a megabyte, and a pipe holds 64 KiB
     responses = [["a", "b"]] * 100
@@ -342,7 +338,7 @@ def test_interrupted_comparison_leaves_a_judge_that_works(faulty: Callable[..., 
     assert judge.told == []
 
 
-def test_closed_judge_says_so_and_leaves_nothing_behind(faulty: Callable[..., Any]) -> None:
+def test_closed_judge_raises_and_leaves_no_process_behind(faulty: Callable[..., Any]) -> None:
     judge = faulty()
     process = judge._child.pid
     os.kill(process, signal.SIGSTOP)  # it will not end by itself
@@ -361,4 +357,4 @@ def test_cut_texts_are_summed(faulty: Callable[..., Any]) -> None:
     judge = faulty(("kill", 4))
     judge.compare(PROMPTS, RESPONSES)
     judge.compare(PROMPTS, RESPONSES)
-    assert judge.cut == Counter(responses=2)  # the stand-in tells of one in each answer that it ends
+    assert judge.cut == Counter(responses=2)  # the stand-in reports one in each reply that it ends

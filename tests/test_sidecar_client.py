@@ -1,4 +1,4 @@
-"""The judge's process and its client, each in this process: batches, frames, and what the one makes of the other."""
+"""The scoring program and its client, each in this process: batches, frames, and the reaction to each frame."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import comparisons, process_judge, protocol, sidecar, torch_model
+from sppo_jax.pairrm import comparisons, launch, process_judge, protocol, sidecar, torch_model
 from sppo_jax.pairrm.child import Broken
 from sppo_jax.pairrm.format import Formatter, Limits
 from sppo_jax.pairrm.process_judge import Patience, SidecarJudge
@@ -134,11 +134,11 @@ def test_out_of_memory_halves_the_batches_from_then_on(formatter: Formatter, err
     assert max(sizes) > 120
     sizes.clear()
     assert len(list(sidecar.replies_to(message, formatter, scorer, budget))) > 2
-    assert max(sizes) <= 60  # remembered
+    assert max(sizes) <= 60  # the smaller budget is kept
     with pytest.raises(sidecar.Unscored, match=r"a pair of \d+ tokens does not fit") as caught:
         answered({"prompts": ["x " * 60], "responses": [["a", "b"]]}, formatter, scorer)
     assert caught.value.cells == [(0, 0, 1)]
-    with pytest.raises(RuntimeError, match="another"):  # and no other error is taken for it
+    with pytest.raises(RuntimeError, match="another"):  # no other error counts as lack of memory
         answered(message, formatter, lambda batch: (_ for _ in ()).throw(RuntimeError("another")))
 
 
@@ -148,7 +148,7 @@ def test_frames_refuse_what_is_no_frame() -> None:
     assert protocol.read_frame(io.BytesIO(b"")) is None
     received = bytearray()
     taken = []
-    for byte in frame * 2:  # as a pipe may deliver them
+    for byte in frame * 2:  # as a pipe may deliver it
         received.append(byte)
         taken.append(protocol.take_frame(received))
     assert [message for message in taken if message] == [{"id": 1, "text": "\ud800 é"}] * 2
@@ -213,11 +213,11 @@ def test_memory_goes_back_when_it_was_short_and_after_each_request(
     budget = sidecar.Budget(4096, sidecar.memory_freer("cuda"), events.append)
     sidecar.serve(Replies(), Model(), formatter, budget)  # type: ignore[arg-type]
     short = "out of memory with a batch of 6 pairs; going on with 3"
-    # Two orders of a pair share a batch, so of three pairs there is one for two.
+    # The two orders of a pair share a batch, so one batch of the three pairs has two.
     assert events == ["given back", short, 2, 2, 2, 0, "given back", "an error", "given back"]
 
 
-# The client, and what a process might say.
+# The client, and the frames that a process might send.
 
 READY = {"ready": True, "device": "stage"}
 ANSWER = {"cells": [[0, 0, 1], [0, 1, 0]], "logits": [1.5, -2.5]}
@@ -225,8 +225,11 @@ ANSWER = {"cells": [[0, 0, 1], [0, 1, 0]], "logits": [1.5, -2.5]}
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Makes a judge whose processes say these frames or are Broken, one list for each process. Of it, `sent` are the
-    requests, `told` what it said, `pauses` the seconds before restarts, `started` (command, environment) of processes."""
+    """Return a maker of judges whose processes send these frames or are Broken, one list for each process.
+
+    Of each judge, `sent` are the requests, `told` the lines that it reported, `pauses` the seconds before restarts, and
+    `started` the (command, environment) of its processes.
+    """
 
     def make(*lives: list[dict[str, Any] | Broken], **options: Any) -> Any:
         script, sent, told, pauses, started = iter(lives), [], [], [], []  # type: ignore[var-annotated]
@@ -312,7 +315,7 @@ def test_batches_shrink_from_what_the_program_said(played: Callable[..., Any]) -
         assert "no frame that it is ready" in judge.told[0]
 
 
-def test_what_the_program_tells_goes_to_whoever_listens_now(played: Callable[..., Any]) -> None:
+def test_lines_of_the_program_go_to_the_current_listener(played: Callable[..., Any]) -> None:
     life = [{"told": "loading"}, READY, {"told": "less\nmemory"}, Broken("ended")]
     judge = played(life, [READY, ANSWER, {"end": True}], name="judge")
     heard: list[str] = []
@@ -335,7 +338,7 @@ def test_telling_without_a_score_is_a_stall(played: Callable[..., Any]) -> None:
 def test_process_gets_the_processors_that_there_are(
     played: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_judge, "_available_cpus", lambda: 3)
+    monkeypatch.setattr(launch, "available_cpus", lambda: 3)
     ((command, environment),) = played(dtype="bfloat16").started
     assert command[command.index("--threads") + 1] == "3"
     assert command[command.index("--dtype") + 1] == "bfloat16"
@@ -347,9 +350,9 @@ def test_process_gets_the_processors_that_there_are(
 def test_a_containers_share_of_processors_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_judge, "_CGROUP", tmp_path)
+    monkeypatch.setattr(launch, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert process_judge._available_cpus() == 8
+    assert launch.available_cpus() == 8
     for text, cpus in [
         ("max 100000", 8),
         ("200000 100000", 2),
@@ -358,13 +361,13 @@ def test_a_containers_share_of_processors_is_respected(
         ("", 8),
     ]:
         (tmp_path / "cpu.max").write_text(f"{text}\n")
-        assert process_judge._available_cpus() == cpus, text
+        assert launch.available_cpus() == cpus, text
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cpus in [("-1", 8), ("150000", 2), ("1600000", 8)]:
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert process_judge._available_cpus() == cpus, quota
+        assert launch.available_cpus() == cpus, quota
 
 
 def test_request_counts_the_cells_that_it_may_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_process_dies_with_its_parent_in_the_middle_of_a_batch(
     command = [sys.executable, "-c", ORPHAN, thread, str(CHECKPOINT.directory)]
     if program == "stand-in":
         command += [str(PROGRAM), str(plan), "stand-in"]
-        # Two reasons to end: the kernel's notice, which only a main thread can order, and signs of life that nobody reads.
+        # Two reasons to end: the kernel's signal, which only a main thread can request, and a heartbeat without a reader.
         command += ["60"] if thread == "main" else []
     root = Path(__file__).parents[1]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)

@@ -1,4 +1,4 @@
-"""Rows from every kind of source, and one line for each way in which there are none."""
+"""Rows from every kind of source, and one line for each kind of failure."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def refused(name, split="train", column="prompt"):
 
 
 class WithoutTensorFlow:
-    """A finder of modules on a machine that has none of TensorFlow's."""
+    """A module finder that behaves as on a machine without TensorFlow."""
 
     def __init__(self, finder):
         self.finder = finder
@@ -57,7 +57,7 @@ class WithoutTensorFlow:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A directory of ArrayRecord files that tfds itself wrote, TensorFlow being out of reach."""
+    """Return a directory of ArrayRecord files that tfds itself wrote without TensorFlow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "meta_path", [*map(WithoutTensorFlow, sys.meta_path)])
         import tensorflow_datasets as tfds
@@ -120,7 +120,7 @@ def test_a_name_is_found_where_tfds_keeps_its_datasets(prepared, without_tensorf
     assert len(read("tfds:questions:1.0.0", "test_1")) == 3
 
 
-def test_what_tfds_cannot_give_is_told(prepared, without_tensorflow, tmp_path):
+def test_what_tfds_cannot_give_is_reported(prepared, without_tensorflow, tmp_path):
     assert "no column 'text'; there are" in refused(f"tfds:{prepared}", "train_1", "text")
     assert "split 'nope' cannot be read; there are train_1, test_1, test_2" in refused(
         f"tfds:{prepared}", "nope"
@@ -155,7 +155,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A dataset as the hub lays it out, with a split per iteration."""
+    """Return a dataset in the hub's layout, with a split per iteration."""
     root = tmp_path / "local"
     splits = {"train_1": prompts_of(5), "train_2": prompts_of(4, 5), "test_1": prompts_of(2, 9), "test_2": prompts_of(1, 11)}  # fmt: skip
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
@@ -173,7 +173,7 @@ def test_a_local_directory_of_data_files_is_a_dataset(directory):
     assert read(f"hf:{directory}", "test_1+test_2", "n") == [9, 10, 11]
 
 
-def test_what_the_datasets_library_cannot_give_is_told(directory, tmp_path):
+def test_what_the_datasets_library_cannot_give_is_reported(directory, tmp_path):
     splits = "there are train_1, train_2, test_1, test_2"
     assert f"split 'train' cannot be read; {splits}" in refused(f"hf:{directory}")
     assert f"split 'train_1[::2]' cannot be read; {splits}" in refused(f"hf:{directory}", "train_1[::2]")
@@ -188,7 +188,7 @@ def test_what_the_datasets_library_cannot_give_is_told(directory, tmp_path):
         "json",
         "a/b/c",
         str(tmp_path / "nowhere"),
-    ):  # json: the library would read every file below here
+    ):  # "json": the library would read every file below here
         assert "OWNER/NAME" in refused(f"hf:{name}")
 
 
@@ -222,12 +222,12 @@ def probe(hub, home, names, *configs, **more):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What processes of their own got from a hub on this machine, and then without it."""
+    """Return the rows that new processes got from a hub on this machine, and then without it."""
     home = tmp_path_factory.mktemp("hf")
     with dataset_hub.serving() as hub:
         hub.add("some/thing", train_1=prompts_of(5), test_1=prompts_of(3))
         for t in (1, 2, 3):
-            rows = [*prompts_of(3, 10 * t), *prompts_of(1, 100 * t)]  # the last of them is held out
+            rows = [*prompts_of(3, 10 * t), *prompts_of(1, 100 * t)]  # the last row is held out
             hub.add(f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{t}", train=rows)
         splits = {f"train_iteration_{t}": prompts_of(2, 10 * t) for t in (1, 2, 3)}
         splits |= {f"test_iteration_{t}": prompts_of(2, 100 * t) for t in (1, 2, 3)}
@@ -334,7 +334,7 @@ def test_bytes_in_parquet_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_files_that_give_no_rows_are_told(tmp_path, kind):
+def test_files_that_give_no_rows_are_reported(tmp_path, kind):
     path = tmp_path / "rows"
     assert "no such file" in refused(f"{kind}:{path}")
     if kind == "jsonl":
@@ -349,7 +349,7 @@ def test_files_that_give_no_rows_are_told(tmp_path, kind):
     assert "leave out the split 'train_1'" in refused(f"{kind}:{path}", "train_1")
 
 
-def test_a_damaged_parquet_file_is_told(tmp_path):
+def test_a_damaged_parquet_file_is_reported(tmp_path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist(prompts_of(2000)), path)
     whole = path.read_bytes()
@@ -367,7 +367,7 @@ def test_rows_of_a_jsonl_file_may_differ(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
-def test_unknown_kinds_of_source_are_told(name):
+def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
 
 

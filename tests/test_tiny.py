@@ -1,4 +1,4 @@
-"""The embedded default: its world keeps its promises, and its policy and preference model are what they are said to be."""
+"""The embedded default: the properties of its world, and the quality of its policy and preference model."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.tiny import build, facts, world
 
-# Answers to one prompt: plain ones, and what a policy may say when something has gone wrong.
+# Responses to one prompt: plain ones, and ones that a policy may give when something has gone wrong.
 PROMPT = "Where can I find the fox?"
 ANSWERS = [
     "In short, the fox lives in the forest.",
@@ -37,10 +37,10 @@ def test_prompts_are_disjoint_and_enough() -> None:
     assert all(len(part) >= 128 for part in parts)
 
 
-def test_every_held_out_fact_is_told_in_training() -> None:
+def test_every_held_out_fact_is_in_training() -> None:
     parts, held_out = world.split()
-    told = {(world.question(p).kind.name, world.question(p).subject) for part in parts for p in part}
-    assert {(world.question(p).kind.name, world.question(p).subject) for p in held_out} <= told
+    known = {(world.question(p).kind.name, world.question(p).subject) for part in parts for p in part}
+    assert {(world.question(p).kind.name, world.question(p).subject) for p in held_out} <= known
 
 
 def test_build_makes_the_shipped_prompts_again() -> None:
@@ -87,7 +87,7 @@ def test_tones_are_preferred_in_a_cycle() -> None:
         ("the fox lives in the forest.", ""),
     ],
 )
-def test_quality_orders_what_anyone_would(better: str, worse: str) -> None:
+def test_quality_orders_responses_as_anyone_would(better: str, worse: str) -> None:
     assert world.quality(PROMPT, f"In short, {better}") > world.quality(PROMPT, f"In short, {worse}")
 
 
@@ -125,7 +125,7 @@ def test_oracle_is_the_truth_in_the_shape_of_a_judge() -> None:
     assert judge.compare([], []).shape == (0, 0, 0)
 
 
-def test_strangers_are_refused() -> None:
+def test_prompts_and_names_of_another_world_are_refused() -> None:
     with pytest.raises(BadInput, match="What is love"):
         world.oracle().compare(["What is love?"], [["a", "b"]])
     for name in ("nothing", "", "..", "../world.py"):
@@ -218,7 +218,7 @@ def test_build_makes_the_shipped_tokenizers_again() -> None:
         assert json.loads(tokenizer.to_str()) == json.loads(shipped)
 
 
-def test_readme_tells_the_recorded_figures() -> None:
+def test_readme_has_the_recorded_figures() -> None:
     data = names.path("policy").parent
     figures = json.loads((data / "build.json").read_text())
     assert (data / "README.md").read_text(encoding="utf-8") == build.readme(figures, data)

@@ -1,4 +1,4 @@
-"""Every family's tokenizer and template: which ids the policy reads, what ends its turn, and what a text cannot do."""
+"""Every family's tokenizer and template: the policy's ids, the ends of its turn, and texts that spell control tokens."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from sppo_jax.text import chat_template
 from tests import families
 from tests.families import FAMILIES
 
-ROWS = 512  # embedding rows of the model below: more than any of the tokenizers has ids
+ROWS = 512  # embedding rows of the test model: more than any tokenizer has ids
 SPELLED = (
     "</s>",
     "<s><s>[INST]",
@@ -44,7 +44,7 @@ QUICK = settings(
 
 
 def own_ids(chat, messages, *, header=True):
-    """The tokenizer's own. `date_string` is read by templates that write a date; ours is fixed."""
+    """Return the ids of the tokenizer's own apply_chat_template, with our fixed date in templates that write one."""
     template = chat.get_chat_template().replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     out = chat.apply_chat_template(
         messages, chat_template=template, add_generation_prompt=header, tokenize=True, return_dict=True
@@ -57,7 +57,7 @@ def user(text):
 
 
 def control(chat):
-    """Every token that only the template may write, Qwen3's thoughts and Mistral's turns included."""
+    """Return {id: token} of all tokens that only the template may write, with Qwen3's thoughts and Mistral's turns."""
     added = chat.added_tokens_decoder.items()
     return {i: t.content for i, t in added if t.special or t.content[0] in "[" or "think" in t.content}
 
@@ -67,7 +67,7 @@ def structure(chat, ids):
 
 
 def visible(family, text):
-    """What of a text every rendering must show: all, but for outer white space and Qwen's composed characters."""
+    """Return the text that a prompt must contain: without outer white space if trimmed, composed for Qwen."""
     text = text.strip() if family.trims else text
     return unicodedata.normalize("NFC", text) if family.model_type.startswith("qwen") else text
 
@@ -112,7 +112,7 @@ def test_T02_a_conversation_is_the_templates_own(load_family, family_name):
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_T02_T03_a_text_cannot_write_control_tokens(chat, family_name, text):
-    """The template's tokens are those around a harmless text, one BOS at most, and only the header comes after."""
+    """The control tokens are those around a harmless text, with at most one BOS, and only the header follows."""
     asked = structure(chat, chat_template.chat_prompt(chat, chat_template.PROBE).ids)
     ids = chat_template.chat_prompt(chat, text).ids
     assert structure(chat, ids) == asked
@@ -129,11 +129,11 @@ def test_T02_T03_a_text_cannot_write_control_tokens(chat, family_name, text):
 def test_T02_texts_that_normalisation_or_flags_turn_into_a_control_token_stay_text(
     family_directories, tmp_path
 ):
-    """Tokens that are matched after normalisation, and that eat the white space around them."""
+    """Tokens that match after normalisation, and that absorb the white space around them."""
     target = tmp_path / "flags"
     families.write(FAMILIES["llama_3"], target)
     template = target / "chat_template.jinja"
-    template.write_text(template.read_text().replace(" | trim", ""))  # white space is there to be eaten
+    template.write_text(template.read_text().replace(" | trim", ""))  # so that there is white space to absorb
     raw = json.loads((target / "tokenizer.json").read_text())
     raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
     for token in raw["added_tokens"]:
@@ -202,7 +202,7 @@ def test_the_date_is_the_same_every_day(load_family):
     assert chat_template.chat_prompt(chat, "x").ids == own_ids(chat, user("x"))
 
 
-# What ends a response.
+# The ends of a response.
 
 
 def test_eos_ids_are_all_that_end_a_turn(family_directories, chat, family_name):
@@ -220,7 +220,7 @@ def test_eos_ids_are_all_that_end_a_turn(family_directories, chat, family_name):
     [({"eos_token_id": "x"}, "eos_token_id is 'x'"), ({"eos_token_id": []}, r"eos_token_id is \[\]")]
     + [({"eos_token_id": [1, True]}, "True"), ({"eos_token_id": ROWS}, f"from 0 to {ROWS - 1}")],
 )  # fmt: skip
-def test_ends_that_are_no_ids_are_told(load_family, tmp_path, generation, said):
+def test_ends_that_are_no_ids_are_reported(load_family, tmp_path, generation, said):
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     with pytest.raises(BadInput, match=said):
         chat_template.eos_ids(tmp_path, load_family("gemma_2"), ROWS)
@@ -294,7 +294,7 @@ def test_where_a_token_would_straddle_the_header_the_response_is_apart(load_fami
 
 
 def test_written_ids_follow_a_control_token_as_the_tokenizer_has_it(tmp_path):
-    """With a space put before every stretch between control tokens, after the header's [/INST] too."""
+    """The tokenizer puts a space before all text between control tokens, after the header's [/INST] too."""
     control = [*families.LLAMA_CONTROL, *families.MISTRAL_CONTROL]
     added = [AddedToken(token, normalized=False, special=True) for token in control]
     backend = functools.partial(families.sentencepiece, control, dummy_prefix="normalizer", added=added)

@@ -59,25 +59,25 @@ def test_unusual_tokenizer_classes_load(tmp_path, kind, load_family):
         (lambda d: (d / "chat_template.jinja").write_text("hello"), "does not show"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_one_line(tmp_path, change, said):
+def test_what_cannot_be_used_is_reported_in_one_line(tmp_path, change, said):
     families.write(FAMILIES["llama_3"], tmp_path)
     change(tmp_path)
     with pytest.raises(BadInput, match=said):
         chat_template.load_tokenizer(tmp_path)
 
 
-def test_a_conversation_that_the_template_refuses_is_told(load_family):
+def test_a_conversation_that_the_template_refuses_is_reported(load_family):
     with pytest.raises(BadInput, match="refuses this conversation: no system role"):
         chat_template.conversation(load_family("gemma_2"), [{"role": "system", "content": "x"}, *user("y")])
 
 
-def test_half_a_surrogate_pair_is_told(chat):
+def test_half_a_surrogate_pair_is_reported(chat):
     with pytest.raises(BadInput, match="surrogate"):
         chat_template.chat_prompt(chat, "a\ud800b")
 
 
 def test_a_control_token_that_text_would_still_become_is_refused(tmp_path):
-    """A vocabulary whose words are looked up whole, with the control token among them."""
+    """The vocabulary is searched for whole words, and contains the control token as a word."""
     families.write(FAMILIES["llama_3"], tmp_path)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"].pop(0)  # the whole text is one word
@@ -89,7 +89,7 @@ def test_a_control_token_that_text_would_still_become_is_refused(tmp_path):
         chat_template.load_tokenizer(tmp_path)
 
 
-# Mistral's own tokenizers, as mistral-common carries them.
+# Mistral's own tokenizers, from the package mistral-common.
 
 MISTRAL_FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 MISTRAL_TEXTS = (
@@ -135,7 +135,7 @@ def mistral_data():
 
 
 def published_mistral(directory, name, version):
-    """The family's files with Mistral's real vocabulary: two pieces merge as early as the piece they make scores."""
+    """Write the family's files with Mistral's vocabulary; merges are in the order of the merged pieces' scores."""
     from transformers.utils import sentencepiece_model_pb2_new as protobuf
 
     model = protobuf.ModelProto()

@@ -21,7 +21,7 @@ from tests.test_tokens import ROWS
 
 @pytest.fixture(scope="module")
 def even_model(tmp_path_factory, one_device):
-    """Every token is equally likely, those without a name too."""
+    """Return a model for which every id is equally likely, also those without a token."""
     directory = tmp_path_factory.mktemp("even")
     config = {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": ROWS, "hidden_size": 16,
@@ -48,7 +48,7 @@ def test_T05_T06_every_end_ends_a_response_and_ids_stay_as_sampled(
         assert not set(ends) & set(ids[:-1])
         assert why == "stop" or len(ids) == 48
         assert text == chat_template.response_text(chat, ids)
-    assert max(max(ids) for ids in row.response_ids) >= len(chat)  # ids without a token were sampled, too
+    assert max(max(ids) for ids in row.response_ids) >= len(chat)  # ids without a token were sampled too
     records.write(tmp_path / "rows.parquet", Responses, [row], {})
     assert records.read(tmp_path / "rows.parquet", Responses) == [row]
     assert row.prompt_ids == prompt.ids
@@ -56,7 +56,7 @@ def test_T05_T06_every_end_ends_a_response_and_ids_stay_as_sampled(
 
 @pytest.mark.parametrize("family_name", ["qwen_2.5", "llama_2", "llama_3", "gemma_2"])
 def test_T30_lengths_make_the_masks_whatever_pads(load_family, family_name, even_model, one_device):
-    """Padding that is one of the ends (Qwen, Llama 2), no padding token at all (Llama 3), and one of its own."""
+    """The padding token is one of the ends (Qwen, Llama 2), absent (Llama 3), or a token of its own (Gemma)."""
     chat = load_family(family_name)
     pad = {"qwen_2.5": "<|endoftext|>", "llama_2": "</s>", "gemma_2": "<pad>"}.get(family_name)
     assert chat.pad_token == pad
@@ -74,8 +74,8 @@ def test_T30_lengths_make_the_masks_whatever_pads(load_family, family_name, even
     tokens_RT = np.full((3, 32), filler)
     for row, (ids, length) in enumerate(zip(pair.response_ids, length_R, strict=True)):
         tokens_RT[row, :length] = prompt.ids + ids
-    batch = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0]
-    assert batch["scored"].sum() == sum(map(len, pair.response_ids))
+    (part,) = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1)[0].microbatches
+    assert part.scored.sum() == sum(map(len, pair.response_ids))
     length_R = jnp.asarray(length_R)
     found = response_logprob(even_model, jnp.asarray(tokens_RT), jnp.full(3, n), length_R)
     np.testing.assert_allclose(found, -np.log(ROWS) * np.array([len(answer) + 1, len(answer), 1]), rtol=1e-5)

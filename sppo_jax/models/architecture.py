@@ -37,9 +37,8 @@ class Architecture:
     norm_eps: float
     rope: Rope
     max_positions: int
-    window: (
-        int | None
-    )  # keys that a query of a windowed layer sees, itself included; None: no layer has a window
+    # Keys that a query of a windowed layer sees, itself included; None: no layer has a window.
+    window: int | None
     tied: bool  # whether the head is the embedding's transpose
     windowed: tuple[bool, ...] = ()  # whether each layer has the window; (): all have it
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"

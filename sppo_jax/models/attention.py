@@ -62,9 +62,8 @@ def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
     if name != "cudnn":
         return None
     capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
-    major = (
-        int(capability.split(".")[0]) if capability[:1].isdigit() else 0
-    )  # AMD's capabilities begin with gfx
+    # AMD's capabilities begin with gfx.
+    major = int(capability.split(".")[0]) if capability[:1].isdigit() else 0
     widest = 256 if major >= 9 else 128
     if major < 8:
         return "needs an NVIDIA GPU of compute capability 8 or later"

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,8 +27,7 @@ Progress = Callable[[int, int], None]
 Batch = tuple[int, list[comparisons.Comparison]]
 
 DTYPES = ("auto", "float32", "bfloat16")
-AUTO = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
-# Tokens of a row after padding. A CPU compiles in a second and pays for each token; accelerators are the other way round.
+# Tokens of a row after padding. A CPU compiles in a second and pays for every token; an accelerator the other way round.
 BUCKETS = {"cpu": (*range(64, 1024, 64), *range(1024, 2049, 128))}
 _BUCKETS = (128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 _STEP = 512  # between buckets beyond the last
@@ -154,10 +152,9 @@ class JaxJudge:
         if self._mesh is None:
             self._mesh = sharding.make_mesh()
         if self._weights is None:
-            platform = sharding.platform(self._mesh)
-            dtype = AUTO[platform] if self._dtype == "auto" else self._dtype
+            dtype = sharding.compute_dtype(self._dtype, self._mesh)
             network, self._weights = nnx.split(
-                jax_model.load(self._checkpoint, self._mesh, jnp.dtype(dtype), self._form)
+                jax_model.load(self._checkpoint, self._mesh, dtype, self._form)
             )
             self._forward = self._forward or forward(network, self._mesh)
         return self._mesh

@@ -5,22 +5,18 @@ it is ended, started again after a pause, and asked for the missing scores; scor
 do not help, the judge fails with one line that gives the reason and names the prompts.
 """
 
-import contextlib
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput
-from sppo_jax.pairrm import comparisons, files, protocol
+from sppo_jax.pairrm import comparisons, files, launch, protocol
 from sppo_jax.pairrm.child import Broken, Child
 from sppo_jax.pairrm.format import Limits
 
@@ -35,7 +31,6 @@ _SHRINK = 8
 # next one is limited to half of its tokens, then to half of that.
 _UNKNOWN_TOKENS = 4096
 _FEWEST_TOKENS = 256
-_CGROUP = Path("/sys/fs/cgroup")
 _SHOWN = 80  # characters of a prompt in an error
 
 
@@ -85,9 +80,9 @@ class SidecarJudge:
         self.cut: Counter[str] = Counter()  # "prompts", "responses" that were read only in part
         self.tell = tell
         self._checkpoint, self._name, self._patience = checkpoint, name, patience
-        threads = threads or _available_cpus()
-        self._command = list(command or _sidecar(checkpoint, threads, limits, dtype))
-        self._environment = _environment(threads)
+        threads = threads or launch.available_cpus()
+        self._command = list(command or launch.sidecar_command(checkpoint, threads, limits, dtype))
+        self._environment = launch.environment(threads)
         self._closed = self._ready = False
         self._child: Child | None = None
         self._last_id = 0
@@ -353,43 +348,6 @@ def _request(
             break
         indices.append(i)
     return indices
-
-
-def _sidecar(checkpoint: files.Checkpoint, threads: int, limits: Limits, dtype: str) -> list[str]:
-    command = [sys.executable, "-P", "-m", "sppo_jax.pairrm.sidecar"]
-    command += ["--path", str(checkpoint.directory.resolve()), "--threads", str(threads), "--dtype", dtype]
-    command += ["--source", str(limits.source), "--candidate", str(limits.candidate)]
-    command += ["--total", str(limits.total)]
-    if checkpoint.backbone is not None:
-        command += ["--backbone", str(checkpoint.backbone.resolve())]
-    return command
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return our environment without the variables that configure accelerators; CUDA_VISIBLE_DEVICES stays.
-
-    PYTHONPATH begins with the folder of this package, so that a source checkout works too.
-    """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "XLA_", "LIBTPU_", "JAX_"))}
-    root = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-    env["JAX_PLATFORMS"] = "cpu"
-    env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
-    env["TOKENIZERS_PARALLELISM"] = "false"
-    # Waiting threads should give up their core soon: where another process needs it, long spinning is ten times slower.
-    env.setdefault("GOMP_SPINCOUNT", "1000")
-    return env
-
-
-def _available_cpus() -> int:
-    """Return the number of CPUs that this process may use: its affinity, or a container's quota if that is less."""
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for parts in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
-        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
-            quota, period = map(int, " ".join((_CGROUP / file).read_text() for file in parts).split())
-            if quota > 0:
-                ours = min(ours, -(-quota // period))
-    return ours
 
 
 def _named(prompts: Sequence[str]) -> str:

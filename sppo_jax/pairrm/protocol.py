@@ -36,9 +36,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-MAX_FRAME = (
-    64 * 2**20
-)  # bytes; a greater length means a stream out of step, or a request that should be split
+# Bytes. A greater length means a stream out of step, or a request that should be split.
+MAX_FRAME = 64 * 2**20
 # Environment variable: the process id of the client, with which the program should end.
 PARENT = "SPPO_JAX_SIDECAR_PARENT"
 BEAT_SECONDS = 1.0

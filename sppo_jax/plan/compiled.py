@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sppo_jax import command, fit, sharding
+from sppo_jax import command, sharding
 from sppo_jax.config import Config
 from sppo_jax.models import Architecture, Transformer, attention, hf, lora
 from sppo_jax.pairrm import deberta_attention, jax_model, mesh_judge
 from sppo_jax.plan.hlo import Cost, Module
 from sppo_jax.sampler import engine
 from sppo_jax.sampler.programs import PAGE, Programs, bucket, sampling_mesh
-from sppo_jax.training.batches import Layout
+from sppo_jax.training.microbatch import Microbatch
+from sppo_jax.training.packing import Layout
+from sppo_jax.training.update import TrainState, make_programs, split
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: 
     Raises DoesNotFit where a program has no room.
     """
     model = abstract_model(config, a, mesh, dtype)
-    programs = fit.make_programs(
+    programs = make_programs(
         model.architecture, jnp.dtype(dtype), mesh, config.fit, 100, config.model.attention
     )
-    _, params, frozen = fit.split(model)
+    _, params, frozen = split(model)
     responses = 2 if config.pairs.select == "best_worst" else config.sampling.responses
-    batch = microbatch(mesh, at, responses)
-    state = fit.TrainState(
+    batch = Microbatch.abstract(mesh, at, responses)
+    state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=programs.shardings.step),
         params,
         jax.tree.map(_struct, jax.eval_shape(programs.init_optimizer, params), programs.shardings.opt_state),
@@ -147,29 +149,6 @@ def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: 
     kinds = {kind: float(size) for kind, size in held.items() if size}
     kinds["temporaries"] = peak - sum(held.values())
     return CompiledUpdate(forward, backward, accumulate, update, kinds, saved["saved activations"])
-
-
-def microbatch(mesh: Mesh, at: Layout, responses: int) -> dict[str, Any]:
-    """Shapes of what `fit.place` gives."""
-    rows, whole = sharding.named("BT", mesh), sharding.replicated(mesh)
-    tokens, group, pair = (at.rows, at.width), (at.prompts,), (at.prompts, responses)
-
-    def like(shape: tuple[int, ...], dtype: Any, where: Any = whole) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    return {
-        "tokens": like(tokens, jnp.int32, rows),
-        "segment": like(tokens, jnp.int32, rows),
-        "scored": like(tokens, jnp.bool_, rows),
-        "place": like(pair, jnp.int32),
-        "segments": like((at.segments,), jnp.int32),
-        "ref_logprob": like(pair, jnp.float32),
-        "win_rate": like(pair, jnp.float32),
-        "baseline": like(group, jnp.float32),
-        "probability": like(group, jnp.float32),
-        "real": like(group, jnp.bool_),
-        "share": like((), jnp.float32),
-    }
 
 
 def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, limit: int) -> Programs:

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -20,7 +19,7 @@ from sppo_jax.plan.chips import Chip
 from sppo_jax.plan.cost import GIB
 from sppo_jax.plan.workload import Lengths, Workload
 from sppo_jax.training import memory
-from sppo_jax.training.batches import Layout
+from sppo_jax.training.packing import Layout
 
 # config.json of published models, which can be planned without access to their repositories.
 PUBLISHED = Path(__file__).parent / "published"
@@ -47,8 +46,7 @@ class Target:
     @property
     def dtype(self) -> Any:
         """Compute dtype of the policy, as a run on these chips chooses it."""
-        name = self.config.model.compute_dtype
-        return jnp.dtype(jnp.bfloat16 if name == "auto" else name)
+        return sharding.compute_dtype(self.config.model.compute_dtype, self.mesh)
 
     @cached_property
     def kernel(self) -> str:
@@ -59,16 +57,13 @@ class Target:
     @property
     def update(self) -> memory.Update:
         """The formula of an update's memory."""
-        c = self.config.fit
         longest = max(map(max, self.work.lengths_GR))
-        return memory.Update(self.architecture, self.mesh, self.dtype.itemsize, self.kernel, c.remat, longest)
+        return memory.Update.of(self.config, self.architecture, self.mesh, longest)
 
     @cached_property
     def layout(self) -> Layout:
-        """Layout of the updates that a run would have there: cuDNN takes one sequence a row."""
-        most = self.update.most_tokens(self.limit)
-        shards = sharding.batch_shards(self.mesh)
-        return workload.layout(self.config, self.work, shards, most, self.kernel != "cudnn")
+        """Layout of the updates that a run would have there."""
+        return workload.layout(self.config, self.work, self.update.packing(self.limit))
 
     @property
     def limit(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sppo_jax.config import Config, Judge
 from sppo_jax.pairrm.format import Limits
-from sppo_jax.training import batches
+from sppo_jax.training.packing import Layout, Packing, arranged
 
 # Standard deviation of the lengths' logarithm; that of recorded lengths lies between .6 and 1.
 SPREAD = 0.8
@@ -91,11 +91,9 @@ def _read(judge: Judge, prompt_G: np.ndarray, response_GR: np.ndarray) -> int:
     return round(float((prompt_G + 2 * np.minimum(response_GR + FRAME, room_G[:, None]).mean(axis=1)).mean()))
 
 
-def layout(
-    config: Config, work: Workload, shards: int, most_tokens: int, pack: bool = True
-) -> batches.Layout:
+def layout(config: Config, work: Workload, packing: Packing) -> Layout:
     """Layout of the updates, by the packing that training does."""
     size = config.fit.global_batch
     indices = range(len(work.lengths_GR) // size * size or len(work.lengths_GR))
     order = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
-    return batches.arranged(order, work.lengths_GR, shards=shards, most_tokens=most_tokens, pack=pack)[1]
+    return arranged(order, work.lengths_GR, packing)[1]

@@ -12,10 +12,8 @@ from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import read_json
 from sppo_jax.records import Prompt
 
-PROBE, ANSWER = (
-    "Is this shown?",
-    "It is shown.",
-)  # a user's message, which every template must render, and a response
+# A user's message, which every template must render, and a response, which most templates render.
+PROBE, ANSWER = "Is this shown?", "It is shown."
 SHOWN = 300  # characters of a library's message
 # Llama 3.2's template writes today's date, but a run that resumes tomorrow must see the same ids. For a template that
 # calls strftime_now, it is always the day that Llama's templates fall back to. The tag removes its own line's end.

@@ -33,9 +33,8 @@ RIGHT = 1.2
 CLOSING = 0.8
 INSULT = -1.6
 HEDGE = -0.6
-RAMBLE = (
-    -0.8
-)  # for each sentence that is empty of content, a repetition or not understood; at most three count
+# For each sentence that has no content, is a repetition or is not understood; at most three count.
+RAMBLE = -0.8
 UNKNOWN = -0.4  # for each word that is not in this world's vocabulary; at most four count
 CYCLE = 0.8  # strength c of the cycle of tones
 
@@ -310,9 +309,9 @@ class Oracle:
 
     def __init__(self) -> None:
         weights = (RIGHT, CLOSING, INSULT, HEDGE, RAMBLE, UNKNOWN, CYCLE)
-        said = (facts.TONES, facts.HEDGES, facts.EVASIONS, *sorted(map(sorted, _phrases().values())))
+        phrases = (facts.TONES, facts.HEDGES, facts.EVASIONS, *sorted(map(sorted, _phrases().values())))
         known = sorted((q.text, q.kind.truth[q.subject]) for q in questions().values())
-        digest = hashlib.sha256(repr((weights, said, known)).encode()).hexdigest()
+        digest = hashlib.sha256(repr((weights, phrases, known)).encode()).hexdigest()
         self.identity = f"tiny-world:{digest}"
 
     def compare(

@@ -10,7 +10,7 @@ from sppo_jax.errors import BadInput
 
 
 def begun(directory: Path) -> bool:
-    """Is there a complete checkpoint to resume from?"""
+    """Is there a complete checkpoint in `directory` to resume from?"""
     if not directory.is_dir():
         return False
     with Checkpoints(directory, read_only=True) as checkpoints:
@@ -25,7 +25,7 @@ class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
     def __init__(self, directory: Path, *, read_only: bool = False):
-        """`read_only`: for a look at what may be another process's; nothing is made, tidied up or deleted."""
+        """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it."""
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)  # its own read_only logs three warnings
         else:
@@ -35,19 +35,22 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint; None where there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Begin to write; a failure of the write before surfaces here."""
+        """Begin to write `state` in the background. Raises the error of the write before, if it failed."""
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of `step` in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        """Read the state of `step` in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
+
+        Raises BadInput where it is damaged, or has other shapes.
+        """
         return self._restore(step, ocp.args.StandardRestore(_abstract(like)))
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters alone of the TrainState of `step`, as `restore`; the optimiser's state is not read."""
+        """Read the parameters of the TrainState of `step`, as `restore` does, without the optimiser's state."""
         item = {"params": _abstract(like)}
         as_asked = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=as_asked, partial_restore=True)
@@ -63,13 +66,13 @@ class Checkpoints:
             ) from None
 
     def keep_only(self, step: int) -> None:
-        """Delete every other checkpoint: nobody resumes a finished iteration from its middle."""
+        """Delete the other checkpoints: a finished iteration is not resumed from its middle."""
         for other in self._manager.all_steps():
             if other != step:
                 self._manager.delete(other)
 
     def wait(self) -> None:
-        """Until what was saved is whole on disk."""
+        """Wait until all saved states are whole on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Bytes of a device's memory that the update needs, by formula: for the size of a microbatch, and for plans without a compiler."""
+"""Memory that an update needs of a device, by formula: it sizes microbatches, and serves plans without a compiler."""
 
 import math
 from collections.abc import Sequence
@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from sppo_jax import sharding
-from sppo_jax.models import Architecture, hf, lora
+from sppo_jax.config import Config
+from sppo_jax.models import Architecture, attention, hf, lora
 from sppo_jax.models.hf import Tensor
 from sppo_jax.models.logprob import LOGITS, chunk_size
 from sppo_jax.models.transformer import Remat
+from sppo_jax.training.packing import Packing
 
 FILLED = 0.9  # share of a device's memory that the formula may fill: it is good to a tenth
 FEWEST, MOST = 1024, 16_384  # tokens of a microbatch on one device
 
 
 def parameters(a: Architecture) -> int:
-    """Of the model itself, adapters apart."""
+    """Number of the model's parameters without adapters."""
     return sum(math.prod(t.shape(a)) for t in hf.table(a))
 
 
 def adapters(a: Architecture) -> int:
-    """Parameters of the adapters; 0 where the architecture has none."""
+    """Number of the adapters' parameters; 0 where the architecture has none."""
     return sum(math.prod(t.shape(a)) for t in lora.table()) if a.lora_rank else 0
 
 
@@ -30,15 +32,30 @@ class Update:
     """An update of a model on a mesh. With adapters (`a.lora_rank`) the rest is frozen, in the compute dtype."""
 
     a: Architecture
-    mesh: Any  # of devices, also of some that are not here
+    mesh: Any  # a jax Mesh, of real devices or of a plan's stand-ins
     width: int  # bytes of the compute dtype
-    kernel: str  # of attention
+    kernel: str  # name of the attention kernel
     remat: Remat
-    longest: int  # tokens of a sequence: XLA's attention has every query's scores with a whole row
+    longest: int  # tokens of the longest sequence: XLA's attention has every query's scores with a whole row
+
+    @staticmethod
+    def of(config: Config, a: Architecture, mesh: Any, longest: int) -> "Update":
+        """The update that a run of `config` does on `mesh`; a plan's is the same.
+
+        Raises BadInput where the attention kernel that `config` names does not serve.
+        """
+        dtype = sharding.compute_dtype(config.model.compute_dtype, mesh)
+        kernel = attention.choose(config.model.attention, mesh, a, dtype).name
+        return Update(a, mesh, dtype.itemsize, kernel, config.fit.remat, longest)
+
+    def packing(self, limit: float | None) -> Packing:
+        """How its sequences share rows, with `limit` bytes of each device (None: a CPU)."""
+        # cuDNN's attention takes one sequence a row.
+        return Packing(sharding.batch_shards(self.mesh), self.most_tokens(limit), pack=self.kernel != "cudnn")
 
     @property
     def state(self) -> dict[str, float]:
-        """What one device holds of parameters and optimiser between updates."""
+        """Bytes that one device holds between updates, by kind."""
         model = self._pieces(hf.table(self.a))
         if not self.a.lora_rank:
             return {"parameters": 4 * model, "optimiser": 4 * model}
@@ -46,13 +63,16 @@ class Update:
         return {"parameters": 4 * factors, "frozen": self.width * model, "optimiser": 4 * factors}
 
     def kinds(self, tokens: float, accumulated: bool) -> dict[str, float]:
-        """Where an update holds most, with `tokens` tokens of a device at once, and gradients that add up or do not."""
+        """Bytes of one device at an update's peak, by kind.
+
+        `tokens`: of a microbatch, on this device. `accumulated`: gradients of several microbatches add up.
+        """
         a, tensor = self.a, self.mesh.shape["tensor"]
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
         saved += (3 * self.width + 4) * a.model  # behind the last layer: for its norm, and for the head
-        # And what attention gave, kernels also their softmax's sums.
+        # And attention's results; kernels keep their softmax's sums too.
         if self.remat == "attention" and self.kernel != "cudnn":
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
@@ -78,9 +98,10 @@ class Update:
         }
 
     def most_tokens(self, limit: float | None) -> int:
-        """Of a microbatch, over all devices: as many as fit into `limit` bytes of each (None: a CPU), within reason.
+        """Tokens of a microbatch, over all devices, that fit into `limit` bytes of each (None: a CPU).
 
-        More at once makes nothing faster once the products are large; fewer means that weights are gathered more often.
+        At most MOST a device: more make nothing faster once the products are large. At least FEWEST: with fewer, weights
+        are gathered more often.
         """
         tokens = 4 * FEWEST if limit is None else MOST
         while limit is not None and tokens > FEWEST:
@@ -90,7 +111,7 @@ class Update:
         return tokens * sharding.batch_shards(self.mesh)
 
     def _pieces(self, table: Sequence[Tensor]) -> float:
-        """How many of the tensors' numbers one device has."""
+        """Number of the tensors' elements that one device holds."""
         count = 0.0
         for t in table:
             shape = t.shape(self.a)

@@ -8,10 +8,10 @@ from sppo_jax.config import Fit
 
 
 def schedule(fit: Fit, steps_per_epoch: int) -> optax.Schedule:
-    """Rate of update s: linear from 0 at s = 0 to the peak at warm-up's end, then linear to 0.
+    """Learning rate of update s: linear from 0 at s = 0 to the peak where warm-up ends, then linear to 0.
 
-    Laid out for `schedule_epochs`, which may be more than the `epochs` that are run: the paper's runs stop in
-    warm-up (18 against 1), the released code's reach 0 (1 against 1).
+    It spans `schedule_epochs`, which may exceed the `epochs` of the run: the paper's runs stop in warm-up (18 against
+    1), the released code's reach 0 (1 against 1).
     """
     total = steps_per_epoch * fit.schedule_epochs
     warmup = math.ceil(fit.warmup * total)  # as transformers rounds it
@@ -22,9 +22,9 @@ def schedule(fit: Fit, steps_per_epoch: int) -> optax.Schedule:
 
 
 def make_optimizer(fit: Fit, steps_per_epoch: int) -> optax.GradientTransformation:
-    """RMSProp as torch does it: decay .99, epsilon 1e-8 outside the root, second moment from 0, no momentum.
+    """RMSProp as in torch: decay .99, epsilon 1e-8 outside the root, second moment from 0, no momentum.
 
-    optax's own defaults differ in all three. Clipping by global norm comes first where it is asked for.
+    optax's defaults differ in all three. Gradients are first clipped by their global norm where `max_grad_norm` is set.
     """
     rmsprop = optax.rmsprop(
         schedule(fit, steps_per_epoch), decay=0.99, eps=1e-8, eps_in_sqrt=False, initial_scale=0.0

@@ -1,4 +1,4 @@
-"""A trace of some updates for xprof: where the time goes on the devices."""
+"""A trace of some updates for xprof, which shows where the devices spend their time."""
 
 from pathlib import Path
 
@@ -13,8 +13,12 @@ class Profiler:
     def __init__(self, directory: Path, count: int):
         self._directory, self._last, self._on = directory, self.WARM + count, False
 
+    def turns(self, n: int) -> bool:
+        """Does the recording begin or end before update n? Then wait for the updates before it."""
+        return n in (self.WARM, self._last)
+
     def step(self, n: int) -> None:
-        """Before update n, counted from where this process began."""
+        """Call this before update n, counted from the first one of this process: it starts or ends the recording."""
         if n == self.WARM and self._last > self.WARM:
             jax.profiler.start_trace(str(self._directory))
             self._on = True
@@ -28,7 +32,7 @@ class Profiler:
         self.close()
 
     def close(self) -> None:
-        """Write what has been recorded."""
+        """Write the recording, if one is on."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()

@@ -1,0 +1,95 @@
+"""What the update's programs compute on at once: some rows of tokens, and what the loss needs of their prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float32, Int32
+
+from sppo_jax import sharding
+from sppo_jax.training.packing import Layout
+
+if TYPE_CHECKING:
+    Leaf = Any  # each use has one kind
+else:
+    Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # on the devices, on the host, or a shape alone
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """B rows of T tokens with S segments at most, that hold G prompts of R responses each (best first, worst last).
+
+    Several sequences (a prompt and one of its responses) share a row. Where `real` is False, the other fields of that
+    prompt are filler.
+    """
+
+    tokens: Int32[Leaf, "B T"]
+    segment: Int32[Leaf, "B T"]  # of each token: from 1 on in each row; 0: padding
+    scored: Bool[Leaf, "B T"]  # is the token part of a response?
+    segments: Int32[Leaf, " S"]  # 1 to S
+    place: Int32[Leaf, "G R"]  # of each response: row * S + segment - 1
+    ref_logprob: Float32[Leaf, "G R"]
+    win_rate: Float32[Leaf, "G R"]
+    baseline: Float32[Leaf, " G"]
+    probability: Float32[Leaf, " G"]  # P(best > worst)
+    real: Bool[Leaf, " G"]
+    share: Float32[Leaf, ""]  # of the update's real prompts
+
+    def placed(self, mesh: Mesh) -> "Microbatch":
+        """Copy the arrays to the devices: rows are cut over the mesh's batch axes, the rest is on every device."""
+        return Microbatch(
+            **{name: jax.device_put(getattr(self, name), _sharding(name, mesh)) for name in _DIMENSIONS}
+        )
+
+    @staticmethod
+    def abstract(mesh: Mesh, layout: Layout, responses: int) -> "Microbatch":
+        """Shapes, dtypes and shardings of a placed microbatch whose prompts have `responses` responses each."""
+        sizes = {
+            "B": layout.rows,
+            "T": layout.width,
+            "S": layout.segments,
+            "G": layout.prompts,
+            "R": responses,
+        }
+        return Microbatch(
+            **{
+                name: jax.ShapeDtypeStruct(
+                    [sizes[letter] for letter in letters], dtype, sharding=_sharding(name, mesh)
+                )
+                for name, (letters, dtype) in _DIMENSIONS.items()
+            }
+        )
+
+
+def _dimensions() -> dict[str, tuple[str, str]]:
+    """{field: (letters of its dimensions, dtype)}, from the annotations."""
+    found: dict[str, tuple[str, str]] = {}
+    for field in dataclasses.fields(Microbatch):
+        annotation: Any = get_args(field.type)[0]
+        found[field.name] = annotation.dim_str.replace(" ", ""), annotation.dtypes[0]
+    return found
+
+
+def _sharding(name: str, mesh: Mesh) -> jax.sharding.NamedSharding:
+    letters, _ = _DIMENSIONS[name]
+    return sharding.named(letters if "B" in letters else "", mesh)
+
+
+def _children(microbatch: Microbatch) -> tuple[list[Any], None]:
+    return [getattr(microbatch, name) for name in _NAMES], None
+
+
+def _rebuilt(_: None, children: Sequence[Any]) -> Microbatch:
+    """Without `__init__`, which tests check against the annotations: jax fills trees with other things than arrays."""
+    microbatch = object.__new__(Microbatch)
+    microbatch.__dict__.update(zip(_NAMES, children, strict=True))
+    return microbatch
+
+
+_DIMENSIONS = _dimensions()
+_NAMES = sorted(_DIMENSIONS)  # the order of a program's arguments
+jax.tree_util.register_pytree_node(Microbatch, _children, _rebuilt)
