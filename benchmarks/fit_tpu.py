@@ -3,11 +3,11 @@
 pip install --target TPU --no-deps libtpu==0.0.42.1
 PYTHONPATH=TPU python benchmarks/fit_tpu.py [--json] [--config configs/mistral_7b.yaml] [--slices v5e:4x4/1 v5e:8x8/1 v5e:2x4/4]
 
-64 prompts with two sequences of 1,024 tokens each, nothing of which is padding; SLICE/M: in M microbatches. All weights are
-trained, with float32 masters and RMSProp, on a mesh of `fsdp` alone. No TPU is needed, and nothing is run: memory and
-cycles are the compiler's. Cycles become seconds at the clock of sppo_jax/chips.py, and to these come the collectives that
-nothing is computed beside, at the speed of the links. The compiler tells no cycles of attention's kernels: their seconds
-are shown apart, at the share of the peak that sppo_jax/estimate.py takes them to reach.
+64 prompts with two sequences of 1,024 tokens each, without padding; SLICE/M means M microbatches. All weights are trained, with
+float32 masters and RMSProp, on a mesh of `fsdp` alone. No TPU is needed, and nothing is run: memory and cycles are the
+compiler's. Cycles become seconds at the clock of sppo_jax/plan/chips.py, to which the seconds of collectives that no
+computation overlaps are added, at the speed of the links. The compiler gives no cycles for attention kernels: their seconds
+stand apart, at the share of the peak that sppo_jax/plan/stages.py assumes for them.
 """
 
 import os
@@ -39,10 +39,12 @@ PROMPTS, WIDTH = 64, 1024
 
 
 def measured(c: Config, name: str, microbatches: int) -> dict[str, Any]:
-    """One slice. The programs of an update add up; its peak is that of whichever has the most beside it."""
+    """Figures of an update on one slice: sums over its programs, and the peak of the program that needs most."""
     a, chip = target.architecture(c), TPUS[name.split(":")[0]]
     if PROMPTS % microbatches or c.model.lora_rank:
-        raise SystemExit(f"{PROMPTS} prompts in {microbatches} microbatches, and all weights: not this")
+        raise SystemExit(
+            f"microbatches must divide {PROMPTS} prompts, and model.lora_rank must be 0: not {microbatches} and {c.model.lora_rank}"
+        )
     mesh = sharding.make_mesh(devices=list(topologies.get_topology_desc(name, platform="tpu").devices))
     prompts = PROMPTS // microbatches
     at = Layout(microbatches, prompts, 2 * prompts, WIDTH, 1, 1.0)
@@ -56,7 +58,8 @@ def measured(c: Config, name: str, microbatches: int) -> dict[str, Any]:
     tokens = 2 * PROMPTS * WIDTH
     flops = 6 * memory.parameters(a) * tokens / mesh.size
     scores = 2 * 2 * PROMPTS * WIDTH**2 * a.layers * a.heads * a.head_dim / mesh.size
-    passes = 4.5 if c.fit.remat == "layer" else 3.5  # forward, again, and a backward pass of 2.5
+    # Forward, forward again with remat=layer, and a backward pass of 2.5 times as much.
+    passes = 4.5 if c.fit.remat == "layer" else 3.5
     kernels = passes * scores / (stages.KERNEL * chip.flops)
     return {
         "slice": name,

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness on an exported policy, through its own `hf` backend and through our model, side by side.
+"""Compares lm-evaluation-harness's scores of an exported policy through its own `hf` backend with those through our model.
 
 python benchmarks/harness.py [--policy DIR] [--questions 60] [--json]
 
-The task is local: questions of the embedded world, each with four answers of its own sampler, the best one gold.
+The task is local: questions of the embedded world, each with four answers drawn by it, the best of which is gold.
 """
 
 import argparse
@@ -35,7 +35,8 @@ TASK = {
     "doc_to_target": "gold",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-WIDTH = 32  # requests are padded to multiples of it, so that a handful of programs serve all
+# Requests are padded to multiples of this width, so that a few programs serve all.
+WIDTH = 32
 
 
 class Ours(TemplateLM):
@@ -59,9 +60,9 @@ class Ours(TemplateLM):
             tokens = np.zeros((1, -(-len(ids) // WIDTH) * WIDTH), np.int32)
             tokens[0, : len(ids)] = ids
             scores = np.asarray(_log_softmax(self.model, jnp.asarray(tokens)))[0]
-            said = scores[len(context) - 1 : len(ids) - 1]  # position t predicts token t + 1
-            picked = said[np.arange(len(continuation)), continuation]
-            found.append((float(picked.sum()), bool((said.argmax(-1) == continuation).all())))
+            predicted = scores[len(context) - 1 : len(ids) - 1]  # position t predicts token t + 1
+            picked = predicted[np.arange(len(continuation)), continuation]
+            found.append((float(picked.sum()), bool((predicted.argmax(-1) == continuation).all())))
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -77,6 +78,7 @@ def _log_softmax(model: Any, tokens: jax.Array) -> jax.Array:
 
 
 def questions(count: int) -> list[dict[str, Any]]:
+    """Rows of the task: a prompt, four answers and the index of the best one."""
     rng = random.Random(0)
     rows = []
     for line in (names.path("prompts/heldout.jsonl")).read_text().splitlines()[:count]:
@@ -88,7 +90,7 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def evaluate(policy: Path, count: int, folder: Path) -> dict[str, Any]:
-    """Both backends' scores of every request on the policy as exported into `folder`."""
+    """Export the policy into `folder`; by backend, scores of every request, whether it is the greedy continuation, and accuracy."""
     exported = folder / "exported"
     export.export(models.load(policy), policy, exported)
     (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in questions(count)))

@@ -1,11 +1,11 @@
-"""The judge compiled ahead of time for TPU v5e on a CPU: bytes that a layer moves in each form, memory, compile seconds.
+"""The judge compiled ahead of time for TPU v5e on a CPU: bytes that a layer moves in each form, memory, seconds of compiling.
 
 pip install --target TPU --no-deps libtpu==0.0.42.1
 PYTHONPATH=TPU python benchmarks/judge_tpu.py [--json] [--topology v5e:4x4] [--lengths 512 1024 2048] [--skip-whole]
 
-libtpu 0.0.42 is what jax 0.10.2 pins; it goes beside the environment so that nothing else starts to look for a TPU.
-No TPU is needed, and nothing is run: the figures are the compiler's. It cannot see into the Pallas kernel, whose reads and
-writes of main memory are counted from its block shapes. Sizes are DeBERTa-v3-large's, 4096 tokens per chip, bfloat16.
+jax 0.10.2 pins libtpu 0.0.42; in a folder of its own it makes no other program look for a TPU. No TPU is needed, and nothing
+is run: the figures are the compiler's. It does not count the Pallas kernel's reads and writes of main memory, which are
+computed from its block shapes. Sizes are DeBERTa-v3-large's, 4096 tokens per chip, bfloat16.
 """
 
 import os
@@ -38,13 +38,14 @@ from sppo_jax.pairrm.mesh_judge import forward
 LARGE = Deberta(
     vocab=128_005, model=1024, heads=16, mlp=4096, layers=24, buckets=256, farthest=512, norm_eps=1e-7
 )
-TOKENS = 4096  # per chip
+# Per chip.
+TOKENS = 4096
 FORMS = ("gather", "shift", "pallas")
 GB = 1e9
 
 
 def v5e(topology: str) -> Mesh:
-    """The mesh of a slice that is not here."""
+    """The mesh of an absent slice."""
     described = topologies.get_topology_desc(topology, platform="tpu")
     sizes = (1, len(described.devices), 1)
     placed = mesh_utils.create_device_mesh(sizes, devices=described.devices, allow_split_physical_axes=True)
@@ -52,7 +53,7 @@ def v5e(topology: str) -> Mesh:
 
 
 def compiled(mesh: Mesh, d: Deberta, length: int, form: str, dtype: Any) -> dict[str, Any]:
-    """Compile the forward of `d` and return what the compiler says of it, per chip."""
+    """Compile the forward of `d`, and return the compiler's figures of it, per chip."""
     whole, spread = sharding.replicated(mesh), sharding.spread(mesh)
     network, weights = nnx.split(PairRM(d, shapes(d, jnp.dtype(dtype)), dtype, form))
 
@@ -76,15 +77,15 @@ def compiled(mesh: Mesh, d: Deberta, length: int, form: str, dtype: Any) -> dict
 
 
 def kernel_bytes(d: Deberta, length: int, width: int) -> int:
-    """What the Pallas kernel reads and writes of a chip's main memory in one layer, `width` bytes a number.
+    """Bytes of a chip's main memory that the Pallas kernel reads and writes in one layer, `width` bytes a number.
 
-    q, k, v and the result once; a head's two spread tables once, being the same block from one text to the next.
+    q, k, v and the result move once, and so do a head's two spread tables: their block stays the same from text to text.
     """
     return width * (4 * TOKENS * d.model + 2 * 2 * length * d.model)
 
 
 def per_layer(mesh: Mesh, length: int, form: str, dtype: Any) -> dict[str, Any]:
-    """One layer's bytes. The compiler counts the body of a loop once, so programs of one and no layer are compared."""
+    """Figures of one layer. The compiler counts the body of a loop once, so programs of one and no layer are compared."""
     found = compiled(mesh, replace(LARGE, layers=1), length, form, dtype)
     none = compiled(mesh, replace(LARGE, layers=0), length, form, dtype)
     found["layer_bytes"] = found.pop("bytes") - none["bytes"]
@@ -127,7 +128,7 @@ def main() -> None:
         for length in options.lengths:
             row = compiled(mesh, LARGE, length, "pallas", "bfloat16")
             row = {"length": length, "layers": LARGE.layers} | row
-            del row["bytes"]  # the scan's body counted once
+            del row["bytes"]  # counts the scan's body once
             report["whole"].append(row)
             print(
                 f"{LARGE.layers} layers, {TOKENS // length} x {length:4} bfloat16 pallas: peak "

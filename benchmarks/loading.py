@@ -1,4 +1,4 @@
-"""Peak memory and seconds of loading a 2 GB checkpoint in 5 files onto 8 devices, and of exporting it again.
+"""Measures peak memory and seconds of loading a 2 GB checkpoint in 5 files onto 8 devices, and of exporting it again.
 
 python benchmarks/loading.py [--width 2048] [--json]
 
@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
 
 
 def make(directory: Path) -> None:
-    """Random weights, written a tensor at a time, for the config.json that is there."""
+    """Write random weights, a tensor at a time, for the config.json in the directory."""
     import jax
 
     from sppo_jax import models, sharding
@@ -39,6 +39,7 @@ def make(directory: Path) -> None:
 
 
 def ours(directory: Path) -> dict[str, float]:
+    """Peak bytes and seconds of loading and of exporting by this package."""
     import jax
 
     from sppo_jax import models, sharding
@@ -61,23 +62,24 @@ def ours(directory: Path) -> dict[str, float]:
 
 
 def peer(directory: Path) -> dict[str, float]:
+    """Peak bytes and seconds of loading by `transformers`."""
     from transformers import AutoModelForCausalLM
 
     before, start = peak(), time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
-    for parameter in model.parameters():  # until then they are pages of a file that nobody has read
+    for parameter in model.parameters():  # reads the mapped files' pages
         parameter.sum()
     return {"before": before, "loaded": peak(), "load_seconds": time.perf_counter() - start}
 
 
 def peak() -> float:
-    """Bytes."""
+    """Peak bytes of this process so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def measure(name: str, directory: Path) -> Any:
-    """What `name` of this file prints, in a fresh process."""
+    """Run a function of this file in a fresh process and return its figures."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",

@@ -1,4 +1,4 @@
-"""The quickstart over seeds: wall clock, peak memory of the whole process tree, and the table of EXPERIMENTS.md.
+"""Runs the quickstart over seeds and prints wall clock, peak memory of all its processes, and the table of EXPERIMENTS.md.
 
 python benchmarks/quickstart.py [--seeds 0 1 2] [--to DIR] [--json] [--section.key value ...]
 """
@@ -22,18 +22,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def run(seed: int, out: Path, overrides: list[str]) -> dict[str, Any]:
-    """One run in a process of its own: seconds, GiB, and each iteration's eval.json."""
-    command = [
-        sys.executable,
-        "-m",
-        "sppo_jax.main",
-        "--config",
-        str(CONFIG),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
+    """Run the quickstart in a process of its own: seconds, peak GiB, and each iteration's eval.json."""
+    main = [sys.executable, "-m", "sppo_jax.main", "--config", str(CONFIG)]
+    command = [*main, "--seed", str(seed), "--out", str(out)]
     start = time.monotonic()
     with (out.parent / f"{out.name}.log").open("w") as log:
         process = subprocess.Popen([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
@@ -51,7 +42,7 @@ def run(seed: int, out: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def watch(pid: int, peak: list[int]) -> None:
-    """Highest sum of the tree's proportional set sizes, sampled four times a second."""
+    """Write into `peak` the highest sum of the process tree's proportional set sizes, sampled four times a second."""
     while psutil.pid_exists(pid):
         try:
             root = psutil.Process(pid)
@@ -63,7 +54,7 @@ def watch(pid: int, peak: list[int]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: win rates against the base by the true preference and by the judge, movement, length, cost."""
+    """A Markdown table: win rates against the base by the true preference and by the judge, log-ratios, lengths, cost."""
     lines = [
         "| seed | win rate, true preference, iterations 0-3 | win rate, judge | winners, iterations 1-3 | losers | "
         "tokens | seconds | GiB |",
@@ -80,6 +71,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def win_rates(r: dict[str, Any], name: str) -> list[float]:
+    """Win rates against the base after each iteration, by the oracle or the judge."""
     return [e["win_rate"][name]["base"]["mean"] for e in r["iterations"]]
 
 

@@ -1,4 +1,4 @@
-"""What the ecosystem's own evaluation says of an export is what our model says."""
+"""lm-evaluation-harness scores an exported policy as our model does."""
 
 import json
 import os
@@ -19,5 +19,5 @@ def test_lm_eval_gives_our_log_likelihoods_on_an_exported_policy(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["requests"] == 48
     assert found["largest_difference_nats"] < 1e-4
-    assert found["mean_log_likelihood"] < -1  # scores that say something
+    assert found["mean_log_likelihood"] < -1  # not trivially zero
     assert found["accuracy_hf"] == found["accuracy_ours"]

@@ -1,4 +1,4 @@
-"""The memory that loading takes, on a checkpoint a tenth of the benchmark's size."""
+"""Peak memory of loading, on a checkpoint a tenth of the benchmark's size."""
 
 import json
 import os
