@@ -15,8 +15,9 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import engine as sampler_module
 from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler.programs import Programs
+from sppo_jax.sampler.stream import Stream
 from sppo_jax.text import chat_template
 
 TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24, slots=24)
@@ -221,9 +222,9 @@ def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
     sampler, sampled, asked, monkeypatch, compiled
 ):
     reads, counted = [], []
-    get, chunks = jax.device_get, sampler.programs["decode"]
+    get, chunks = jax.device_get, sampler.programs.decode
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x.shape) or get(x))
-    monkeypatch.setitem(sampler.programs._compiled, "decode", lambda *a: counted.append(0) or chunks(*a))
+    monkeypatch.setattr(sampler.programs, "decode", lambda *a: counted.append(0) or chunks(*a))
     sampler.generate(asked[5:], seed=8, iteration=2)
     assert compiled == []
     assert len(reads) == len(counted) > 3
@@ -231,7 +232,7 @@ def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
 
 def test_a_transfer_that_nobody_asked_for_is_an_error(sampler, asked, monkeypatch):
     """The guard is on while the slots are served: a NumPy array among the arguments is refused."""
-    monkeypatch.setattr(sampler_module._Run, "_put", lambda self, x, spec: x)
+    monkeypatch.setattr(Stream, "_put", lambda self, x, place: x)
     with pytest.raises(Exception, match=r"[Dd]isallowed"):
         sampler.generate(asked[:1], seed=0)
 
@@ -319,8 +320,6 @@ def test_a_cache_that_cannot_hold_one_response_is_refused(policy, tokenizer, ask
 def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     policy, tokenizer, asked, sampled, monkeypatch, when
 ):
-    from sppo_jax.sampler import programs
-
     ours = Sampler(policy, tokenizer, TEMPERATE)
     if when == "advance":
         ours.warm_up([len(prompt.ids) for prompt in asked])
@@ -328,7 +327,7 @@ def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    place = (sampler_module._Run, "advance") if when == "advance" else (programs.Programs, "compile")
+    place = (Stream, "advance") if when == "advance" else (Programs, "compile")
     with monkeypatch.context() as patch:
         patch.setattr(*place, full)
         with pytest.raises(BadInput, match=r"no memory for .* lower sampling\.slots"):

@@ -12,8 +12,10 @@ from sppo_jax.plan import compiled
 from sppo_jax.plan.compiled import Compiled, DoesNotFit
 from sppo_jax.plan.cost import GIB, Stage
 from sppo_jax.plan.target import Setting
-from sppo_jax.sampler import paging
-from sppo_jax.sampler.programs import PAGE, STEPS, bucket
+from sppo_jax.sampler import paged_attention
+from sppo_jax.sampler.capacity import bucket
+from sppo_jax.sampler.decoding import STEPS
+from sppo_jax.sampler.paging import PAGE
 from sppo_jax.training import memory
 
 # microsoft/deberta-v3-large with PairRM's five extra tokens: llm-blender/PairRM, whose options no plan reads.
@@ -130,18 +132,18 @@ def sampling_stages(s: Setting) -> dict[str, Stage]:
     if s.compiled:
         turns: dict[str, float] = {
             r"^jit\(decode\)/while$": STEPS,
-            "live_pages": math.ceil(held * (live / PAGE + 0.5) / paging.GROUP),
+            "live_pages": math.ceil(held * (live / PAGE + 0.5) / paged_attention.GROUP),
             "while/body": ROUNDS,
         }
-        program = compiled.compiled("decode", p.lower("decode"), turns)[1]
+        program = compiled.compiled("decode", p.lower_decode(), turns)[1]
         _add(step, program, 1 / STEPS)
         step.memory = _kinds(lies, program.peak + lies["masters"])
         # Weights are fetched while products run, so the slower of the two counts.
         step.left_out = max(0.0, weights / chip.memory - (step.compiler or 0))
         if p.kernel == "ragged":  # reads whole blocks
-            read = held * (live + paging.PAGES_PER_BLOCK * PAGE / 2) * column
+            read = held * (live + paged_attention.PAGES_PER_BLOCK * PAGE / 2) * column
             step.left_out += read / chip.memory / chip.reached
-        program = compiled.compiled(f"prefill of {size}", p.lower(size))[1]
+        program = compiled.compiled(f"prefill of {size}", p.lower_prefill(size))[1]
         _add(fill, program, 1)
         fill.memory = _kinds(lies, program.peak + lies["masters"])
         if p.model.kernel.name != "xla":
