@@ -60,7 +60,7 @@ GIB = 2**30
 
 
 def replicas(topology: str) -> Mesh:
-    """A slice that is not here, as replicas of one host's chips."""
+    """The mesh of a slice of absent chips, with one host's chips as a replica."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
     return sharding.mesh_in_order(ordered, -1, 1, TENSOR)
@@ -88,7 +88,7 @@ def programs(
 
 
 def compiled(lowered: Any) -> tuple[Any, dict[str, float]]:
-    """A program of the sampler, and what the compiler says of its memory."""
+    """A program of the sampler, compiled, and the compiler's figures of its memory."""
     started = time.perf_counter()
     program = lowered.compile()
     memory = program.memory_analysis()
@@ -100,7 +100,7 @@ def compiled(lowered: Any) -> tuple[Any, dict[str, float]]:
 
 
 def decoding(p: Programs) -> dict[str, Any]:
-    """A step of the decode program at LIVE columns a slot, in milliseconds by cause, and the tokens that come of it."""
+    """A step of the decode program at LIVE columns a slot, in milliseconds by cause, and the tokens per second."""
     program, found = compiled(p.lower_decode())
     a, slots = p.model.architecture, p.shape.slots // p.replicas
     turns = {
@@ -113,7 +113,7 @@ def decoding(p: Programs) -> dict[str, Any]:
     found["cycles_ms"] = 1e3 * cost.cycles / STEPS / CLOCK
     found["weights_ms"] = 1e3 * weights
     found["links_ms"] = 1e3 * (cost.sent / LINKS + cost.collectives * LATENCY) / STEPS
-    found["attention_ms"] = 0.0  # of the XLA form the cycles tell
+    found["attention_ms"] = 0.0  # the XLA kernel's time is in the cycles
     if p.kernel == "ragged":  # reads whole blocks
         columns = slots * (LIVE + paged_attention.PAGES_PER_BLOCK * PAGE / 2)
         found["attention_ms"] = 1e3 * columns * a.layers * _column(p) / MEMORY / REACHED

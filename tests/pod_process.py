@@ -1,4 +1,4 @@
-"""One process of a pod of two, two CPU devices each: samples on a mesh over both and prints what it got.
+"""One process of a pod of two, two CPU devices each: samples on a mesh over both and prints its responses.
 
 python tests/pod_process.py PORT RANK
 """

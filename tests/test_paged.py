@@ -1,4 +1,4 @@
-"""Pages of keys and values: what lands in them, and attention over them against the dense form, in bits where promised."""
+"""Pages of keys and values: their contents, and attention over them, equal to dense attention, in every bit on CPUs."""
 
 import dataclasses
 import functools
@@ -207,7 +207,7 @@ def test_eight_devices_give_the_same_bits(one_device, kv_heads):
     np.testing.assert_array_equal(spread, out)
 
 
-def test_pages_are_what_their_shapes_and_bytes_say(eight_devices):
+def test_pages_have_the_shapes_and_bytes_that_are_computed_beforehand(eight_devices):
     for quantize in (False, True):
         like = paging.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
         pages = paging.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
@@ -240,7 +240,7 @@ def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads
     assert paged_attention.choose(mesh, "xla", a, dtype) == "xla"
 
 
-def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_device):
+def test_replicas_are_supported_where_the_kernel_compiles(monkeypatch, one_device):
     gemma = dataclasses.replace(LAYER, kv_heads=8, head_dim=256)
 
     def sizes(forced, a):
@@ -257,7 +257,7 @@ def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_devic
 def kernel_by_its_words(
     q, pages, lengths, table, starts, count, *, sm_scale, sliding_window, soft_cap, **blocks
 ):
-    """What ragged_paged_attention says it does, for one query each. Its sequences are not empty."""
+    """ragged_paged_attention as its documentation describes it, for one query each. Its sequences are not empty."""
     kv = pages[table].reshape(len(table), -1, *pages.shape[2:])
     k, v = (kv[:, :, i::2] for i in range(2))
     mask = attention.cache_mask(lengths - 1, kv.shape[1], sliding_window)

@@ -1,4 +1,4 @@
-"""Sampling where a mesh spans processes: each on its own devices where the model fits there, all together where not."""
+"""Sampling on a mesh over several processes: each on its own devices if the model fits there, else all together."""
 
 import json
 import os
@@ -56,7 +56,7 @@ ANY = range(1, 17)
         (6.0, 1, ANY, (16, 1, 1)),
         (6.0, 2, ANY, (8, 1, 2)),  # no smaller than the user's own
         (140.0, 1, ANY, (1, 1, 16)),  # not on a host
-        (1000.0, 1, ANY, (1, 1, 16)),  # nowhere; the pages will say so
+        (1000.0, 1, ANY, (1, 1, 16)),  # nowhere; Capacity.shape will raise
         (18.5, 1, {8}, (2, 1, 8)),  # Gemma-2-9B: two hosts, for the kernel's sake
         (5.2, 1, {4, 8}, (4, 1, 4)),  # Gemma-2-2B
         (5.2, 1, set(), (16, 1, 1)),  # no kernel supports any

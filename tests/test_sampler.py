@@ -1,4 +1,4 @@
-"""Responses: what is sampled, from which distribution, and what it may depend on."""
+"""Responses: their tokens, the distribution they are drawn from, and everything that they may depend on."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def test_T18_a_response_is_the_same_in_every_bit_whatever_else_is_sampled(sample
         expected = [sampled[0], sampled[7], sampled[-1]]
     elif case == "reversed":
         found = sampler.generate(asked[::-1], seed=3, iteration=1)[::-1]
-    elif case == "again":  # pages still hold what was said before
+    elif case == "again":  # pages still hold the earlier responses
         found = sampler.generate(asked, seed=3, iteration=1)
     elif case == "fewer_k":
         found = sampler.generate(asked, seed=3, iteration=1, responses=2)
@@ -105,7 +105,7 @@ def test_T18_a_response_is_the_same_in_every_bit_whatever_else_is_sampled(sample
 
 
 def test_T18_little_memory_costs_time_and_changes_nothing(policy, tokenizer, asked):
-    """Responses that are thrown out for want of pages start again, and say the same."""
+    """Responses that are preempted for want of pages start again, and draw the same tokens."""
     long = dataclasses.replace(TEMPERATE, max_new_tokens=200, slots=8)
     roomy = Sampler(policy, tokenizer, long, eos=())
     tight = Sampler(policy, tokenizer, dataclasses.replace(long, cache_tokens=14 * 64), eos=())
@@ -120,7 +120,7 @@ def three_slots(policy, tokenizer, asked):
     return small(policy, tokenizer, slots=3).generate(asked, seed=3, iteration=1)
 
 
-def test_T18_eight_replicas_of_three_slots_say_what_one_of_them_says_in_every_bit(
+def test_T18_eight_replicas_of_three_slots_draw_what_one_of_them_draws_in_every_bit(
     three_slots, tokenizer, asked, eight_flat
 ):
     model = models.load(names.path("policy"), mesh=eight_flat)
@@ -206,7 +206,7 @@ def test_a_prompt_without_room_is_refused(policy, tokenizer, asked):
 
 @pytest.fixture
 def compiled():
-    """Names of what is compiled during a test."""
+    """A list with an entry for each program compiled during a test."""
     names = []
 
     def listen(name, seconds, **_):
@@ -267,7 +267,7 @@ def test_slots_are_refilled_while_others_go_on(policy, tokenizer, asked):
 
 
 def test_other_weights_are_sampled_from_at_once(policy, tokenizer, asked, sampled, sampler, compiled):
-    """As in a game: released for training, then the next policy. Nothing is compiled again."""
+    """As in a run: released for training, then given the next policy. Nothing is compiled again."""
     other = models.load(names.path("policy"))
     other.head[...] = other.head[...] * 0.5
     jax.block_until_ready(other.head[...])

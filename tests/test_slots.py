@@ -1,4 +1,4 @@
-"""The sampler's books: every response is spoken to its end once, and no page ever has two owners."""
+"""Scheduling: every response is decoded to its end once, and no page ever has two owners."""
 
 from collections import deque
 

@@ -59,6 +59,7 @@ class Capacity:
 
     @property
     def replicas(self) -> int:
+        """The number of replicas on the mesh."""
         return sharding.batch_shards(self.mesh)
 
     @property

@@ -121,6 +121,7 @@ def copy(pages: Pages, source_B: Int[Array, " B"], target_B: Int[Array, " B"], m
 
 
 def interleave(k: Float[Array, "*rows N C"], v: Float[Array, "*rows N C"]) -> Float[Array, "*rows M C"]:
+    """Keys and values as pages hold them: k0 v0 k1 v1 along the heads."""
     *rows, heads, channels = k.shape
     return jnp.stack([k, v], axis=-2).reshape(*rows, 2 * heads, channels)
 
@@ -150,6 +151,7 @@ def local_heads(tensor: int, kv_heads: int) -> int:
 
 
 def pages_partition(mesh: Mesh, kv_heads: int, quantize: bool) -> Pages:
+    """The partitions of one layer's pages."""
     return Pages(partition("B.NC", mesh, kv_heads), partition("B.N", mesh, kv_heads) if quantize else None)
 
 
