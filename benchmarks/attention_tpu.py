@@ -4,7 +4,7 @@ pip install --target TPU --no-deps libtpu==0.0.42.1
 PYTHONPATH=TPU python benchmarks/attention_tpu.py [--json] [--topology v5e:2x2] [--models Mistral-7B] [--lengths 2048 8192]
 
 Two layers of each model's real sizes without a head, float32 masters, bfloat16 products, 16,384 tokens over a mesh of
-fsdp x tensor 2. No TPU is needed, and nothing is run: the figures are the compiler's (benchmarks/judge_tpu.py tells more).
+fsdp x tensor 2. No TPU is needed, and nothing is run: the figures are the compiler's (see benchmarks/judge_tpu.py).
 """
 
 import os
@@ -57,7 +57,7 @@ MODELS = {
 
 
 def slice_of(topology: str) -> Mesh:
-    """The mesh of a slice that is not here, fsdp x tensor 2."""
+    """The mesh of a slice of absent chips, fsdp x tensor 2."""
     described = topologies.get_topology_desc(topology, platform="tpu")
     sizes = (1, len(described.devices) // 2, 2)
     placed = mesh_utils.create_device_mesh(sizes, devices=described.devices, allow_split_physical_axes=True)
@@ -65,7 +65,7 @@ def slice_of(topology: str) -> Mesh:
 
 
 def measured(a: Architecture, mesh: Mesh, length: int, forced: str) -> dict[str, Any]:
-    """What the compiler says of one program, per chip; no bytes where it does not fit a chip."""
+    """The compiler's figures for one program, per chip; `peak_bytes` is None where it does not fit a chip."""
     kernel = attention.choose(forced, mesh, a, jnp.bfloat16)
     graph, weights = nnx.split(Transformer(a, dict(hf.abstract(a, mesh)), jnp.bfloat16, kernel))
 

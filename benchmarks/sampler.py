@@ -4,9 +4,9 @@ python benchmarks/sampler.py [--prompts 32] [--slots 25] [--repetitions 3] [--th
 
 One run: the same random Mistral of 25M parameters in float32, the same prompts and lengths (benchmarks/traces), the same
 threads, each contender in a process of its own, taking turns. K = 5 responses a prompt. A response ends where the trace
-says, so the content of what is sampled does not matter. `generate` batches the prompts in their order and stops with the
-longest response of a batch, which it is told beforehand; its batch size and cache are those that promise most, by the time
-of its prefills and steps. Its batches and the static ones are run once, in shares, one per repetition; the rest are medians.
+ends it, so its content does not matter. `generate` batches the prompts in their order and stops with the longest response
+of a batch, whose length it is given; its batch size and cache are the fastest by an estimate from the times of its
+prefills and steps. Its batches and the static ones are run once, in shares, one per repetition; the rest are medians.
 Compilation and loading are timed apart. Slot efficiency is counted over the whole trace at 128 slots, with the real engine
 and a model small enough. An accelerator has its own benchmark, sampler_device.py.
 """
@@ -36,7 +36,7 @@ SMALL = MODEL | {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
-MOST_NEW = 2048  # max_new_tokens of the engine, which does not know the lengths
+MOST_NEW = 2048  # max_new_tokens of the engine, which is not given the lengths
 HF_ROWS = (5, 10, 20, 40, 80, 160)
 CONTEXTS = (64, 1024)  # tokens before the steps that are timed to choose among them
 EQUAL = 128  # tokens of each prompt and each response where all are equal
@@ -54,24 +54,25 @@ def make(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def useful(sizes: dict[str, int], trace: Trace, steps: int) -> tuple[float, float]:
-    """(FLOPs, bytes) that a float32 model cannot do without: each prompt once, then each token of its responses, and in
-    each decode step all matrices and the keys and values of what is live."""
+    """Least (FLOPs, bytes) of a float32 model: each prompt once, then each token of its responses; in each decode step all
+    matrices, and the keys and values of all live tokens."""
     d, h, n, c = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
     layers = sizes["num_hidden_layers"]
     body = layers * (2 * d * c * (h + n) + 3 * d * sizes["intermediate_size"])
     head = d * sizes["vocab_size"]
     prompt = np.repeat(trace.prompts, K).astype(float)
-    said = np.concatenate(trace.responses).astype(float)
-    columns = (said * prompt + said * (said + 1) / 2).sum()  # of the cache, over all tokens drawn
+    new = np.concatenate(trace.responses).astype(float)
+    # Columns of the cache that are read, summed over all tokens drawn.
+    columns = (new * prompt + new * (new + 1) / 2).sum()
     once = np.array(trace.prompts, float)
     flops = 2 * body * once.sum() + 2 * layers * h * c * (once**2).sum()
-    flops += 2 * (body + head) * said.sum() + 4 * layers * h * c * columns
+    flops += 2 * (body + head) * new.sum() + 4 * layers * h * c * columns
     return flops, 4 * steps * (body + head) + 4 * layers * 2 * n * c * columns
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of the benchmark does."""
+    """The settings of one run of the benchmark, and its measurements."""
 
     folder: Path  # of the models, and of the programs that XLA keeps
     threads: int
@@ -82,7 +83,7 @@ class Run:
     quick: bool
 
     def measure(self, name: str, **task: Any) -> dict[str, Any]:
-        """What a worker of sampler_replay returns, in a fresh process that has `threads` cores."""
+        """The result of a worker of sampler_replay, run in a fresh process with `threads` cores."""
         variables = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"),
@@ -117,7 +118,7 @@ class Run:
         return found
 
     def calibrated(self) -> list[dict[str, Any]]:
-        """Hugging Face's batch sizes and caches, the one that promises most first."""
+        """Hugging Face's batch sizes and caches, fastest estimate first."""
         say("Hugging Face generate: which batch size and cache")
         rows = (5, 10) if self.quick else HF_ROWS
         contexts = (16, 32) if self.quick else CONTEXTS
@@ -127,7 +128,7 @@ class Run:
 
     def lognormal(self, best: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         """Ours, hf and static in turns: ours over the whole of its prompts each time, the other two over a share of
-        their batches, which know nothing of each other, so that all are run once in the end."""
+        their batches, which are independent, so that all have run once in the end."""
         trace = self.trace("lognormal")
         engine = {"trace": trace, "slots": self.slots, "most": MOST_NEW, "cache_tokens": self.cache_tokens}
         found: dict[str, list[dict[str, Any]]] = {"ours": [], "hf": [], "static": []}
@@ -135,7 +136,7 @@ class Run:
             share = i, self.repetitions
             found["ours"].append(self.replay("ours", **engine))
             found["hf"].append(self.measure("hf", trace=trace, share=share, **best))
-            self.said("hf", found["hf"][-1])
+            self.report("hf", found["hf"][-1])
             found["static"].append(self.replay("static", share=share, **engine))
         return found
 
@@ -143,11 +144,11 @@ class Run:
         """Our engine over a trace; `name` is ours, or static where it is drained after each batch."""
         task = {"cache_tokens": 0, "share": (0, 1), "drain": name == "static"} | task
         found = self.measure("ours", **task)
-        self.said(name, found)
+        self.report(name, found)
         return found
 
     @staticmethod
-    def said(name: str, found: dict[str, Any]) -> None:
+    def report(name: str, found: dict[str, Any]) -> None:
         rate, others = found["tokens"] / found["seconds"], found["others"]
         say(
             f"  {name}: {found['tokens']} tokens in {found['seconds']:.1f} s, {rate:.0f}/s; others {others:.0%}"
@@ -182,7 +183,7 @@ class Run:
 
 
 def merged(runs: list[dict[str, Any]], trace: Trace) -> dict[str, Any]:
-    """Repetitions as one: medians, or sums where each was a share; the largest of what must stay small."""
+    """Repetitions as one: medians, or sums if each was a share; maxima of memory, warm-up and disturbances."""
     shares = sum(run["tokens"] for run in runs) == trace.tokens
     joined = sum if shares else statistics.median
     seconds, steps, slot_steps = (
@@ -262,7 +263,7 @@ def compare(run: Run) -> dict[str, Any]:
 
 
 def report(s: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the tables."""
     full, best = s["whole_trace"], s["contenders"]["hf"]
     print(
         f"\nWhole trace at 128 slots: slot efficiency {s['slot_efficiency']:.3f} in {full['steps']} steps; "

@@ -3,9 +3,9 @@
 python benchmarks/sampler_device.py [--slots 64 128 256] [--quantize int8] [--quick] [--json]
 
 Random weights in bfloat16. Decoding is timed with all slots full, about 600 tokens live in each: a step must read all matrices
-and the live keys and values once, which takes bytes / (bytes per second). Prefill is timed over whole responses of one
+and the live keys and values once, which takes bytes / bandwidth. Prefill is timed over whole responses of one
 token, their single decode steps included, and held against the FLOPs of its matrix products and its attention. Limits are
-those of the data sheet, and what a large product and a copy reach in the same run. --quick: small shapes, to see it run.
+the data sheet's, and the speeds of a large product and of a copy in the same run. --quick: small shapes, to see it run.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.models import Architecture, Transformer, hf
 from sppo_jax.models.architecture import Rope
 from sppo_jax.records import Prompt
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
 
 MISTRAL = Architecture(
     vocab=32_000, model=4096, mlp=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, norm_eps=1e-5,
@@ -75,7 +75,7 @@ def matrices(a: Architecture) -> tuple[int, int]:
 
 
 def decode(sampler: Sampler, bytes_per_s: float, quick: bool, width: int) -> dict[str, float]:
-    """Tokens per second, and the seconds that memory needs over those that a step took. `width`: bytes of a number."""
+    """Tokens per second, and the share of a step's time that its memory traffic needs. `width`: bytes of one number."""
     a, slots, shrink = sampler.architecture, sampler.stats.slots, 4 if quick else 1
     prompt, new = PROMPT // shrink, NEW // shrink
     asked, limits = prompts(a, slots // K, prompt), [[new] * K] * (slots // K)
@@ -96,6 +96,7 @@ def decode(sampler: Sampler, bytes_per_s: float, quick: bool, width: int) -> dic
 
 
 def prefill(sampler: Sampler, flops_per_s: float, quick: bool) -> dict[str, float]:
+    """Prompt tokens per second, and the share of the time that the matrix products and attention need at `flops_per_s`."""
     a, tokens = sampler.architecture, PREFILLED // (4 if quick else 1)
     asked = prompts(a, 4 * sampler.stats.slots, tokens)
     for _ in sampler.stream(asked[:1], seed=SEED, responses=1, limits=[[1]]):

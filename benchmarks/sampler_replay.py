@@ -2,7 +2,7 @@
 
 python benchmarks/sampler_replay.py NAME TASK
 
-NAME is a function of WORKERS, TASK its argument as JSON; the last line printed is what it returns.
+NAME is a function of WORKERS, TASK its argument as JSON; the last line printed is its result.
 """
 
 import dataclasses
@@ -88,12 +88,12 @@ class Watch:
 
 
 def peak_bytes() -> int:
-    """Of this process's resident memory."""
+    """The most resident memory that this process has had, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class NoText:
-    """Stands for the tokenizer: lengths are all that counts."""
+    """Stands for the tokenizer: only lengths matter."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         return ""
@@ -117,13 +117,13 @@ def engine(folder: str, slots: int, most: int, cache_tokens: int = 0) -> Any:
     from sppo_jax import models
     from sppo_jax.config import Sampling
     from sppo_jax.hub import names
-    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.sampler import Sampler
 
     model = models.load(names.path("policy") if folder == "embedded" else Path(folder))
     sampling = Sampling(responses=K, max_new_tokens=most, slots=slots, cache_tokens=cache_tokens)
     sampler = Sampler(model, NoText(), sampling, eos=())
     del model
-    gc.collect()  # the masters: nnx modules refer to themselves, and nobody trains here
+    gc.collect()  # the masters: nnx modules refer to themselves, and nothing is trained here
     return sampler
 
 
@@ -179,11 +179,11 @@ def steady_steps(sampler: Any, prompts: list[Any], limits: list[list[int]]) -> f
     """Decode steps per second, from the end of the first chunk to the end of the last; `limits` are equal and fill all slots."""
     chunks: list[tuple[float, int]] = []
 
-    def heard(_: int, tokens: int, __: int) -> None:
+    def record(_: int, tokens: int, __: int) -> None:
         if tokens:
             chunks.append((time.perf_counter(), tokens))
 
-    for _ in sampler.stream(prompts, seed=SEED, limits=limits, on_progress=heard):
+    for _ in sampler.stream(prompts, seed=SEED, limits=limits, on_progress=record):
         pass
     steps = sum(tokens for _, tokens in chunks[1:]) / sampler.stats.slots
     return steps / (chunks[-1][0] - chunks[0][0])
@@ -292,12 +292,12 @@ def calibrate(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Through two points, and never below the first's value."""
+    """The line through two points at `x`, at least the first point's value."""
     return max(ys[0], ys[0] + (ys[1] - ys[0]) * (x - xs[0]) / (xs[1] - xs[0]))
 
 
 def peaks(task: dict[str, Any]) -> dict[str, Any]:
-    """What the machine can do: FLOP/s of a large float32 matrix product, bytes/s of a copy, read and written."""
+    """The machine's peaks: FLOP/s of a large float32 matrix product, bytes/s of a copy, read and written."""
     import jax
     import jax.numpy as jnp
 

@@ -28,17 +28,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from sppo_jax import sharding
 from sppo_jax.models import Architecture, Transformer, attention, hf
 from sppo_jax.models.architecture import Rope
 from sppo_jax.plan.hlo import Module
-from sppo_jax.sampler import engine, paging
+from sppo_jax.sampler import paged_attention
+from sppo_jax.sampler.capacity import Shape
+from sppo_jax.sampler.decoding import STEPS
 from sppo_jax.sampler.paging import PAGE
-from sppo_jax.sampler.programs import STEPS, Programs, Shape
+from sppo_jax.sampler.programs import Programs
+from sppo_jax.sampler.weights import abstract
 
 MISTRAL = Architecture(
     vocab=32_000, model=4096, mlp=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, norm_eps=1e-5,
@@ -58,20 +60,20 @@ GIB = 2**30
 
 
 def replicas(topology: str) -> Mesh:
-    """A slice that is not here, as replicas of one host's chips."""
+    """The mesh of a slice of absent chips, with one host's chips as a replica."""
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    ordered = np.asarray(sorted(devices, key=lambda d: (d.process_index, d.id)), object)
-    return Mesh(ordered.reshape(-1, 1, TENSOR), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+    return sharding.mesh_in_order(ordered, -1, 1, TENSOR)
 
 
 def programs(
-    mesh: Mesh, slots: int, tokens: int, kernel: paging.Kernel, a: Architecture = MISTRAL
+    mesh: Mesh, slots: int, tokens: int, kernel: paged_attention.Kernel, a: Architecture = MISTRAL
 ) -> Programs:
     """The sampler's programs for `slots` and a pool of `tokens` on each replica."""
     model = Transformer(
         a, dict(hf.abstract(a, mesh)), jnp.bfloat16, attention.choose("auto", mesh, a, jnp.bfloat16)
     )
-    graph, weights = engine.abstract(model, mesh)
+    graph, weights = abstract(model, mesh)
     count = sharding.batch_shards(mesh)
     shape = Shape(
         slots=slots * count,
@@ -85,10 +87,10 @@ def programs(
     return Programs(graph, weights, mesh, shape, kernel)
 
 
-def compiled(p: Programs, name: Any) -> tuple[Any, dict[str, float]]:
-    """A program of the sampler, and what the compiler says of its memory."""
+def compiled(lowered: Any) -> tuple[Any, dict[str, float]]:
+    """A program of the sampler, compiled, and the compiler's figures of its memory."""
     started = time.perf_counter()
-    program = p.lower(name).compile()
+    program = lowered.compile()
     memory = program.memory_analysis()
     return program, {
         "peak_gib": memory.peak_memory_in_bytes / GIB,
@@ -98,12 +100,12 @@ def compiled(p: Programs, name: Any) -> tuple[Any, dict[str, float]]:
 
 
 def decoding(p: Programs) -> dict[str, Any]:
-    """A step of the decode program at LIVE columns a slot, in milliseconds by cause, and the tokens that come of it."""
-    program, found = compiled(p, "decode")
+    """A step of the decode program at LIVE columns a slot, in milliseconds by cause, and the tokens per second."""
+    program, found = compiled(p.lower_decode())
     a, slots = p.model.architecture, p.shape.slots // p.replicas
     turns = {
         r"^jit\(decode\)/while$": STEPS,
-        "live_pages": math.ceil(slots * (LIVE / PAGE + 0.5) / paging.GROUP),
+        "live_pages": math.ceil(slots * (LIVE / PAGE + 0.5) / paged_attention.GROUP),
         "while/body": ROUNDS,
     }
     cost = Module(program.as_text(), turns).cost()
@@ -111,9 +113,9 @@ def decoding(p: Programs) -> dict[str, Any]:
     found["cycles_ms"] = 1e3 * cost.cycles / STEPS / CLOCK
     found["weights_ms"] = 1e3 * weights
     found["links_ms"] = 1e3 * (cost.sent / LINKS + cost.collectives * LATENCY) / STEPS
-    found["attention_ms"] = 0.0  # of the XLA form the cycles tell
+    found["attention_ms"] = 0.0  # the XLA kernel's time is in the cycles
     if p.kernel == "ragged":  # reads whole blocks
-        columns = slots * (LIVE + paging.PAGES_PER_BLOCK * PAGE / 2)
+        columns = slots * (LIVE + paged_attention.PAGES_PER_BLOCK * PAGE / 2)
         found["attention_ms"] = 1e3 * columns * a.layers * _column(p) / MEMORY / REACHED
     # Weights are fetched while products run, so the slower of the two counts.
     step = max(found["cycles_ms"], found["weights_ms"]) + found["links_ms"] + found["attention_ms"]
@@ -126,7 +128,7 @@ def decoding(p: Programs) -> dict[str, Any]:
 
 def filling(p: Programs) -> dict[str, Any]:
     """The prefill of BUCKET, and prompt tokens per second of a replica's chips."""
-    program, found = compiled(p, BUCKET)
+    program, found = compiled(p.lower_prefill(BUCKET))
     cost = Module(program.as_text(), {}).cost()
     seconds = cost.cycles / CLOCK + cost.sent / LINKS + cost.collectives * LATENCY
     tokens = p.rows(BUCKET) * BUCKET

@@ -21,7 +21,7 @@ from sppo_jax.text import chat_template
 
 # jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
 if TYPE_CHECKING:
-    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.sampler import Sampler
 
 RESET, QUIT = "/reset", "/quit"
 LONGEST = 512  # tokens of a response, if the policy's context has at least twice as many positions
@@ -126,7 +126,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
 
     from sppo_jax import compilation, sharding
     from sppo_jax.models import hf
-    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.sampler import Sampler
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory

@@ -1,4 +1,4 @@
-"""The mesh, and the one table from logical axes to mesh axes: every array of the package is placed by it.
+"""The mesh of devices, and the one table from logical axes to mesh axes, by which every array of the package is placed.
 
 Logical axes are the letters that name array dimensions everywhere in this package:
 B batch, T time, K candidates, D model, H query heads, N kv heads, C channels of a head, F feed-forward,
@@ -6,7 +6,7 @@ V vocabulary, L layers, R rank of an adapter (in training code: responses of a p
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sppo_jax.errors import BadInput
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
-# Logical axis -> mesh axis. Letters that are absent stay whole on every device.
+# Logical axis -> mesh axis. Dimensions of other letters stay whole on every device.
 TABLE: dict[str, str | tuple[str, ...]] = {
-    "B": BATCH_AXES,
+    "B": ("data", "fsdp"),
     "D": "fsdp",
     "H": "tensor",
     "N": "tensor",
@@ -30,70 +30,42 @@ TABLE: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list | None = None) -> Mesh:
-    """The mesh `data x fsdp x tensor` over `devices` (default: all); one size may be -1, for what is left.
+def resolve_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The three sizes of a mesh over so many devices; a size of -1 becomes what the other two leave.
 
-    Raises BadInput if the product is not the number of devices.
+    Raises BadInput unless the product is the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1 and 0 not in sizes:
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        raise BadInput(
+            f"mesh data {data}, fsdp {fsdp}, tensor {tensor} does not fit {devices} devices: make data x fsdp x tensor = "
+            f"{devices}, with sizes of at least 1; one of them may be -1, for what the others leave"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list | None = None) -> Mesh:
+    """The mesh `data x fsdp x tensor` over `devices` (default: all), placed to suit their network.
+
+    Sizes and errors as in `resolve_sizes`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-    free = [axis for axis, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise BadInput(f"mesh {sizes}: sizes are at least 1, and at most one of them is -1")
-    if free and len(devices) % given == 0:
-        sizes[free[0]] = len(devices) // given
-    elif given != len(devices) or free:
-        raise BadInput(
-            f"mesh {sizes} does not fit {len(devices)} devices: make data x fsdp x tensor = {len(devices)}"
-        )
-    auto = (AxisType.Auto,) * len(MESH_AXES)  # jax.make_mesh would default to Explicit axes
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    sizes = resolve_sizes(data, fsdp, tensor, len(devices))
+    # jax.make_mesh would default to Explicit axes.
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
 
 
-def sampling_mesh(mesh: Mesh, weights: int, limit: int | None, served: Callable[[int], bool]) -> Mesh:
-    """The devices of `mesh` as data x 1 x tensor, for decoding: replicas that share nothing, each as small as can be.
-
-    A replica is a number of devices, at least the mesh's own `tensor`, over which `weights` bytes leave three fifths of
-    the `limit` bytes of each (None: there is no limit) for keys and values. Those numbers that are `served` by a kernel
-    come before those that are not, and then those that fit on one process's devices, so that none waits for another.
-    """
-    local = _local(mesh)
-    sizes = [
-        tensor
-        for count in ((local, mesh.size) if local < mesh.size else (local,))
-        for tensor in range(mesh.shape["tensor"], count + 1)
-        if count % tensor == 0 and (limit is None or weights / tensor <= 0.4 * limit)
-    ]
-    return _in_order(mesh.devices.flat, next(filter(served, sizes), (*sizes, mesh.size)[0]))
-
-
-def own_part(mesh: Mesh) -> Mesh:
-    """This process's replicas of a sampling mesh; all of it where a replica spans processes."""
-    mine = [row for row in mesh.devices[:, 0] if all(d.process_index == jax.process_index() for d in row)]
-    if not mine or len(mine) * mesh.shape["tensor"] < _local(mesh):
-        return mesh
-    return _in_order([d for row in mine for d in row], mesh.shape["tensor"])
-
-
-def processes(mesh: Mesh) -> int:
-    """How many processes have devices of `mesh`, each the same number."""
-    return mesh.size // _local(mesh)
-
-
-def _local(mesh: Mesh) -> int:
-    """This process's devices in a mesh; Mesh.local_mesh wants them to lie together there, and on a torus they may not."""
-    return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-
-
-def _in_order(devices: Iterable[Any], tensor: int) -> Mesh:
-    """Replicas of `tensor` devices each, process by process: jax.make_mesh would look at the torus alone."""
-    ordered = np.asarray(sorted(devices, key=lambda d: d.process_index), object)
-    return Mesh(ordered.reshape(-1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def mesh_in_order(devices: Iterable[Any], data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh with its devices in the order given, where jax.make_mesh would place them by the torus alone."""
+    ordered = np.asarray([*devices], object)
+    sizes = resolve_sizes(data, fsdp, tensor, ordered.size)
+    return Mesh(ordered.reshape(sizes), MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:
-    """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." is anonymous.
+    """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." a dimension without a name.
 
     Vectors of a layer (norm scales, biases) are replicated: they are too small to pay for a gather.
     With `shape`, a dimension that its mesh axis does not divide stays whole (2 kv heads over 4 devices).
@@ -107,38 +79,43 @@ def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> Part
 
 
 def named(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """`spec` bound to its mesh."""
+    """The partition of `spec` on `mesh`, as arrays are placed by it."""
     return NamedSharding(mesh, spec(letters, mesh, shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The placement of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(mesh: Mesh) -> NamedSharding:
-    """The first dimension cut over all devices, whatever axis they lie on."""
+    """The placement of an array whose first dimension is cut over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
 def shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """How many pieces a dimension over these mesh axes is cut into."""
+    """The number of pieces that a dimension over these mesh axes is cut into; 1 for None."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many pieces a batch is cut into: what batch sizes must be divisible by."""
+    """How many pieces a batch is cut into: batch sizes must be divisible by it."""
     return shards(mesh, TABLE["B"])
 
 
+def tensor_shards(mesh: Mesh) -> int:
+    """Over how many devices one layer's heads and feed-forward are cut."""
+    return shards(mesh, TABLE["N"])
+
+
 def platform(mesh: Mesh) -> str:
-    """cpu, gpu or tpu: of the mesh, not of the default device, which ahead-of-time compilation differs from."""
+    """The platform of the mesh: cpu, gpu or tpu. The default device may be another, in ahead-of-time compilation."""
     return mesh.devices.flat[0].platform
 
 
 def memory_limit(mesh: Mesh) -> int | None:
-    """Bytes that a program may use of each device, by the first of this process's own; None on CPUs."""
+    """Bytes that a program may use of each device, read from this process's first one; None on CPUs."""
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 

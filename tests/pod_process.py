@@ -1,4 +1,4 @@
-"""One process of a pod of two, two CPU devices each: samples on a mesh over both and prints what it got.
+"""One process of a pod of two, two CPU devices each: samples on a mesh over both and prints its responses.
 
 python tests/pod_process.py PORT RANK
 """
@@ -19,15 +19,14 @@ def main(port: str, rank: int) -> None:
     from sppo_jax import models, sharding
     from sppo_jax.config import Sampling
     from sppo_jax.hub import names
-    from sppo_jax.sampler import paging
-    from sppo_jax.sampler.engine import Sampler
+    from sppo_jax.sampler import Sampler, paged_attention
     from sppo_jax.text import chat_template
 
     tokenizer = chat_template.load_tokenizer(names.path("policy"))
     sampling = Sampling(responses=2, max_new_tokens=10, slots=8)
     # A replica on each device; one over all, of both processes; the same for a kernel's sake, the weights cut otherwise.
     for tensor, wanted in ((1, range(5)), (4, range(5)), (1, [4])):
-        paging.served = lambda *_, wanted=wanted: wanted.__contains__
+        paged_attention.supported = lambda *_, wanted=wanted: wanted.__contains__
         mesh = sharding.make_mesh(1, -1, tensor)
         sampler = Sampler(models.load(names.path("policy"), mesh=mesh), tokenizer, sampling, mesh)
         asked = PROMPTS[rank::2] if sampler.alone else PROMPTS

@@ -10,7 +10,7 @@ import numpy as np
 
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.run import pod
-from sppo_jax.sampler.engine import Stats
+from sppo_jax.sampler import Stats
 
 PROMPTS = [Prompt(f"Question {n}?", [1, 2, 3 + n]) for n in range(7)]
 K = 3

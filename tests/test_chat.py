@@ -14,7 +14,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.records import Responses
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
 from sppo_jax.text import chat_template
 
 POLICY = str(names.path("policy"))

@@ -19,7 +19,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.models import hf
 from sppo_jax.models.architecture import ACTIVATIONS, FULL, SLIDING
 from sppo_jax.records import Prompt
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
 
 SIZES = {
     "vocab_size": 102, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

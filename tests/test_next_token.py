@@ -1,4 +1,4 @@
-"""The next token: from which distribution it is drawn, that the cuts are exact, and what a draw may depend on."""
+"""The next token: its distribution, exact cuts, and the inputs that a draw may depend on."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def keys(rows, seed=0):
 
 
 def random_logits(rows=64, vocab=768, seed=0):
-    """Normal ones, from rows that are nearly flat to rows that are nearly one-hot."""
+    """Normal logits, from rows that are nearly flat to rows that are nearly one-hot."""
     normal = np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32)
     return normal * np.geomspace(0.1, 20, rows, dtype=np.float32)[:, None]
 
@@ -31,7 +31,7 @@ def kept_by_sorting(logits_BV, temperature, top_p, top_k):
     order_BV = np.argsort(-weight_BV, axis=-1, kind="stable")
     sorted_BV = np.take_along_axis(weight_BV, order_BV, -1)
     before_BV = np.cumsum(sorted_BV, -1) - sorted_BV
-    for column in range(1, before_BV.shape[1]):  # only what is strictly above counts
+    for column in range(1, before_BV.shape[1]):  # only strictly larger weights count
         tied_B = sorted_BV[:, column] == sorted_BV[:, column - 1]
         before_BV[tied_B, column] = before_BV[tied_B, column - 1]
     above_BV = np.empty_like(before_BV)
@@ -149,7 +149,7 @@ def test_eight_devices_draw_the_tokens_of_one(eight_devices):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
-def test_a_row_of_no_numbers_ends_and_spoils_its_own_row_alone():
+def test_a_row_of_nan_ends_and_spoils_its_own_row_alone():
     logits_BV = random_logits()
     expected = draw(logits_BV, keys(64), temperature=0.7, top_p=0.9, top_k=20)
     logits_BV[3], logits_BV[4] = np.nan, -np.inf

@@ -1,4 +1,4 @@
-"""Pages of keys and values: what lands in them, and attention over them against the dense form, in bits where promised."""
+"""Pages of keys and values: their contents, and attention over them, equal to dense attention, in every bit on CPUs."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from sppo_jax import sharding
 from sppo_jax.models import attention
-from sppo_jax.sampler import paging
+from sppo_jax.sampler import paged_attention, paging
 from sppo_jax.sampler.paging import PAGE
 from tests.conftest import ODD
 
@@ -50,16 +50,18 @@ def random_batch(seed, replicas=1, a=LAYER):
 
 
 fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paging.fill, paging.copy))
-work = jax.jit(paging.work, static_argnames=("window", "mesh"))
+work = jax.jit(paged_attention.work, static_argnames=("window", "mesh"))
 
 
 @functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "kernel", "mesh"))
 def fill_and_attend(pages, q, keys, values, position, table, active, *, window, softcap, scale, kernel, mesh):
     rows = jnp.arange(len(position))
     pages = paging.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
-    work = paging.work(position, active, table, window, mesh)
+    work = paged_attention.work(position, active, table, window, mesh)
     k, v = keys[rows, position], values[rows, position]
-    return paging.attend(q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh)
+    return paged_attention.attend(
+        q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh
+    )
 
 
 def attend(mesh, batch, *, a=LAYER, quantize=False, pages=None, kernel="xla", **options):
@@ -88,9 +90,8 @@ def test_ragged_lengths_equal_dense_attention(one_device, options):
 
 def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
-    monkeypatch.setattr(
-        paging, "GROUP", 48
-    )  # several groups; and a window of its own, so that it is compiled anew
+    monkeypatch.setattr(paged_attention, "GROUP", 48)  # several groups
+    # A window that no other test has, so that it is compiled anew.
     batch = random_batch(0)
     out, _ = attend(one_device, batch, window=200)
     np.testing.assert_allclose(out, dense(batch, window=200), atol=1e-5)
@@ -206,7 +207,7 @@ def test_eight_devices_give_the_same_bits(one_device, kv_heads):
     np.testing.assert_array_equal(spread, out)
 
 
-def test_pages_are_what_their_shapes_and_bytes_say(eight_devices):
+def test_pages_have_the_shapes_and_bytes_that_are_computed_beforehand(eight_devices):
     for quantize in (False, True):
         like = paging.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
         pages = paging.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
@@ -233,17 +234,17 @@ def test_the_tpu_kernel_is_taken_where_it_compiles(monkeypatch, tensor, kv_heads
     """As benchmarks/sampler_tpu.py found with libtpu 0.0.42."""
     mesh = sharding.make_mesh(8 // tensor, 1, tensor)
     a = dataclasses.replace(LAYER, kv_heads=kv_heads, head_dim=head_dim)
-    assert paging.choose(mesh, "auto", a, dtype) == "xla"
+    assert paged_attention.choose(mesh, "auto", a, dtype) == "xla"
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
-    assert paging.choose(mesh, "auto", a, dtype) == kernel
-    assert paging.choose(mesh, "xla", a, dtype) == "xla"
+    assert paged_attention.choose(mesh, "auto", a, dtype) == kernel
+    assert paged_attention.choose(mesh, "xla", a, dtype) == "xla"
 
 
-def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_device):
+def test_replicas_are_supported_where_the_kernel_compiles(monkeypatch, one_device):
     gemma = dataclasses.replace(LAYER, kv_heads=8, head_dim=256)
 
     def sizes(forced, a):
-        return list(filter(paging.served(one_device, forced, a, jnp.bfloat16), range(1, 21)))
+        return list(filter(paged_attention.supported(one_device, forced, a, jnp.bfloat16), range(1, 21)))
 
     assert sizes("auto", gemma) == list(range(1, 21))  # on a CPU
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
@@ -256,7 +257,7 @@ def test_a_mesh_says_for_which_replicas_there_is_a_kernel(monkeypatch, one_devic
 def kernel_by_its_words(
     q, pages, lengths, table, starts, count, *, sm_scale, sliding_window, soft_cap, **blocks
 ):
-    """What ragged_paged_attention says it does, for one query each. Its sequences are not empty."""
+    """ragged_paged_attention as its documentation describes it, for one query each. Its sequences are not empty."""
     kv = pages[table].reshape(len(table), -1, *pages.shape[2:])
     k, v = (kv[:, :, i::2] for i in range(2))
     mask = attention.cache_mask(lengths - 1, kv.shape[1], sliding_window)
@@ -269,7 +270,7 @@ def kernel_by_its_words(
 
 @pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 3.0, "scale": 0.5}])
 def test_the_tpu_kernel_is_given_what_it_should_see(one_device, monkeypatch, options):
-    monkeypatch.setattr(paging, "ragged_paged_attention", kernel_by_its_words)
+    monkeypatch.setattr(paged_attention, "ragged_paged_attention", kernel_by_its_words)
     batch = random_batch(8)
     batch.active[5:9] = False
     batch.table[5:9] = -1

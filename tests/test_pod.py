@@ -1,4 +1,4 @@
-"""Sampling where a mesh spans processes: each on its own devices where the model fits there, all together where not."""
+"""Sampling on a mesh over several processes: each on its own devices if the model fits there, else all together."""
 
 import json
 import os
@@ -6,14 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from sppo_jax import sharding
 from sppo_jax.config import Sampling
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.plan.chips import Device
+from sppo_jax.sampler import Sampler, capacity
 from tests.pod_process import PROMPTS
 
 CHILD = Path(__file__).with_name("pod_process.py")
@@ -32,52 +31,41 @@ def test_two_processes_sample_what_one_does(policy, tokenizer):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=240) for process in started]
+        outputs = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said[0][1] + said[1][1]
-    found = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in said]
+    assert [process.returncode for process in started] == [0, 0], outputs[0][1] + outputs[1][1]
+    found = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
     one = Sampler(policy, tokenizer, Sampling(responses=2, max_new_tokens=10, slots=8))
     expected = [row.response_ids for row in one.generate(PROMPTS, seed=0)]
-    for rank, (apart, together, served) in enumerate(found):
+    for rank, (apart, together, for_the_kernel) in enumerate(found):
         assert apart == {"alone": True, "mesh": [2, 1, 1], "slots": 8, "rows": expected[rank::2]}
         assert together == {"alone": False, "mesh": [1, 1, 4], "slots": 16, "rows": expected}
-        assert served == together
+        assert for_the_kernel == together
 
 
 ANY = range(1, 17)
 
 
-class Devices(SimpleNamespace):
-    """A mesh's shape, 16 devices on 4 processes, as far as a choice looks at it."""
-
-
 @pytest.mark.parametrize(
-    ("gigabytes", "tensor", "served", "expected"),
+    ("gigabytes", "tensor", "supported", "expected"),
     [
         (14.5, 1, ANY, (4, 1, 4)),  # Mistral-7B on v5e: 4 chips of a host
         (6.0, 1, ANY, (16, 1, 1)),
         (6.0, 2, ANY, (8, 1, 2)),  # no smaller than the user's own
         (140.0, 1, ANY, (1, 1, 16)),  # not on a host
-        (1000.0, 1, ANY, (1, 1, 16)),  # nowhere; the pages will say so
+        (1000.0, 1, ANY, (1, 1, 16)),  # nowhere; Capacity.shape will raise
         (18.5, 1, {8}, (2, 1, 8)),  # Gemma-2-9B: two hosts, for the kernel's sake
         (5.2, 1, {4, 8}, (4, 1, 4)),  # Gemma-2-2B
-        (5.2, 1, set(), (16, 1, 1)),  # no kernel serves
+        (5.2, 1, set(), (16, 1, 1)),  # no kernel supports any
         (18.5, 16, {8}, (1, 1, 16)),  # nor any that the user leaves
     ],
 )
-def test_a_replica_is_as_small_as_leaves_room_and_has_a_kernel(
-    monkeypatch, gigabytes, tensor, served, expected
-):
-    devices = np.asarray([SimpleNamespace(process_index=i % 4) for i in range(16)]).reshape(
-        1, 16 // tensor, tensor
-    )
-    mesh = Devices(
-        shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor}, size=16, devices=devices,
-    )  # fmt: skip
-    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
-    found = sharding.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000, served.__contains__)
+def test_a_replica_is_as_small_as_leaves_room_and_has_a_kernel(gigabytes, tensor, supported, expected):
+    devices = [Device(i, i % 4, "tpu", "") for i in range(16)]  # on 4 processes
+    mesh = sharding.mesh_in_order(devices, 1, 16 // tensor, tensor)
+    found = capacity.sampling_mesh(mesh, int(gigabytes * 1e9), 16_900_000_000, supported.__contains__).devices
     assert found.shape == expected
     if tensor <= expected[2] <= 4:  # a replica's devices are one process's
         assert all(len({d.process_index for d in row}) == 1 for row in found[:, 0])

@@ -1,4 +1,4 @@
-"""The sampler in 8 bits: which numbers are rounded, how far that moves log-probs, and what it leaves alone."""
+"""The sampler in 8 bits: which arrays are rounded, how far that moves log-probs, and what stays exact."""
 
 import dataclasses
 import sys
@@ -17,9 +17,9 @@ from sppo_jax.hub import names
 from sppo_jax.models import hf, lora
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.models.transformer import Transformer, product
-from sppo_jax.sampler import engine as sampler_module
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
 from sppo_jax.sampler.quantized import Int8, rounded
+from sppo_jax.sampler.weights import placed, serving_bytes, serving_model
 from tests.conftest import ODD
 from tests.test_sampler import TEMPERATE
 
@@ -92,11 +92,7 @@ def test_the_samplers_matrices_are_int8_and_the_policys_stay_what_they_were(poli
     for ours, theirs in ((serving.embedding, policy.embedding), (serving.norm, policy.norm)):
         np.testing.assert_array_equal(ours[...], theirs[...])
     held = sum(x.nbytes for x in jax.tree.leaves(sampler.weights))
-    assert (
-        held
-        == sampler_module.serving_bytes(policy, True)
-        < 0.34 * sampler_module.serving_bytes(policy, False)
-    )
+    assert held == serving_bytes(policy, True) < 0.34 * serving_bytes(policy, False)
 
 
 def test_a_tied_model_with_adapters_computes_with_its_rounded_matrices(one_device):
@@ -115,10 +111,10 @@ def test_a_tied_model_with_adapters_computes_with_its_rounded_matrices(one_devic
         for layer in near.layers:
             for name, (ins, _, _) in lora.MATRICES.items():
                 layer[name] = nnx.Param(qwix.dequantize(rounded(layer[name][...], len(ins))))
-        return logits(sampler_module._serving(model, True)), logits(near)
+        return logits(serving_model(model, True)), logits(near)
 
     ours, near = both(model)
-    assert np.std(near) > 0.3  # logits that say something
+    assert np.std(near) > 0.3  # far from uniform
     np.testing.assert_allclose(ours, near, atol=1e-4)
 
 
@@ -174,7 +170,7 @@ def test_tokens_are_the_same_on_eight_devices(tokenizer, asked, sampled, eight_d
 
 
 def test_scales_lie_as_their_matrices_do_a_tied_head_too(eight_devices):
-    graph, weights = sampler_module._placed(gemma(eight_devices), eight_devices, eight_devices, True)
+    graph, weights = placed(gemma(eight_devices), eight_devices, eight_devices, True)
     matrices = quantized_params(nnx.merge(graph, weights))
     assert len(matrices) == 7 + 1
     for param in matrices:

@@ -1,4 +1,4 @@
-"""Responses: what is sampled, from which distribution, and what it may depend on."""
+"""Responses: their tokens, the distribution they are drawn from, and everything that they may depend on."""
 
 import dataclasses
 
@@ -15,8 +15,9 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import engine as sampler_module
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
+from sppo_jax.sampler.programs import Programs
+from sppo_jax.sampler.stream import Stream
 from sppo_jax.text import chat_template
 
 TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24, slots=24)
@@ -91,7 +92,7 @@ def test_T18_a_response_is_the_same_in_every_bit_whatever_else_is_sampled(sample
         expected = [sampled[0], sampled[7], sampled[-1]]
     elif case == "reversed":
         found = sampler.generate(asked[::-1], seed=3, iteration=1)[::-1]
-    elif case == "again":  # pages still hold what was said before
+    elif case == "again":  # pages still hold the earlier responses
         found = sampler.generate(asked, seed=3, iteration=1)
     elif case == "fewer_k":
         found = sampler.generate(asked, seed=3, iteration=1, responses=2)
@@ -104,7 +105,7 @@ def test_T18_a_response_is_the_same_in_every_bit_whatever_else_is_sampled(sample
 
 
 def test_T18_little_memory_costs_time_and_changes_nothing(policy, tokenizer, asked):
-    """Responses that are thrown out for want of pages start again, and say the same."""
+    """Responses that are preempted for want of pages start again, and draw the same tokens."""
     long = dataclasses.replace(TEMPERATE, max_new_tokens=200, slots=8)
     roomy = Sampler(policy, tokenizer, long, eos=())
     tight = Sampler(policy, tokenizer, dataclasses.replace(long, cache_tokens=14 * 64), eos=())
@@ -119,7 +120,7 @@ def three_slots(policy, tokenizer, asked):
     return small(policy, tokenizer, slots=3).generate(asked, seed=3, iteration=1)
 
 
-def test_T18_eight_replicas_of_three_slots_say_what_one_of_them_says_in_every_bit(
+def test_T18_eight_replicas_of_three_slots_draw_what_one_of_them_draws_in_every_bit(
     three_slots, tokenizer, asked, eight_flat
 ):
     model = models.load(names.path("policy"), mesh=eight_flat)
@@ -205,7 +206,7 @@ def test_a_prompt_without_room_is_refused(policy, tokenizer, asked):
 
 @pytest.fixture
 def compiled():
-    """Names of what is compiled during a test."""
+    """A list with an entry for each program compiled during a test."""
     names = []
 
     def listen(name, seconds, **_):
@@ -221,9 +222,9 @@ def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
     sampler, sampled, asked, monkeypatch, compiled
 ):
     reads, counted = [], []
-    get, chunks = jax.device_get, sampler.programs["decode"]
+    get, chunks = jax.device_get, sampler.programs.decode
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x.shape) or get(x))
-    monkeypatch.setitem(sampler.programs._compiled, "decode", lambda *a: counted.append(0) or chunks(*a))
+    monkeypatch.setattr(sampler.programs, "decode", lambda *a: counted.append(0) or chunks(*a))
     sampler.generate(asked[5:], seed=8, iteration=2)
     assert compiled == []
     assert len(reads) == len(counted) > 3
@@ -231,7 +232,7 @@ def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
 
 def test_a_transfer_that_nobody_asked_for_is_an_error(sampler, asked, monkeypatch):
     """The guard is on while the slots are served: a NumPy array among the arguments is refused."""
-    monkeypatch.setattr(sampler_module._Run, "_put", lambda self, x, spec: x)
+    monkeypatch.setattr(Stream, "_put", lambda self, x, place: x)
     with pytest.raises(Exception, match=r"[Dd]isallowed"):
         sampler.generate(asked[:1], seed=0)
 
@@ -266,7 +267,7 @@ def test_slots_are_refilled_while_others_go_on(policy, tokenizer, asked):
 
 
 def test_other_weights_are_sampled_from_at_once(policy, tokenizer, asked, sampled, sampler, compiled):
-    """As in a game: released for training, then the next policy. Nothing is compiled again."""
+    """As in a run: released for training, then given the next policy. Nothing is compiled again."""
     other = models.load(names.path("policy"))
     other.head[...] = other.head[...] * 0.5
     jax.block_until_ready(other.head[...])
@@ -319,8 +320,6 @@ def test_a_cache_that_cannot_hold_one_response_is_refused(policy, tokenizer, ask
 def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     policy, tokenizer, asked, sampled, monkeypatch, when
 ):
-    from sppo_jax.sampler import programs
-
     ours = Sampler(policy, tokenizer, TEMPERATE)
     if when == "advance":
         ours.warm_up([len(prompt.ids) for prompt in asked])
@@ -328,7 +327,7 @@ def test_devices_without_memory_are_one_line_and_the_sampler_goes_on_later(
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    place = (sampler_module._Run, "advance") if when == "advance" else (programs.Programs, "compile")
+    place = (Stream, "advance") if when == "advance" else (Programs, "compile")
     with monkeypatch.context() as patch:
         patch.setattr(*place, full)
         with pytest.raises(BadInput, match=r"no memory for .* lower sampling\.slots"):

@@ -1,4 +1,4 @@
-"""The sampler's books: every response is spoken to its end once, and no page ever has two owners."""
+"""Scheduling: every response is decoded to its end once, and no page ever has two owners."""
 
 from collections import deque
 
@@ -13,50 +13,50 @@ PAGE, AHEAD, STEPS = 8, 8, 4
 
 def check(replica, total):
     """Pages are free, or a live response's own, or a prompt's: each exactly once."""
-    prefixes = {id(r.prefix): r.prefix for r in [*replica.live.values(), *replica.ready]}
+    prefixes = {id(r.prefix): r.prefix for r in [*replica.running.values(), *replica.ready]}
     owned = [p for prefix in prefixes.values() for p in prefix.pages]
-    owned += [p for response in replica.live.values() for p in response.pages]
+    owned += [p for response in replica.running.values() for p in response.pages]
     assert sorted(owned + replica.free_pages) == list(range(total))
-    assert sorted([*replica.live, *replica.free_slots]) == list(range(replica.slots))
+    assert sorted([*replica.running, *replica.free_slots]) == list(range(replica.slots))
 
 
 def play(prompts, lengths, slots, pages):
     """Decode `lengths[i][k]` tokens for prompts of `prompts[i]` tokens; (responses in order of their end, thrown out)."""
     replica = Replica(slots, pages, PAGE, AHEAD)
     waiting = deque((i, dict(enumerate(row))) for i, row in enumerate(lengths))
-    ended, thrown_out, rounds = [], 0, 0
-    while waiting or replica.ready or replica.live:
+    ended, preemptions, rounds = [], 0, 0
+    while waiting or replica.ready or replica.running:
         rounds += 1
         assert rounds < 10_000, "no progress"
-        evicted, again = replica.grow()
-        thrown_out += len(evicted)
+        preempted, unprefilled = replica.grow()
+        preemptions += len(preempted)
         check(replica, pages)
-        for response in again:
+        for response in unprefilled:
             waiting.appendleft((response.prefix.prompt, {response.k: response.limit}))
-        while waiting and replica.short_of() > 0:
+        while waiting and replica.shortfall() > 0:
             i, limits = waiting[0]
-            prefix = replica.take_prefix(i, prompts[i])
+            prefix = replica.allocate(i, prompts[i])
             if prefix is None:
                 break
             waiting.popleft()
-            replica.wait(prefix, limits)
+            replica.enqueue(prefix, limits)
         started = replica.start()
         check(replica, pages)
         for response in started:
-            source, target = replica.copied(response)
+            source, target = replica.page_copy(response)
             assert (source >= 0) == (prompts[response.prefix.prompt] % PAGE > 0) == (target >= 0)
-        for response in list(replica.live.values()):
-            said = min(STEPS, response.limit - len(response.tokens))
-            held = replica.row(response)
-            assert len(held) * PAGE >= response.prefix.length + len(response.tokens) + said
+        for response in list(replica.running.values()):
+            generated = min(STEPS, response.limit - len(response.tokens))
+            held = replica.page_table(response)
+            assert len(held) * PAGE >= response.prefix.length + len(response.tokens) + generated
             assert len(set(held)) == len(held)
-            response.tokens += [0] * said
+            response.tokens += [0] * generated
             if len(response.tokens) == response.limit:
-                replica.end(response)
+                replica.finish(response)
                 ended.append((response.prefix.prompt, response.k))
                 check(replica, pages)
     assert len(replica.free_pages) == pages
-    return ended, thrown_out
+    return ended, preemptions
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,39 +68,39 @@ def test_every_response_ends_once_however_few_pages_there_are(data):
     slots = data.draw(st.integers(1, 7))
     least, enough = pages_needed(1, 70, PAGE), pages_needed(slots, 70, PAGE)
     pages = data.draw(st.integers(least, enough))
-    ended, thrown_out = play(prompts, lengths, slots, pages)
+    ended, preemptions = play(prompts, lengths, slots, pages)
     assert sorted(ended) == [(i, k) for i in range(count) for k in range(3)]
-    assert pages < enough or thrown_out == 0
+    assert pages < enough or preemptions == 0
 
 
-@pytest.mark.parametrize(("pages", "thrown_out"), [(pages_needed(6, 64, PAGE), False), (14, True)])
-def test_responses_make_room_for_each_other_only_where_pages_are_short(pages, thrown_out):
+@pytest.mark.parametrize(("pages", "preemptions"), [(pages_needed(6, 64, PAGE), False), (14, True)])
+def test_responses_make_room_for_each_other_only_where_pages_are_short(pages, preemptions):
     ended, count = play([13] * 8, [[40] * 3] * 8, 6, pages)
     assert len(ended) == 24
-    assert (count > 0) == thrown_out
+    assert (count > 0) == preemptions
 
 
 def test_whole_pages_of_a_prompt_are_shared_and_the_last_one_is_copied():
     replica = Replica(4, 20, PAGE, AHEAD)
-    prefix = replica.take_prefix(0, 2 * PAGE + 3)
-    replica.wait(prefix, {0: 5, 1: 5})
+    prefix = replica.allocate(0, 2 * PAGE + 3)
+    replica.enqueue(prefix, {0: 5, 1: 5})
     first, second = replica.start()
-    assert replica.row(first)[:2] == replica.row(second)[:2] == prefix.pages[:2]
-    assert replica.copied(first) == (prefix.pages[2], first.pages[0])
+    assert replica.page_table(first)[:2] == replica.page_table(second)[:2] == prefix.pages[:2]
+    assert replica.page_copy(first) == (prefix.pages[2], first.pages[0])
     assert not set(first.pages) & set(second.pages)
-    replica.end(first)
+    replica.finish(first)
     assert prefix.pages[0] not in replica.free_pages  # the second still reads it
-    replica.end(second)
+    replica.finish(second)
     assert len(replica.free_pages) == 20
 
 
-def test_the_work_thrown_out_is_the_youngest():
+def test_the_work_preemptions_is_the_youngest():
     replica = Replica(2, 6, PAGE, AHEAD)
     for i in range(2):
-        replica.wait(replica.take_prefix(i, 0), {0: 40})
+        replica.enqueue(replica.allocate(i, 0), {0: 40})
     old, young = replica.start()
     old.tokens += [0] * 17
     young.tokens += [0] * 9
-    evicted, _ = replica.grow()
-    assert evicted == [young]
+    preempted, _ = replica.grow()
+    assert preempted == [young]
     assert replica.ready[0].tokens == []

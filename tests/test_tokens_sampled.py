@@ -12,7 +12,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.models import hf
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Pair, Responses
-from sppo_jax.sampler.engine import Sampler
+from sppo_jax.sampler import Sampler
 from sppo_jax.text import chat_template
 from sppo_jax.training.batches import Batches
 from tests.families import FAMILIES

@@ -15,8 +15,10 @@ from sppo_jax.config import Config
 from sppo_jax.models import Architecture, Transformer, attention, hf, lora
 from sppo_jax.pairrm import deberta_attention, jax_model, mesh_judge
 from sppo_jax.plan.hlo import Cost, Module
-from sppo_jax.sampler import engine
-from sppo_jax.sampler.programs import PAGE, Programs, bucket, sampling_mesh
+from sppo_jax.sampler import capacity
+from sppo_jax.sampler.paging import PAGE
+from sppo_jax.sampler.programs import Programs
+from sppo_jax.sampler.weights import abstract
 from sppo_jax.training.microbatch import Microbatch
 from sppo_jax.training.packing import Layout
 from sppo_jax.training.update import TrainState, make_programs, split
@@ -157,19 +159,16 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
     Raises BadInput where a response does not fit.
     """
     model = abstract_model(config, a, mesh, dtype)
-    int8 = config.sampling.quantize == "int8"
     # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
-    whole = sampling_mesh(model, mesh, engine.serving_bytes(model, int8), limit)
-    asked = engine.of_processes(config.sampling, whole)
-    graph, weights = engine.abstract(model, whole, int8)
-    free = engine.FILLED * limit - local_bytes(weights) - kept_bytes(config, a, mesh, dtype)
-    longest = min(bucket(config.prompts.max_length), a.max_positions)
-    shape = engine.shape(asked, nnx.merge(graph, weights), whole, longest=longest, eos=(2,), free=free)
-    return Programs(graph, weights, whole, shape)
+    chosen = capacity.choose(model, mesh, config.sampling, limit)
+    graph, weights = abstract(model, chosen.mesh, chosen.int8)
+    in_use = local_bytes(weights) + kept_bytes(config, a, mesh, dtype)
+    shape = chosen.shape(longest=chosen.longest_prompt(config.prompts.max_length), eos=(2,), in_use=in_use)
+    return Programs(graph, weights, chosen.mesh, shape)
 
 
 def page_bytes(p: Programs) -> int:
-    """Bytes of one column's keys and values in all layers, on one chip."""
+    """Bytes of one token's keys and values in all layers, on one chip."""
     pages = p.shape.pages // p.replicas
     return local_bytes(p.pages) // (pages * PAGE)
 

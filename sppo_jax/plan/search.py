@@ -158,17 +158,13 @@ def _figures(name: str, at: Target, costs: dict[str, UnitCost], tried: list[str]
 
 def _others(own: Mesh, chips: int, heads: int) -> list[Mesh]:
     """Meshes that a plan weighs beside the configuration's own."""
+    from sppo_jax import sharding
+
     sizes = [(data, tensor) for tensor in (1, 2, 4, 8) for data in (1, 2, 4)]
     found = [
         dataclasses.replace(own, data=data, fsdp=chips // (data * tensor), tensor=tensor)
         for data, tensor in sizes
         if chips % (data * tensor) == 0 and heads % tensor == 0
     ]
-    return [mesh for mesh in found if mesh not in (own, _whole(own, chips))]
-
-
-def _whole(mesh: Mesh, chips: int) -> Mesh:
-    """The same mesh with its -1 resolved."""
-    sizes = dataclasses.asdict(mesh)
-    given = math.prod(n for n in sizes.values() if n != -1)
-    return Mesh(**{axis: chips // max(1, given) if n == -1 else n for axis, n in sizes.items()})
+    whole = Mesh(*sharding.resolve_sizes(own.data, own.fsdp, own.tensor, chips))
+    return [mesh for mesh in found if mesh not in (own, whole)]

@@ -18,8 +18,11 @@ from sppo_jax.plan import compiled
 from sppo_jax.plan.compiled import CompiledProgram, DoesNotFit
 from sppo_jax.plan.cost import GIB, UnitCost
 from sppo_jax.plan.target import Target
-from sppo_jax.sampler import paging
-from sppo_jax.sampler.programs import PAGE, STEPS, Programs, bucket
+from sppo_jax.sampler import paged_attention
+from sppo_jax.sampler.capacity import bucket
+from sppo_jax.sampler.decoding import STEPS
+from sppo_jax.sampler.paging import PAGE
+from sppo_jax.sampler.programs import Programs
 from sppo_jax.training import memory
 
 # microsoft/deberta-v3-large with PairRM's five extra tokens (llm-blender/PairRM). A plan does not read its config.json.
@@ -263,16 +266,16 @@ def _decode(target: Target, counts: SamplerCounts) -> UnitCost:
     if target.compiled:
         loop_counts: dict[str, float] = {
             r"^jit\(decode\)/while$": STEPS,
-            "live_pages": math.ceil(filled * (counts.columns / PAGE + 0.5) / paging.GROUP),
+            "live_pages": math.ceil(filled * (counts.columns / PAGE + 0.5) / paged_attention.GROUP),
             "while/body": ROUNDS,
         }
-        program = compiled.compile_program("decode", p.lower("decode"), loop_counts)[1]
+        program = compiled.compile_program("decode", p.lower_decode(), loop_counts)[1]
         _add(step, program, 1 / STEPS)
         step.memory = _kinds(counts.resident, program.peak + counts.resident["masters"])
         # Weights are fetched while products run, so the slower of the two counts.
         step.uncounted = max(0.0, counts.weights / chip.memory - (step.compiler or 0))
         if p.kernel == "ragged":  # reads whole blocks of pages
-            read = filled * (counts.columns + paging.PAGES_PER_BLOCK * PAGE / 2) * counts.column
+            read = filled * (counts.columns + paged_attention.PAGES_PER_BLOCK * PAGE / 2) * counts.column
             step.uncounted += read / chip.memory / chip.reached
     else:
         sent = 4 * a.layers * width * a.model * (1 - 1 / chips) * counts.slots
@@ -320,7 +323,7 @@ def _prefill(target: Target, counts: SamplerCounts) -> UnitCost:
         bytes=counts.weights,
     )
     if target.compiled:
-        program = compiled.compile_program(f"prefill of {size}", p.lower(size))[1]
+        program = compiled.compile_program(f"prefill of {size}", p.lower_prefill(size))[1]
         _add(fill, program, 1)
         fill.memory = _kinds(counts.resident, program.peak + counts.resident["masters"])
         if p.model.kernel.name != "xla":

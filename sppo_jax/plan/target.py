@@ -1,17 +1,14 @@
 """Plan target: one configuration on a mesh of absent devices, and one iteration's work there."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from sppo_jax import config, sharding
 from sppo_jax.config import Config
-from sppo_jax.errors import BadInput
 from sppo_jax.hub import names, repositories
 from sppo_jax.models import Architecture, attention, hf
 from sppo_jax.plan import workload
@@ -85,16 +82,8 @@ def architecture(c: Config) -> Architecture:
 
 
 def mesh(m: config.Mesh, devices: list[Any], stand_ins: bool) -> Mesh:
-    """The mesh of a slice. Raises BadInput where its sizes do not make up the number of devices."""
+    """The configuration's mesh over the devices of a slice. Raises BadInput where it does not fit them."""
     if not stand_ins:
         return sharding.make_mesh(m.data, m.fsdp, m.tensor, devices=devices)
-    sizes = [m.data, m.fsdp, m.tensor]
-    if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise BadInput(
-            f"mesh data {m.data}, fsdp {m.fsdp}, tensor {m.tensor} does not fit {len(devices)} devices"
-        )
-    # In order: jax.make_mesh would ask stand-ins where in the torus they are.
-    array = np.asarray(devices, object).reshape(sizes)
-    return Mesh(array, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    # jax.make_mesh would ask stand-ins for their place on the torus.
+    return sharding.mesh_in_order(devices, m.data, m.fsdp, m.tensor)

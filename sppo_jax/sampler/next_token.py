@@ -1,8 +1,14 @@
-"""How the sampler draws the next token from the logits: temperature, top-k, top-p, exact and without a sort.
+"""Draw the next token from the logits: temperature, top-k, top-p, exact and without a sort.
 
 A draw is a race (Gumbel-max written without the logarithm): each token has weight exp((logit - max) / temperature)
-and a noise of its own from Exponential(1); the largest weight / noise wins, which is token i with probability
-weight_i / sum(weight). A row has a key of its own and is worked on alone, so its token depends on nothing else.
+and noise of its own from Exponential(1); the largest weight / noise wins, which is token i with probability
+weight_i / sum(weight). Each row has its own key and is computed alone, so its token depends on nothing else.
+
+Sorting, masking and `jax.random.categorical` would take a few lines (`kept_by_sorting` in tests/test_next_token.py is that
+reference). This file is longer because it keeps exactly that reference's tokens, ties and infinities included, without
+sorting the vocabulary, B x V numbers at every decoded token: top-k halves an interval of integers, top-p repeats the race
+two or three times, and the noise and the argmax are written for CPUs, where jax's own take twice and about ten times as
+long.
 """
 
 import math
@@ -21,10 +27,10 @@ def next_token(
     top_p: float,
     top_k: int = 0,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Tokens drawn, and their log-probabilities (nats) at temperature 1 over the whole vocabulary, in float32.
+    """The tokens drawn, and their log-probabilities (nats) at temperature 1 over the whole vocabulary, in float32.
 
-    Cuts come in Hugging Face's order: temperature, the `top_k` largest logits (ties with the last join; 0: all),
-    then of what is left the nucleus of `top_p`. Temperature 0 takes the largest logit, of equals the first.
+    In Hugging Face's order: temperature, then the `top_k` largest logits (ties with the last included; 0: all), then the
+    nucleus of `top_p` among these. Temperature 0 takes the largest logit, the first among equals.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     highest_B = jnp.max(logits_BV, axis=-1)
@@ -44,7 +50,7 @@ def next_token(
 def exponential(key_B: Key[Array, " B"], vocab: int) -> Float[Array, "B V"]:
     """Noise from Exponential(1), between 2**-32 and 17.4: V draws per threefry key.
 
-    Small noise wins, so -log(1 - u) keeps its precision there: even a token of probability 1e-9 has its due.
+    Small noise wins, so -log(1 - u) is precise there: even a token of probability 1e-9 is drawn as often as it should be.
     """
     first_B, second_B = jax.random.key_data(key_B).T
     count_BV = jax.lax.broadcasted_iota(jnp.uint32, (key_B.shape[0], vocab), 1)
@@ -75,8 +81,8 @@ def threefry(
 def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: float) -> Int[Array, " B"]:
     """The largest weight / noise among the nucleus: tokens with less than `top_p` of the mass above their weight.
 
-    The winner of all tokens is the nucleus's winner as well if it is a member, and one sum tells. If it is not,
-    neither is any token of its weight or less, so the race is run again without those: two or three rounds.
+    If the winner of all tokens is in the nucleus, it is the nucleus's winner too; one sum decides. If it is not, no token
+    of its weight or less is either, so the race is run again without them: two or three rounds.
     """
     score_BV = weight_BV / noise_BV
     token_B = _best(score_BV)
@@ -100,11 +106,11 @@ def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: 
 
 
 def in_top_k(logits_BV: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
-    """Which logits are at least the k-th largest of their row.
+    """True for each logit that is at least the k-th largest of its row.
 
-    The threshold is found by halving an interval of integers that order like the floats they stand for.
+    The threshold is found by halving an interval of integers, which are ordered like the floats with the same bits.
     """
-    plain_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # -0.0 equals 0.0, and its bits do not
+    plain_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # -0.0 equals 0.0, but has other bits
     bits_BV = jax.lax.bitcast_convert_type(plain_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
 
@@ -116,7 +122,7 @@ def in_top_k(logits_BV: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
         low_B, high_B = bounds
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)  # the sum could overflow
         count_B = jnp.sum(order_BV >= middle_B[:, None], axis=-1)
-        # Exactly k: whatever lies between the k-th and the next is a threshold, and the interval closes on it.
+        # Exactly k: any number between the k-th and the next is a threshold, and the interval closes on it.
         low_B = jnp.where(count_B >= k, middle_B, low_B)
         high_B = jnp.where(count_B > k, high_B, jnp.where(count_B == k, middle_B + 1, middle_B))
         return low_B, high_B
@@ -127,7 +133,7 @@ def in_top_k(logits_BV: Float[Array, "B V"], k: int) -> Bool[Array, "B V"]:
 
 
 def _best(score_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The index of the largest of each row, of equals the first; some index if the row holds NaN.
+    """The index of each row's largest score, the first among equals; an arbitrary one if the row holds NaN.
 
     Found block by block, and then in the best block: on a CPU about ten times as fast as argmax.
     """

@@ -1,7 +1,8 @@
 """The sampler's copy of a policy in 8 bits (sampling.quantize): int8 matrices, each with a float32 scale per output channel.
 
-A matrix W becomes round(W / s) with s = max |W| / 127.5 over what it is summed over, made from the masters; the products are
-models.transformer.product's. Norms, biases, adapters and the embedding, of which a token reads one row, stay as they are.
+A matrix W becomes round(W / s) with s = max |W| / 127.5 over its input dimensions, computed from the float32 masters; products
+are those of models.transformer.product. Norms, biases, adapters and the embedding, of which a token reads one row, stay
+unchanged.
 """
 
 from typing import Any
@@ -20,9 +21,9 @@ class Int8(nnx.Param):
 
 
 def quantized(model: Transformer) -> Transformer:
-    """`model`, which `Transformer.unstacked` has made, with its matrices in 8 bits, in place.
+    """`model`, as `Transformer.unstacked` returns it, with its matrices replaced in place by 8-bit ones.
 
-    A tied head gets a matrix of its own: it is read whole for every token, and its embedding is not.
+    A tied head gets a matrix of its own: it is read whole for every token, but the embedding is not.
     """
     for layer in model.layers:
         for name, (ins, _, _) in MATRICES.items():
@@ -33,9 +34,12 @@ def quantized(model: Transformer) -> Transformer:
 
 
 def rounded(w: Float[Array, "..."], ins: int) -> Any:
-    """The qwix.QArray of a matrix whose first `ins` dimensions are summed over."""
+    """`w`, whose first `ins` dimensions are its inputs, as a qwix.QArray: int8, with a scale per output channel.
+
+    Raises BadInput where qwix is not installed.
+    """
     try:
-        import qwix  # not before it is needed
+        import qwix  # optional
     except ImportError:
         raise BadInput("sampling.quantize=int8 needs the package qwix: install it, or choose none") from None
     return qwix.quantize(w.astype(jnp.float32), "int8", channelwise_axes=range(ins, w.ndim))

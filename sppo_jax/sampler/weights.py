@@ -1,0 +1,84 @@
+"""The sampler's copy of a policy: an array per layer, matrices in the compute dtype or in 8 bits, on the devices that sample."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sppo_jax.models import hf, lora
+from sppo_jax.models.transformer import Transformer
+from sppo_jax.sampler.quantized import Int8, quantized
+
+
+def serving_model(model: Transformer, int8: bool) -> Transformer:
+    """A copy of `model` for decoding: an array per layer, its matrices in 8 bits or in the compute dtype."""
+    model = quantized(model.unstacked()) if int8 else model.unstacked()
+    graph, *states = nnx.split(model, Int8, ...)
+    rounded, rest = states
+    dtype = model.compute_dtype
+    # Norm scales and biases keep training's dtype: Gemma adds 1 to them in float32.
+    return nnx.merge(graph, rounded, jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, rest))
+
+
+def serving_bytes(model: Transformer, int8: bool = False) -> int:
+    """Bytes of the serving model's weights, summed over all devices of a replica."""
+    serving = nnx.state(nnx.eval_shape(lambda model: serving_model(model, int8), model))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(serving))
+
+
+def abstract(model: Transformer, mesh: Mesh, int8: bool = False) -> tuple[Any, Any]:
+    """The serving model's graph, and the shapes and placements of its weights on `mesh`.
+
+    Allocates nothing; `model` may itself consist of shapes.
+    """
+    serving, shapes = nnx.split(nnx.eval_shape(lambda model: serving_model(model, int8), model))
+    placed = _shardings(model, shapes, mesh)
+    return serving, jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
+    )
+
+
+def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any, Any]:
+    """The serving model's graph and weights on the mesh `own`, which is `whole` or this process's part of it."""
+    graph, weights = nnx.split(model)
+    serving, shapes = abstract(model, whole, int8)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    found = jax.device_put(_converted(weights, graph=graph, int8=int8), shardings)
+    if own == whole:
+        return serving, found
+
+    def local(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        place = NamedSharding(own, x.sharding.spec)
+        pieces = {shard.device: shard.data for shard in x.addressable_shards}
+        arrays = [pieces[device] for device in own.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, place, arrays)
+
+    return serving, jax.tree.map(local, found)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "int8"))
+def _converted(weights: Any, *, graph: Any, int8: bool) -> Any:
+    """The serving model's weights, placed as the compiler chooses."""
+    return nnx.split(serving_model(nnx.merge(graph, weights), int8))[1]
+
+
+def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
+    """The placement of each array of an unstacked model: the stacked one's, less its first dimension.
+
+    The scales of a matrix in 8 bits are placed like the matrix, but a dimension in which they have one number stays whole.
+    """
+    a = dataclasses.replace(model.architecture, tied=False)  # in 8 bits a tied head is a matrix of its own
+    stacked = hf.abstract(a, mesh) | (lora.abstract(a, mesh) if a.lora_rank else {})
+
+    def place(path: tuple, x: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        found = next(name for name in stacked if name.removeprefix("layers.") in names)
+        spec = stacked[found].sharding.spec[1 if "layers" in names else 0 :]
+        axes = [axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, unstacked)
