@@ -11,6 +11,7 @@ from sppo_jax import config as configuration
 from sppo_jax import config_file, files
 from sppo_jax.errors import BadInput
 from sppo_jax.report import model_card
+from sppo_jax.run import manifest
 from tests.run_directory import RATE, begun, evaluated
 
 
@@ -40,7 +41,7 @@ def test_the_card_shows_what_made_the_policy_and_how_it_was_measured(begin):
         "datasets": ["owner/prompts"],
         "tags": ["sppo", "self-play", "preference-optimization", "jax"],
     }
-    assert model_card.revision(run) == "f" * 40
+    assert manifest.pinned_model(run) == "f" * 40
     plain = text.replace("\\", "")
     for words in (
         f"owner/base at revision {'f' * 40}", "c0ffee", "hf:owner/prompts (heldout 6, iteration 1 128)",
