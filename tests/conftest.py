@@ -56,19 +56,9 @@ ODD = Architecture(
 )  # fmt: skip
 
 # The files that take longest, which begin first, so that the workers end at about the same time.
-LONGEST = (
-    "lora",
-    "fit",
-    "processes",
-    "plan",
-    "sampler",
-    "logprob",
-    "pod",
-    "families",
-    "resume",
-    "endtoend",
-    "hub",
-)
+LONGEST = """
+    lora fit processes plan update sampler pod logprob families resume endtoend hub pairrm_jax families_play judges quantize
+""".split()
 
 
 def pytest_collection_modifyitems(items):
