@@ -56,9 +56,24 @@ ODD = Architecture(
 )  # fmt: skip
 
 # The files that take longest, which begin first, so that the workers end at about the same time.
-LONGEST = """
-    lora fit processes plan update sampler pod logprob families resume endtoend hub pairrm_jax families_play judges quantize
-""".split()
+LONGEST = [
+    "lora",
+    "fit",
+    "processes",
+    "plan",
+    "update",
+    "sampler",
+    "pod",
+    "logprob",
+    "families",
+    "resume",
+    "endtoend",
+    "hub",
+    "pairrm_jax",
+    "families_play",
+    "judges",
+    "quantize",
+]
 
 
 def pytest_collection_modifyitems(items):
