@@ -56,19 +56,24 @@ ODD = Architecture(
 )  # fmt: skip
 
 # The files that take longest, which begin first, so that the workers end at about the same time.
-LONGEST = (
+LONGEST = [
     "lora",
     "fit",
     "processes",
     "plan",
+    "update",
     "sampler",
-    "logprob",
     "pod",
+    "logprob",
     "families",
     "resume",
     "endtoend",
     "hub",
-)
+    "pairrm_jax",
+    "families_play",
+    "judges",
+    "quantize",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,8 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.pairrm import files, mesh_judge
 from sppo_jax.records import Responses
-from sppo_jax.report import model_card, page
+from sppo_jax.report import page
+from sppo_jax.run import manifest
 from sppo_jax.run.directory import RunDir
 from sppo_jax.tiny import world
 from tests.small_game import words
@@ -132,8 +133,8 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
     assert cells[:4] == ["1", "100.0%", "0.0%", "+1.33"]
     assert cells[-2:] == ["7", "14"]
     assert made[0].released >= 3  # before training, after the probe, after the measurement
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["judge"] == {"sources": {"owner/judge": "c" * 40}}
+    written = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert written["judge"] == {"sources": {"owner/judge": "c" * 40}}
 
 
 def test_a_game_judged_on_the_mesh_has_the_logits_of_the_process(tmp_path):
@@ -201,12 +202,12 @@ def test_a_report_of_a_run_without_judgements_has_no_table_of_them():
 
 def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
-    assert model_card.judge_sources(run) == {}
+    assert manifest.pinned_judge(run) == {}
     run.manifest.write_text(json.dumps({"judge": {"sources": {"owner/judge": "c" * 40}}}))
-    assert model_card.judge_sources(run) == {"owner/judge": "c" * 40}
+    assert manifest.pinned_judge(run) == {"owner/judge": "c" * 40}
     run.manifest.write_text(json.dumps({"judge": ["not", "an", "object"]}))
     with pytest.raises(BadInput, match="damaged"):
-        model_card.judge_sources(run)
+        manifest.pinned_judge(run)
 
 
 @pytest.mark.parametrize(
