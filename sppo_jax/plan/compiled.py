@@ -101,11 +101,6 @@ class CompiledUpdate:
         """Bytes in use at the peak."""
         return sum(self.memory.values())
 
-    @property
-    def programs(self) -> list[CompiledProgram]:
-        """All programs that an update has."""
-        return [x for x in (self.forward, self.backward, self.accumulate, self.update) if x is not None]
-
 
 def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: Layout) -> CompiledUpdate:
     """Compile the training step as `fit` runs it: four programs whose arrays stay on the devices between them.
