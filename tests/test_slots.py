@@ -94,7 +94,7 @@ def test_whole_pages_of_a_prompt_are_shared_and_the_last_one_is_copied():
     assert len(replica.free_pages) == 20
 
 
-def test_the_work_preemptions_is_the_youngest():
+def test_the_youngest_response_is_preempted():
     replica = Replica(2, 6, PAGE, AHEAD)
     for i in range(2):
         replica.enqueue(replica.allocate(i, 0), {0: 40})

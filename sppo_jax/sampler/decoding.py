@@ -27,14 +27,14 @@ NOTHING, START, STOP = 0, 1, 2  # Order.action
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """What each of B slots is decoding."""
+    """What each of B slots is decoding: arrays, or their shapes and placements."""
 
-    token: Int[Array, " B"]  # the last token of the sequence, to be fed next
-    position: Int[Array, " B"]  # its position; the prompt's first token has 0
-    generated: Int[Array, " B"]  # tokens of the response so far; the next draw's random key folds it
-    limit: Int[Array, " B"]  # most tokens of the response
-    active: Array  # bool [B]: the slot has a response that has not ended
-    key: Array  # uint32 [B, 2]: threefry key of (seed, iteration, prompt_id, k)
+    token: Any  # int32 [B]: the last token of the sequence, to be fed next
+    position: Any  # int32 [B]: its position; the prompt's first token has 0
+    generated: Any  # int32 [B]: tokens of the response so far; the next draw's random key folds it
+    limit: Any  # int32 [B]: most tokens of the response
+    active: Any  # bool [B]: the slot has a response that has not ended
+    key: Any  # uint32 [B, 2]: threefry key of (seed, iteration, prompt_id, k)
 
 
 class Order(NamedTuple):
@@ -66,11 +66,11 @@ class Drawn(NamedTuple):
 class Chunk:
     """The state of a chunk's loop."""
 
-    step: Array  # int32 []
-    slots: Slots
-    pages: list[Pages]  # of each layer
-    tokens: Array  # int32 [B, STEPS]: column `step` is drawn next
-    logprobs: Array  # float32 [B, STEPS]
+    step: Any  # int32 []
+    slots: Any  # Slots
+    pages: Any  # list[Pages], one for each layer
+    tokens: Any  # int32 [B, STEPS]: column `step` is drawn next
+    logprobs: Any  # float32 [B, STEPS]
 
 
 @dataclass(frozen=True)

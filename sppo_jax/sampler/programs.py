@@ -1,7 +1,7 @@
 """The sampler's compiled programs: one prefill for each length bucket, admit and decode."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class Programs:
         like: dict[str, Any] = {name: self._ints(b) for name in ("token", "position", "generated", "limit")}
         like["active"] = jax.ShapeDtypeStruct((b,), jnp.bool_, sharding=sharding.named("B", self.mesh))
         keys = jax.ShapeDtypeStruct((b, 2), jnp.uint32, sharding=sharding.named("BT", self.mesh))
-        return Slots(**like, key=cast(Any, keys))
+        return Slots(**like, key=keys)
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         """An int32 argument, its first dimension cut over the replicas."""
