@@ -15,10 +15,11 @@ def play(run: Session) -> None:
     for t in range(1, run.config.iterations + 1):
         if not run.run.evaluation(t).exists():
             iterate(run, t)
-            page.write(run.run)
+            if t < run.config.iterations:
+                page.write(run.run)
         if run.run.export(t).exists():
             model_card.write(run.run, t)
-    page.write(run.run)  # again, for a run that ended between its last evaluation and its report
+    page.write(run.run)
     run.metrics.say(page.table(run.run))
     run.metrics.say(f"report: {run.run.report}")
 
