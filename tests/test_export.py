@@ -23,7 +23,7 @@ from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Adapter
 from sppo_jax.report import model_card
 from sppo_jax.training import checkpoint
-from sppo_jax.training.update import TrainState
+from sppo_jax.training.checkpoint import TrainState
 from tests import hub_stub
 from tests.run_directory import begun
 

@@ -19,9 +19,10 @@ from sppo_jax.sampler import capacity
 from sppo_jax.sampler.paging import PAGE
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.sampler.weights import abstract
+from sppo_jax.training.checkpoint import TrainState
 from sppo_jax.training.microbatch import Microbatch
 from sppo_jax.training.packing import Layout
-from sppo_jax.training.update import TrainState, make_programs, split
+from sppo_jax.training.update import make_programs, split
 
 
 @dataclass(frozen=True)

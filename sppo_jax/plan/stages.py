@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.pairrm import mesh_judge
@@ -350,7 +348,7 @@ def judge_stage(target: Target) -> UnitCost:
     FLOPs needed are those of the pairs' own tokens; FLOPs computed those of rows padded to the bucket's size.
     """
     c, d, platform = target.config, PAIRRM, target.chip.platform
-    dtype = jnp.dtype("bfloat16" if c.judge.compute_dtype == "auto" else c.judge.compute_dtype)
+    dtype = sharding.compute_dtype(c.judge.compute_dtype, target.mesh)
     body = d.layers * (4 * d.model**2 + 2 * d.model * d.mlp)
     weights = dtype.itemsize * (body + d.vocab * d.model)
     tokens = target.work.pair_tokens

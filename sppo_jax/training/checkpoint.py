@@ -1,5 +1,7 @@
-"""Save and restore of the training state with orbax; the data position is the state's step."""
+"""What a checkpoint holds, and how it is saved and restored with orbax."""
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,18 @@ import jax
 import orbax.checkpoint as ocp
 
 from sppo_jax.errors import BadInput
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class TrainState:
+    """All that resuming needs; the step is also the data position."""
+
+    step: Any  # updates done, int32 scalar
+    params: Any  # float32 masters of what is trained: all weights, or the adapters alone
+    opt_state: Any
 
 
 def begun(directory: Path) -> bool:

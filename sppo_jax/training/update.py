@@ -28,6 +28,7 @@ from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.attention import choose
 from sppo_jax.models.logprob import packed_logprob
 from sppo_jax.models.transformer import Adapter, Remat, Transformer
+from sppo_jax.training.checkpoint import TrainState
 from sppo_jax.training.microbatch import Microbatch
 from sppo_jax.training.optimizer import make_optimizer
 
@@ -36,18 +37,6 @@ Scalars = dict[str, Array]  # the scalars of an update, or a microbatch's part o
 
 # KiB of a TPU's vector memory that one operation may use, instead of the compiler's own choice. Both have 128 MiB.
 VECTOR_MEMORY = {"TPU v5 lite": 65_536, "TPU v6 lite": 98_304}
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class TrainState:
-    """All that resuming needs; the step is also the data position."""
-
-    step: Any  # updates done, int32 scalar
-    params: Any  # float32 masters of what is trained: all weights, or the adapters alone
-    opt_state: Any
 
 
 @dataclass(frozen=True)
