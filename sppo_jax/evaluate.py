@@ -18,7 +18,7 @@ from sppo_jax.session import Session
 
 def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
     """Held-out responses of the policy after iteration t: one a prompt, two by the base, to be compared with itself."""
-    stage, path, asked = run.heldout_stage(t, policy=t), run.run.heldout(t, "responses"), run.sets.heldout
+    stage, path, asked = run.heldout_stage(t, policy=t), run.paths.heldout(t, "responses"), run.sets.heldout
 
     def drawn() -> list[Responses]:
         with stage.progress("held-out", len(asked), "prompts") as advance:
@@ -41,7 +41,7 @@ def draw_probe(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Res
     Empty where the probe is on disk already.
     """
     stage, asked = run.heldout_stage(t, policy=t - 1), run.sets.heldout[: run.config.eval.probe_prompts]
-    if run.run.heldout(t, "probe").exists():
+    if run.paths.heldout(t, "probe").exists():
         return []
     stage.metrics.poll()
     with stage.progress("probe", len(asked), "prompts") as advance:
@@ -68,7 +68,7 @@ def score_probe(run: Session, t: int, ranked: list[Pair], logprob: pairs.LogProb
     """The probe of iteration t with its reference's log-probs, from disk or from `ranked`."""
     stage = run.heldout_stage(t, policy=t - 1)
     return stage.kept(
-        run.run.heldout(t, "probe"), Pair, lambda: pairs.with_reference(ranked, logprob(ranked))
+        run.paths.heldout(t, "probe"), Pair, lambda: pairs.with_reference(ranked, logprob(ranked))
     )
 
 
@@ -101,8 +101,8 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
     with run.devices.scoring(t, stage) as logprob:
         moved = log_ratios(probe, logprob(probe))
     if t == 1:
-        files.write_json(run.run.evaluation(BASE), _evaluation(BASE, base, at_base))
-    files.write_json(run.run.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": moved})
+        files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base))
+    files.write_json(run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": moved})
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     stage.scalars("evaluate", flat | moved | lengths(policy))
     shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())

@@ -13,15 +13,15 @@ def play(run: Session) -> None:
     for line in run.notes():
         run.metrics.say(line)
     for t in range(1, run.config.iterations + 1):
-        if not run.run.evaluation(t).exists():
+        if not run.paths.evaluation(t).exists():
             iterate(run, t)
             if t < run.config.iterations:
-                page.write(run.run)
-        if run.run.export(t).exists():
-            model_card.write(run.run, t)
-    page.write(run.run)
-    run.metrics.say(page.table(run.run))
-    run.metrics.say(f"report: {run.run.report}")
+                page.write(run.paths)
+        if run.paths.export(t).exists():
+            model_card.write(run.paths, t)
+    page.write(run.paths)
+    run.metrics.say(page.table(run.paths))
+    run.metrics.say(f"report: {run.paths.report}")
 
 
 def iterate(run: Session, t: int) -> None:
@@ -29,12 +29,12 @@ def iterate(run: Session, t: int) -> None:
     stage, devices = run.stage(t), run.devices
     trained_on, probe = _given(run, t, stage) if run.given else _played(run, t, stage)
 
-    if not run.run.export(t).exists():
+    if not run.paths.export(t).exists():
         with devices.training(t - 1) as hand_over:
             # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
             policy = fit.fit(hand_over, trained_on, run.trainer, stage)
         devices.put(t, policy)
-        export.export_policy(policy, run.source, run.run, t)
+        export.export_policy(policy, run.source, run.paths, t)
 
     evaluate.measure(run, t, probe)
 

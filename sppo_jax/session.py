@@ -28,7 +28,7 @@ class Session:
     """What the stages of one run share. Raises BadInput for what is wrong with any input, before anything is computed."""
 
     def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge: CheckedJudge):
-        self.config, self.run, self.metrics, self.judge = config, run, metrics, judge
+        self.config, self.paths, self.metrics, self.judge = config, run, metrics, judge
         self.oracle = judges.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
@@ -69,7 +69,7 @@ class Session:
 
     def _stage(self, t: int, policy: int, inputs: str) -> Stage:
         return Stage(
-            self.run,
+            self.paths,
             t,
             self.config.seed,
             self.config.sampling.shard_prompts,
