@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -41,7 +42,9 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
-        return " and ".join(f"{name} {number}" for name, number in bounds.items() if number is not None)
+        return " and ".join(
+            f"{name} {number}" for name, number in bounds.items() if number not in (None, math.inf)
+        )
 
 
 class Knob(NamedTuple):
@@ -125,7 +128,7 @@ class Prompts:
 @dataclass(frozen=True)
 class Sampling:
     responses: int = knob(5, "K, responses per prompt; a preference needs two", low=2)
-    temperature: float = knob(1.0, "temperature of sampling; 0: greedy", low=0)
+    temperature: float = knob(1.0, "temperature of sampling; 0: greedy", low=0, below=math.inf)
     top_p: float = knob(1.0, "nucleus mass", above=0, high=1)
     top_k: int = knob(0, "sample from the k most likely tokens only, before top_p; 0: from all tokens", low=0)
     max_new_tokens: int = knob(
@@ -210,7 +213,9 @@ class Fit:
         1, "epochs of the whole schedule; more than fit.epochs: it is stopped early", low=1
     )
     global_batch: int = knob(64, "prompts per update, over all devices", low=1)
-    max_grad_norm: float = knob(0.0, "largest global norm of a gradient; 0: no clipping", low=0)
+    max_grad_norm: float = knob(
+        0.0, "largest global norm of a gradient; 0: no clipping", low=0, below=math.inf
+    )
     remat: Literal["layer", "attention"] = knob(
         "layer",
         "layer: the backward pass computes each layer again; attention: all but its attention, for more memory",

@@ -2,8 +2,8 @@
 
 One policy is in memory at a time. Beside it lie, in turns, the sampler's copy of its weights and the cache, a judge on the
 mesh, or training. Devices with a memory of their own hold one of these at a time, so a policy is cast for sampling at
-most twice: for its held-out responses, and for the next iteration's responses and probe. In a host's memory, whose size
-JAX does not know, the sampler's copy stays until the policy is trained or another one comes: one cast.
+most twice: for its held-out responses, and for the next iteration's responses and probe. In a host's memory (a CPU) the
+sampler's copy stays until the policy is trained or another one comes: one cast.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +56,7 @@ class Devices:
             make_sampler,
             lengths,
         )
-        self._exclusive = sharding.memory_limit(mesh) is not None
+        self._exclusive = own_memory(mesh)
         self._turn = ""
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None  # kept for its programs
@@ -83,13 +83,13 @@ class Devices:
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """The judges' turn. A judge on the mesh has the devices' own memory to itself, and frees it at the end."""
+        """The judges' turn. A judge on the mesh has the devices' own memory to itself; judges free theirs at the end."""
         with self._taking("judging"):
             if self._exclusive and any(judge.on_mesh for judge in self._judges):
                 self._rest_sampler()
             yield
-            if self._exclusive:
-                self._release_judges()
+            for judge in self._judges:
+                judge.release()
 
     @contextmanager
     def scoring(self, t: int, stage: Stage) -> Iterator[Callable[[Sequence[Pair]], np.ndarray]]:
@@ -122,7 +122,6 @@ class Devices:
         def hand_over() -> Transformer:
             policy = self.policy(t)
             self._free()
-            self._release_judges()
             return policy
 
         with self._taking("training"):
@@ -156,10 +155,6 @@ class Devices:
         if self._sampler is not None:
             self._sampler.release()
 
-    def _release_judges(self) -> None:
-        for judge in self._judges:
-            judge.release()
-
     def _free(self) -> None:
         """Free the policy, its parameters and the sampler's copy."""
         self._policy = None
@@ -189,3 +184,8 @@ class Devices:
             key = jax.random.key(self._config.seed)
             return lora.attach(frozen, self._architecture.lora_rank, key, self._mesh)
         return lora.load(frozen, self._run.adapter(t), self._mesh)
+
+
+def own_memory(mesh: Mesh) -> bool:
+    """Whether the devices have a memory of their own, which one tenant at a time fills: all but CPUs."""
+    return sharding.platform(mesh) != "cpu"

@@ -35,10 +35,12 @@ def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Respon
     return found
 
 
-def draw_probe(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
+def draw_probe(
+    run: Session, t: int, sampler: Callable[[], Sampler], facts: Callable[[], dict[str, Any]] = dict
+) -> list[Responses]:
     """Held-out responses of iteration t's reference, K a prompt, on which its movement is measured.
 
-    Empty where the probe is on disk already.
+    Empty where the probe is on disk already. `facts` are shown beside the progress; an exception in it ends the sampling.
     """
     stage, asked = run.heldout_stage(t, policy=t - 1), run.sets.heldout[: run.config.eval.probe_prompts]
     if run.paths.heldout(t, "probe").exists():
@@ -46,7 +48,7 @@ def draw_probe(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Res
     stage.metrics.poll()
     with stage.progress("probe", len(asked), "prompts") as advance:
         return sampler().generate(
-            asked, seed=stage.seed, iteration=t, on_progress=stage.metrics.chunks(advance)
+            asked, seed=stage.seed, iteration=t, on_progress=stage.metrics.chunks(advance, facts)
         )
 
 
@@ -75,9 +77,11 @@ def score_probe(run: Session, t: int, ranked: list[Pair], logprob: pairs.LogProb
 def measure(run: Session, t: int, probe: list[Pair]) -> None:
     """Write iteration t's eval.json, its last file; with the first one, the base's against itself."""
     stage = run.heldout_stage(t, policy=t)
-    with run.devices.sampling(t) as sampler:
-        policy = respond(run, t, sampler)
-        base, previous = respond(run, BASE, sampler), respond(run, t - 1, sampler)
+    found = {}
+    for i in (t, t - 1, BASE):  # the last two are on disk, unless a file was lost
+        with run.devices.sampling(i) as sampler:
+            found[i] = respond(run, i, sampler)
+    policy, previous, base = found[t], found[t - 1], found[BASE]
     judges = {"judge": run.judge} | ({"oracle": run.oracle} if run.oracle else {})
 
     def rate(

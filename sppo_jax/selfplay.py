@@ -26,15 +26,14 @@ def play(run: Session) -> None:
 
 def iterate(run: Session, t: int) -> None:
     """pi_t → pi_{t+1}: sample, judge, regress, export, measure."""
-    stage, devices = run.stage(t), run.devices
+    stage = run.stage(t)
     trained_on, probe = _given(run, t, stage) if run.given else _played(run, t, stage)
 
     if not run.paths.export(t).exists():
-        with devices.training(t - 1) as hand_over:
+        with run.devices.training(t - 1) as hand_over:
             # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
-            policy = fit.fit(hand_over, trained_on, run.trainer, stage)
-        devices.put(t, policy)
-        export.export_policy(policy, run.source, run.paths, t)
+            run.devices.put(t, fit.fit(hand_over, trained_on, run.trainer, stage))
+        export.export_policy(run.devices.policy(t), run.source, run.paths, t)
 
     evaluate.measure(run, t, probe)
 
@@ -47,7 +46,7 @@ def _played(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]
             evaluate.respond(run, t - 1, sampler)
             # y_1 .. y_K ~ pi_t(.|x) for every prompt x; the judge compares some while others are sampled
             responses = respond.respond(prompts, sampler, judging, stage)
-            drawn = evaluate.draw_probe(run, t, sampler)
+            drawn = evaluate.draw_probe(run, t, sampler, judging.progress)
         with run.devices.judging():
             # P(y_i > y_j | x) of every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)
             preferences = judging.finish(responses)

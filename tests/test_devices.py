@@ -4,12 +4,14 @@ from collections import Counter
 
 import pytest
 
-from sppo_jax import devices, main
+from sppo_jax import devices, main, records
 from sppo_jax.pairrm.mesh_judge import JaxJudge
+from sppo_jax.records import Responses
 from sppo_jax.sampler import Sampler, paging
 from tests.small_game import digest, words
 
 ITERATIONS, LAYERS = 2, 4  # LAYERS: of the embedded policy, each with pages of its own
+JUDGED = 2  # visits of the judge in an iteration: for responses and probe together, and for the win rates
 GAME = {"iterations": ITERATIONS, "judge__backend": "jax"}
 
 
@@ -39,23 +41,21 @@ def test_in_a_hosts_memory_a_policy_is_cast_once(tmp_path, counts, single_device
     assert counts == {
         "casts": policies,
         "pages": policies * LAYERS,
-        # once for iteration 1, and after each training
-        "judge loads": 1 + ITERATIONS,
+        "judge loads": JUDGED * ITERATIONS,
     }
 
 
 def test_on_devices_with_their_own_memory_a_policy_is_cast_at_most_twice(tmp_path, counts, single_device):
     main.main(words(tmp_path / "shared", **GAME))
     counts.clear()
-    single_device.setattr(devices.sharding, "memory_limit", lambda _: 2**40)
+    single_device.setattr(devices, "own_memory", lambda _: True)
     main.main(words(tmp_path / "run", **GAME))
     # The base and the last policy once; those between for held-out responses, then for responses and probe.
     casts = 2 + 2 * (ITERATIONS - 1)
     assert counts == {
         "casts": casts,
         "pages": casts * LAYERS,
-        # for responses and probe together, and for the win rates
-        "judge loads": 2 * ITERATIONS,
+        "judge loads": JUDGED * ITERATIONS,
     }
     for t in range(1, ITERATIONS + 1):
         assert digest(tmp_path / "run", t) == digest(tmp_path / "shared", t)
@@ -78,3 +78,15 @@ def test_a_finished_game_casts_nothing_again(tmp_path, counts, single_device):
     counts.clear()
     main.main(game)
     assert not +counts
+
+
+def test_lost_held_out_responses_are_drawn_again_from_their_own_policy(tmp_path, single_device):
+    game = words(tmp_path / "run", iterations=ITERATIONS)
+    main.main(game)
+    base, last = (tmp_path / f"run/iter_{t}" for t in (0, ITERATIONS))
+    lost, measured = base / "heldout/responses.parquet", last / "eval.json"
+    before = records.read(lost, Responses), measured.read_text()
+    lost.unlink()
+    measured.unlink()
+    main.main(game)
+    assert (records.read(lost, Responses), measured.read_text()) == before
