@@ -31,7 +31,7 @@ Seen = Callable[[Any, Array, Array, Array], Array]  # (kind of layer, q, k, v) -
 class Kernel:
     """The implementation of attention over whole sequences, and the mesh that it is compiled for.
 
-    "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
+    "xla" keeps the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
     """
 
     name: str = "xla"
@@ -190,7 +190,7 @@ def _splash(
 def block_sizes(length: int) -> tuple[int, splash.BlockSizes]:
     """Return (length after padding, block sizes): up to BLOCK keys and half as many queries.
 
-    More do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part of the
+    Larger blocks do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part of the
     queries' gradient, so few blocks are better.
     """
     half = BLOCK // 2
