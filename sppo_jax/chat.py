@@ -82,6 +82,7 @@ class Conversation:
         self.responses = 0
 
     def forget(self) -> None:
+        """Forget all messages."""
         self.history.clear()
 
     def respond(self, text: str) -> str:
@@ -121,7 +122,7 @@ class Conversation:
 
 
 def _sampler(args: argparse.Namespace) -> "Sampler":
-    """A sampler of the policy that --policy names. What is quick to read, and may be bad, is read before the weights."""
+    """A sampler of the policy that --policy names. Files that are quick to check are read before the weights."""
     import jax
 
     from sppo_jax import compilation, sharding

@@ -1,4 +1,4 @@
-"""Who is on the devices: the only place where weights are cast, handed over or freed.
+"""Turns on the devices: the only place where weights are cast, handed over or freed.
 
 One policy is in memory at a time. Beside it lie, in turns, the sampler's copy of its weights and the cache, a judge on the
 mesh, or training. Devices with a memory of their own hold one of these at a time, so a policy is cast for sampling at

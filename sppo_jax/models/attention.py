@@ -190,8 +190,8 @@ def _splash(
 def block_sizes(length: int) -> tuple[int, splash.BlockSizes]:
     """Return (length after padding, block sizes): up to BLOCK keys and half as many queries.
 
-    Larger blocks do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part of the
-    queries' gradient, so few blocks are better.
+    Larger blocks do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part
+    of the queries' gradient, so few blocks are better.
     """
     half = BLOCK // 2
     step = LANES if length <= half else 2 * LANES if length <= BLOCK else half

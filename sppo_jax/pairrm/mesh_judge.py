@@ -23,7 +23,7 @@ from sppo_jax.pairrm.files import Checkpoint
 from sppo_jax.pairrm.format import Formatter, Limits
 
 Progress = Callable[[int, int], None]
-# Tokens per row after padding, and one comparison for each row that is not spare.
+# (tokens per row after padding, the comparisons of the rows that are not spare).
 Batch = tuple[int, list[comparisons.Comparison]]
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -113,7 +113,7 @@ class JaxJudge:
         self._weights = None
 
     def close(self) -> None:
-        """Release for good."""
+        """Free the devices' memory for good."""
         self.release()
         self._forward, self._closed = None, True
 

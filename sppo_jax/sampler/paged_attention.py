@@ -147,7 +147,8 @@ def attend(
     """Write the new keys and values, then attend from each slot's query to its columns. Returns the output and the pages.
 
     Scores are multiplied by `scale` (None: 1/sqrt(C)) and soft-capped as in attention.attend; softmax is in float32. A
-    slot's output depends neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive slots get finite values.
+    slot's output depends neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive
+    slots get finite values.
     """
     scale = q_BHC.shape[2] ** -0.5 if scale is None else scale
     cpu = sharding.platform(mesh) == "cpu"

@@ -14,8 +14,8 @@ Rows = list[list[tuple[int, int]]]  # the sequences (prompt, response) of each r
 class Packing:
     """The bounds of a microbatch on a mesh.
 
-    The number of its rows is divisible by `shards`, and they hold at most `most_tokens` tokens (None: all of an update's), unless one row a
-    shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
+    The number of its rows is divisible by `shards`, and they hold at most `most_tokens` tokens (None: all of an update's),
+    unless one row a shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
     """
 
     shards: int = 1

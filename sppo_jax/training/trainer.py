@@ -57,7 +57,7 @@ class Trainer:
         iteration: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """log pi(y|x) [n, R] of every pair's responses, in nats, in the batches of `iteration`. Raises as the function `logprobs`."""
+        """log pi(y|x) [n, R] of every pair's responses, in nats, computed in the batches of `iteration`. Raises BadInput."""
         batches = self.batches(pairs, iteration)
         programs = self.programs(batches.steps_per_epoch)
         return logprobs(policy, batches, len(pairs), programs, self.mesh, on_progress)
