@@ -20,13 +20,15 @@ from typing import Any
 from sampler_replay import SEED, Trace, Watch, compilations, peak_bytes
 from sampler_replay import peaks as peaks  # also a worker
 
-PAD, EOS, FIRST = 0, 2, 5  # token ids; those from FIRST on are drawn
+PAD, EOS, FIRST = 0, 2, 5  # token ids; texts are drawn from FIRST on
 ETA, RATE = 1000.0, 5e-7  # the defaults of sppo_jax.config.Fit
-GRADIENTS = "model.safetensors"  # of the first update, by the parameters' names in Hugging Face's format
+GRADIENTS = (
+    "model.safetensors"  # the first update's gradients, by the parameters' names in Hugging Face's format
+)
 
 
 class Work(Watch):
-    """A watch that counts the seconds of this process's threads too: they say more where others share the cores."""
+    """A watch that also counts the CPU seconds of this process's threads, which other load on the cores disturbs less."""
 
     def __enter__(self) -> "Work":
         self._began = time.process_time()
@@ -43,7 +45,7 @@ class Data:
     """Pairs of token ids, and the pairs of each update."""
 
     prompts: list[list[int]]
-    responses: list[list[list[int]]]  # of each prompt: chosen, rejected
+    responses: list[list[list[int]]]  # for each prompt: chosen, rejected
     order: list[list[int]]
 
     @staticmethod
@@ -59,7 +61,7 @@ class Data:
 
     @staticmethod
     def read(task: dict[str, Any]) -> "Data":
-        """What the task is about: all, or the pairs of the first update alone."""
+        """The task's data: all pairs, or those of the first update alone."""
         found = Data(**json.loads((Path(task["folder"]) / "pairs.json").read_text()))
         if not task["first_only"]:
             return found
@@ -150,7 +152,7 @@ def computed_tokens(batches: Any, data: Data) -> int:
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """Time reference log-probs, then all updates. Programs compile before, on two microbatches of a model that is dropped."""
+    """Time reference log-probs, then all updates. Programs compile before that, on two microbatches of a throw-away model."""
     data = Data.read(task)
     with Watch() as imports:
         from sppo_jax import models, pairs, sharding
@@ -214,7 +216,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(ids: list[int]) -> str:
-    """Text that `tokenizer` makes `ids` of; TRL takes text alone."""
+    """The text that `tokenizer` turns into `ids`, because TRL accepts only text."""
     return "".join(f"t{i} " if i != EOS else "</s>" for i in ids)
 
 

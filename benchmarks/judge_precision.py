@@ -6,7 +6,7 @@ Three computations in bfloat16, which cost a TPU the same: as the jax backend do
 the depth, norms and softmax in float32), with the sum over the depth rounded after each layer, and with float32 products of
 rounded weights (what is left is the weights' own rounding). torch's float16 and bfloat16 stand for the original on a GPU.
 The embedded judge is trained, so its logits mean something: what counts is the change of P, and the verdicts that flip.
-The random weights say what 24 layers do to a hidden state (root mean square of the error, relative to that of the state).
+The random weights show what 24 layers do to a hidden state (root mean square of the error, relative to that of the state).
 """
 
 import argparse

@@ -43,7 +43,7 @@ PREFILLED = 512  # tokens of a prompt where prefill is timed; all but the last a
 
 
 def random_model(a: Architecture) -> Transformer:
-    """bfloat16 from the start: float32 masters would not fit everywhere."""
+    """A random model, in bfloat16 from the start: float32 masters would not fit everywhere."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     like = hf.abstract(a, mesh, jnp.bfloat16)
 

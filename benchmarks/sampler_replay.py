@@ -30,7 +30,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens of each prompt, and of each of its K responses."""
+    """Numbers of tokens of each prompt and of each of its K responses."""
 
     prompts: list[int]
     responses: list[list[int]]
@@ -93,7 +93,7 @@ def peak_bytes() -> int:
 
 
 class NoText:
-    """Stands for the tokenizer: only lengths matter."""
+    """Stands in for the tokenizer: only lengths matter."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         return ""

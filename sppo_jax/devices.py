@@ -174,8 +174,8 @@ class Devices:
     def _adapted(self, t: int) -> Transformer:
         """The frozen base with the adapters after iteration t.
 
-        The base is held in the compute dtype where its files have that dtype, and in float32 otherwise: what is frozen
-        keeps its values, in exports too.
+        The base is held in the compute dtype where its files have that dtype, and in float32 otherwise:
+        frozen weights keep their values, in exports too.
         """
         base, dtype = self._source.directory, self._compute_dtype
         frozen = hf.load(

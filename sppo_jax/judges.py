@@ -96,7 +96,7 @@ class CheckedJudge:
 def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = None) -> CheckedJudge:
     """The judge that the configuration names. `pinned`: {repository: commit} of the hub that a run was begun with.
 
-    A PairRM in its own process is started and loads in the background; of one on the mesh only the files are checked.
+    A PairRM in its own process is started and loads in the background; for one on the mesh only its files are checked.
     """
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)

@@ -63,7 +63,7 @@ class JaxJudge:
         jax_model.check(checkpoint)
         self.cut: Counter[str] = Counter()  # "prompts", "responses" that were read only in part
         self.sources = checkpoint.sources
-        self.tell: Callable[[str], None] = say  # receives lines for people, of which this judge has none
+        self.tell: Callable[[str], None] = say  # for lines to people; this judge writes none
         self._checkpoint = checkpoint
         self._formatter = Formatter.of(checkpoint, limits)
         self._mesh, self._dtype, self._form = mesh, dtype, form

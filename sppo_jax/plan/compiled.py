@@ -155,7 +155,7 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
     Raises BadInput where a response does not fit.
     """
     model = abstract_model(config, a, mesh, dtype)
-    # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
+    # The compiler requires all devices of a slice, so all processes' replicas are in one program here; they share nothing.
     chosen = capacity.choose(model, mesh, config.sampling, limit)
     graph, weights = abstract(model, chosen.mesh, chosen.int8)
     in_use = local_bytes(weights) + kept_bytes(config, a, mesh, dtype)
