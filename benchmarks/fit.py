@@ -72,6 +72,7 @@ class Run:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The sizes of the model; one layer with --quick."""
         return sampler.MODEL | {"num_hidden_layers": 1} if self.quick else sampler.MODEL
 
     def prepare(self) -> Data:
@@ -331,6 +332,7 @@ def report(s: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -356,6 +358,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables, or one JSON object."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, which happens here too
     pairs, batch, repetitions = (

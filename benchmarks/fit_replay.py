@@ -76,10 +76,11 @@ class Data:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all sequences."""
         return sum(sum(self.lengths(i)) for i in range(len(self.prompts)))
 
     def pairs(self) -> list[Any]:
-        """As sppo_jax.records.Pair, without reference."""
+        """The pairs as sppo_jax.records.Pair, without reference log-probs."""
         from sppo_jax.records import Pair
 
         return [
@@ -92,7 +93,7 @@ class Data:
 
 
 def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
-    """The pairs' updates as sppo_jax makes them: sppo_jax.training.batches.Batches."""
+    """The pairs' updates as sppo_jax makes them."""
     from sppo_jax.training.batches import Batches
     from sppo_jax.training.packing import Packing
 
@@ -110,6 +111,7 @@ def pairs_of(batch: Any) -> list[int]:
 
 
 def one_device() -> Any:
+    """A mesh of one device."""
     import jax
 
     from sppo_jax import sharding
@@ -145,7 +147,7 @@ def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Pat
 
 
 def computed_tokens(batches: Any, data: Data) -> int:
-    """Tokens of all updates' rows, padding included. Fails where an update has other pairs than `data` asks for."""
+    """Tokens of all updates' rows, padding included. Fails if an update's pairs are not those of `data`."""
     for step, expected in enumerate(data.order):
         assert sorted(pairs_of(batches[step])) == sorted(expected)
     return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
@@ -221,6 +223,7 @@ def words(ids: list[int]) -> str:
 
 
 def tokenizer(vocab: int) -> Any:
+    """A tokenizer with one word for each id below `vocab`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -345,6 +348,7 @@ WORKERS = {"ours": ours, "trl": trl, "peaks": peaks}
 
 
 def main() -> None:
+    """Run one worker and print its result."""
     name, task = sys.argv[1], json.loads(sys.argv[2])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["threads"]])
     print("\n" + json.dumps(WORKERS[name](task)))

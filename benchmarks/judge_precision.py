@@ -44,6 +44,7 @@ class RoundedDepth(jax_model.PairRM):
 
 
 def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
+    """Return the network in float32, and three computations in bfloat16, by name."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     wide = jax_model.load(checkpoint, mesh, jnp.float32)
     half = jax_model.load(checkpoint, mesh, jnp.bfloat16)
@@ -63,6 +64,7 @@ def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
 
 
 def batch(pairs: list[TextPair], size: int) -> tuple[jax.Array, ...]:
+    """Return the arguments of the network for pairs padded to `size` tokens."""
     todo = [comparisons.Comparison(pair, []) for pair in pairs]
     return tuple(jnp.asarray(x) for x in mesh_judge.padded(todo, size, len(pairs)))
 

@@ -106,9 +106,11 @@ class Run:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The sizes of the model; one layer with --quick."""
         return MODEL | {"num_hidden_layers": 1} if self.quick else MODEL
 
     def slot_efficiency(self) -> dict[str, Any]:
+        """Slot efficiency over a trace, with a very small model."""
         say("slot efficiency: the whole trace at 128 slots, a very small model")
         folder, slots = str(self.folder / "small"), 16 if self.quick else 128
         trace = ("lognormal", 100, 16) if self.quick else ("lognormal", 1000, 1)
@@ -149,6 +151,7 @@ class Run:
 
     @staticmethod
     def report(name: str, found: dict[str, Any]) -> None:
+        """Print the speed of one contender to standard error."""
         rate, others = found["tokens"] / found["seconds"], found["others"]
         say(
             f"  {name}: {found['tokens']} tokens in {found['seconds']:.1f} s, {rate:.0f}/s; others {others:.0%}"
@@ -313,6 +316,7 @@ def report(s: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -329,6 +333,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables, or one JSON object."""
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
         slots, repetitions = (10, 1) if args.quick else (args.slots, args.repetitions)

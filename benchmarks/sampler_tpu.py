@@ -127,7 +127,7 @@ def decoding(p: Programs) -> dict[str, Any]:
 
 
 def filling(p: Programs) -> dict[str, Any]:
-    """The prefill of BUCKET, and prompt tokens per second of a replica's chips."""
+    """The prefill of prompts of BUCKET tokens, and prompt tokens per second and chip of a replica."""
     program, found = compiled(p.lower_prefill(BUCKET))
     cost = Module(program.as_text(), {}).cost()
     seconds = cost.cycles / CLOCK + cost.sent / LINKS + cost.collectives * LATENCY

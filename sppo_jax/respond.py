@@ -19,7 +19,7 @@ class Follower(Protocol):
     """Receives each prompt's responses as soon as they are on disk: the judge."""
 
     def take(self, n: int, row: Responses) -> None:
-        """Accept the responses to prompt n; prompts come in any order."""
+        """Accept the responses to prompt n. Prompts come in any order."""
         ...
 
     def progress(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class _Writer:
         self._waiting: dict[int, Responses] = {}  # until their shard is complete
 
     def begin(self) -> tuple[list[int], int]:
-        """Pass on what is on disk. Returns the prompts of our shards without responses, and the number of all in them."""
+        """Pass on the responses on disk. Returns our shards' prompts without responses, and the number of all their prompts."""
         todo: list[int] = []
         own = [i for i in range(len(self._shards.ranges)) if self._own(i)]
         for i in own:

@@ -21,6 +21,7 @@ CORRELATION = 0.5  # of the logarithms of two responses to one prompt
 
 
 def lognormal() -> dict[str, Any]:
+    """Draw the lengths of prompts, and of K correlated responses to each."""
     rng = np.random.default_rng(SEED)
     prompts = _lengths(rng.standard_normal(COUNT), PROMPT)
     shared, own = rng.standard_normal((COUNT, 1)), rng.standard_normal((COUNT, K))

@@ -143,7 +143,7 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
             k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
         q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
         rows = sharding.spec("BT", mesh, segment_BT.shape)
-        # check_vma needs to know over which axes the kernel's result varies, which the kernel does not declare.
+        # check_vma requires the axes over which the kernel's result varies, which the kernel does not declare.
         local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
         return local(q_BTHC, k_BTNC, v_BTNC, segment_BT)
 

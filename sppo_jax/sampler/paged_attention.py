@@ -116,7 +116,7 @@ def work(
         return Work(
             page_B=jnp.where(active_B, new_BW[:, 0], BEYOND),
             row_B=position_B % PAGE,
-            # Page 0 stands in for what a slot that is not active may hold: the ragged kernel reads one page of it.
+            # An inactive slot's table may hold anything, so page 0 stands in: the ragged kernel reads one page of it.
             table_BW=jnp.where(
                 active_B[:, None], jnp.take_along_axis(table_BW, place_BW, axis=1, mode="clip"), 0
             ),

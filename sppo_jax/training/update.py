@@ -125,7 +125,7 @@ def accumulate(
 def compute_weights(params: Params, dtype: Any) -> Params:
     """The layers' weights in the compute dtype, all layers at once.
 
-    Cast before the scan over the layers, so that the stacked gradients are of that dtype too: half of float32's memory.
+    Cast before the scan over the layers, so that the stacked gradients have that dtype too: half of float32's memory.
     """
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, params)
 
