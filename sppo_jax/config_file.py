@@ -1,4 +1,4 @@
-"""Configuration files: read with overrides, written, and refused where a key is unknown or a value has the wrong type."""
+"""Configuration files: read with overrides, and written. A key that is unknown or a value of the wrong type is refused."""
 
 import dataclasses
 import difflib

@@ -19,7 +19,7 @@ from sppo_jax.errors import BadInput, one_line
 from sppo_jax.hub import names, repositories
 from sppo_jax.run.directory import BASE, RunDir
 
-# jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
+# jax and modules that import it come in the functions, after the flags are checked: --help and bad flags need no jax.
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     model: "Transformer", base: Path, to: Path, *, dtype: str = "float32", card: str | None = None
 ) -> None:
-    """Write directory `to`: the weights as `dtype`, with configuration and tokenizer files of `base`. Whole or absent.
+    """Write directory `to`: the weights as `dtype`, with configuration and tokenizer files of `base`; whole or not at all.
 
     `card` becomes README.md. Raises BadInput if the disk has no room or `to` cannot be written.
     """
@@ -197,7 +197,7 @@ def _iterations(run: RunDir) -> list[int]:
 
 
 def _check_target(to: Path) -> None:
-    """Raise BadInput, before an hour of reading, unless `to` can be written and nothing would be lost."""
+    """Raise BadInput, before an hour of reading, unless `to` can be written without losing anything."""
     if to.is_symlink():
         raise BadInput(f"--to {to}: a link; give a directory's own name")
     if to.exists() and not to.is_dir():

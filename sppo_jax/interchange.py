@@ -1,4 +1,4 @@
-"""Stage 3 from and to files: pairs in the official code's parquet columns, its files read and ours written.
+"""Stage 3 from and to files: reads and writes pairs in the parquet columns of the official code.
 
 `python -m sppo_jax.interchange --run OUT --iteration T --to FILE` writes a finished iteration's pairs.
 """

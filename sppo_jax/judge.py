@@ -36,8 +36,8 @@ class _Shard:
 class Judging:
     """The preferences of one iteration, begun while its responses are sampled; a context that ends its thread.
 
-    One call of the judge compares one prompt's responses, or all of a shard by a judge on the mesh, whose turn comes
-    after sampling. So the scores depend on nothing but the judge: timing and interruptions change no bit.
+    One call of the judge compares one prompt's responses; a judge on the mesh, whose turn comes after sampling, compares a
+    whole shard's. So the scores depend on nothing but the judge: timing and interruptions change no bit.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Judging:
         as_shown: Callable[[str], str],
         prompts: int,
     ):
-        """`prompts`: their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
+        """`prompts` is their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
         self._stage, self._judge, self._settings, self._as_shown = stage, judge, settings, as_shown
         self._shards = Shards(stage, "preferences", Preferences, prompts)
         self._own = {i for i in self._shards.missing if mine(i)}

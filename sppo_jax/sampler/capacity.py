@@ -64,7 +64,7 @@ class Capacity:
 
     @property
     def slots(self) -> int:
-        """Slots over all replicas of the mesh: the configured number per process, rounded down to the replicas, at least 1 each."""
+        """Slots over all replicas: the configured number per process, rounded down to the replicas, at least 1 each."""
         slots = _processes(self.mesh) * self.sampling.slots
         return max(1, slots // self.replicas) * self.replicas
 

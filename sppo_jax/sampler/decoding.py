@@ -40,7 +40,7 @@ class Slots:
 class Order(NamedTuple):
     """What `admit` does to one slot. The host sends them as rows of one int32 array [B, 9]: one transfer."""
 
-    action: Any = NOTHING  # NOTHING: the slot goes on; START: with a new response, described below; STOP
+    action: Any = NOTHING  # NOTHING: go on; START: begin the response described below; STOP: free the slot
     token: Any = 0  # the prompt's last token
     position: Any = 0  # the position of that token
     limit: Any = 0  # most tokens of the response
@@ -90,7 +90,7 @@ class Decoder:
         length_P: Int[Array, " P"],
         table_PW: Int[Array, "P W"],
     ) -> list[Pages]:
-        """The pages with the keys and values of each prompt's first `length` tokens. Rows of length 0 are padding."""
+        """Return the pages with the keys and values of each prompt's first `length` tokens. Rows of length 0 are padding."""
         model, pages = nnx.merge(self.graph, weights), list(pages)
         place_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1])[None], tokens_PT.shape)
         seen = model.whole_attention(place_PT < length_P[:, None], self.mesh)
@@ -106,7 +106,7 @@ class Decoder:
     def admit(
         self, slots: Slots, pages: list[Pages], seeds: UInt32[Array, "2"], orders_BO: Int[Array, "B O"]
     ) -> tuple[Slots, list[Pages]]:
-        """The slots after the orders, and the pages with the copies that new responses need.
+        """Return the slots after the orders, and the pages with the copies that new responses need.
 
         `seeds`: seed and iteration; `orders_BO`: the fields of `Order` as columns.
         """
@@ -165,7 +165,7 @@ class Decoder:
         return chunk.slots, chunk.pages, jnp.concatenate([chunk.tokens, bits_BT, facts_B3], axis=1)
 
     def _step(self, model: Transformer, chunk: Chunk, table_BW: Array) -> Chunk:
-        """Draw the next token of every slot; only active slots count it."""
+        """Draw the next token of every slot; it counts in active slots only."""
         slots, shape = chunk.slots, self.shape
         logits_BV, pages = self._forward(model, slots, chunk.pages, table_BW)
         keys_B = jax.random.wrap_key_data(slots.key, impl="threefry2x32")
