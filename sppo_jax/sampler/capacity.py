@@ -191,7 +191,7 @@ def _processes(mesh: Mesh) -> int:
 def _local_devices(mesh: Mesh) -> int:
     """The number of this process's devices in `mesh`.
 
-    `Mesh.local_mesh` would require that they are neighbours in the mesh, and on a torus they may not be.
+    `Mesh.local_mesh` would require that they form one block of the mesh, and on a torus they may not.
     """
     return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
