@@ -198,9 +198,8 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     one |= {
         f"every_{key}": [run[key] for run in runs] for key in ("seconds", "reference_seconds", "peak_bytes")
     }
-    one["warm_seconds"] = max(
-        run["warm_seconds"] for run in runs
-    )  # the first compiles, those after it find programs
+    # The first process compiles; later ones find its programs.
+    one["warm_seconds"] = max(run["warm_seconds"] for run in runs)
     one["others"] = max(run["others"] for run in runs)
     seconds = one["seconds"] + one["reference_seconds"]
     return one | {

@@ -22,9 +22,8 @@ from sampler_replay import peaks as peaks  # also a worker
 
 PAD, EOS, FIRST = 0, 2, 5  # token ids; texts are drawn from FIRST on
 ETA, RATE = 1000.0, 5e-7  # the defaults of sppo_jax.config.Fit
-GRADIENTS = (
-    "model.safetensors"  # the first update's gradients, by the parameters' names in Hugging Face's format
-)
+# The first update's gradients, by the parameters' names in Hugging Face's format.
+GRADIENTS = "model.safetensors"
 
 
 class Work(Watch):

@@ -229,9 +229,8 @@ def _join(parts: tuple[Array, ...], work: Work) -> Array:
     share_BWNH = jnp.exp(top_BWNH - jnp.max(top_BWNH, axis=1, keepdims=True))
     sum_BNH = jnp.sum(jnp.where(own_BW11, share_BWNH * sum_BWNH, 0), axis=1)
     value_BNHC = jnp.sum(jnp.where(own_BW11[..., None], share_BWNH[..., None] * value_BWNHC, 0), axis=1)
-    return (
-        value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]
-    )  # the sum is 0 where a slot is not active
+    # The sum of a slot that is not active is 0.
+    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]
 
 
 def _join_in_order(parts: tuple[Array, ...], work: Work) -> Array:

@@ -36,9 +36,8 @@ class Update:
     width: int  # bytes of the compute dtype
     kernel: str  # name of the attention kernel
     remat: Remat
-    longest: (
-        int  # tokens of the longest sequence: XLA's attention holds every query's scores with a whole row
-    )
+    # Tokens of the longest sequence: XLA's attention holds every query's scores with a whole row.
+    longest: int
 
     @staticmethod
     def of(config: Config, a: Architecture, mesh: Any, longest: int) -> "Update":

@@ -11,7 +11,7 @@ def schedule(fit: Fit, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate of update s: linear from 0 at s = 0 to the peak where warm-up ends, then linear to 0.
 
     It spans `schedule_epochs`, which may exceed the `epochs` of the run: the paper's runs stop in warm-up (18
-    scheduled, 1 run), the released code's reach 0 (1 and 1).
+    epochs scheduled, 1 run), the released code's reach 0 (1 scheduled, 1 run).
     """
     total = steps_per_epoch * fit.schedule_epochs
     warmup = math.ceil(fit.warmup * total)  # as transformers rounds it

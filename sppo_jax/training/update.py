@@ -187,9 +187,8 @@ class Pullback:
 
     residuals: list[Any]  # arrays
     tree: Any  # structure of jax's own pullback, whose leaves are `residuals` and some of the inputs
-    places: tuple[
-        int | None, ...
-    ]  # each leaf's index among the inputs; None: the leaf is the next of `residuals`
+    # Each leaf's index among the inputs; None: the leaf is the next of `residuals`.
+    places: tuple[int | None, ...]
     dtype: Any  # dtype of the weights that the forward pass computed with
 
     @classmethod
