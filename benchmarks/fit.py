@@ -35,7 +35,7 @@ SETTINGS = (
     (1, False, False), (2, False, False), (2, False, True), (4, False, True), (8, False, True), (1, True, False), DEFAULT,
 )  # fmt: skip
 OURS, AS_OURS = {"pack": True, "remat": "attention"}, "packed, remat attention"
-# Of ours, each over the first update alone.
+# Variants of ours, each over the first update alone.
 ABLATIONS = {
     AS_OURS: OURS,
     "one sequence a row, remat layer": {"pack": False, "remat": "layer"},
@@ -46,7 +46,7 @@ TOLERANCE = 1e-3  # of gradients, and of the losses relative to their own
 
 
 def useful(sizes: dict[str, int], data: Data) -> float:
-    """FLOPs that reference and training cannot do without: a forward pass and a forward and backward pass of the whole
+    """FLOPs that reference and training need at least: a forward pass, then a forward and backward pass of the whole
     sequences, with the head at the responses alone."""
     d, h, n, c = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
     layers = sizes["num_hidden_layers"]
@@ -60,9 +60,9 @@ def useful(sizes: dict[str, int], data: Data) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of the benchmark does."""
+    """The settings of one run of the benchmark."""
 
-    folder: Path  # of the model, the pairs and the programs that XLA keeps
+    folder: Path  # holds the model, the pairs and the programs that XLA keeps
     trl_python: str
     threads: int
     repetitions: int
@@ -72,23 +72,24 @@ class Run:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The sizes of the model; one layer with --quick."""
         return sampler.MODEL | {"num_hidden_layers": 1} if self.quick else sampler.MODEL
 
     def prepare(self) -> Data:
-        """The model and pairs.json, with the pairs of each update as our batches have them."""
+        """Write the model and pairs.json, with the pairs of each update as our batches have them."""
         sampler.make(self.folder / "model", self.sizes)
         trace = Trace.of("lognormal", self.pairs, 16 if self.quick else 1)
         data = Data.of(trace, self.sizes["vocab_size"])
         batches = fit_replay.batches_of(data.pairs(), self.global_batch)
         order = [fit_replay.pairs_of(batches[step]) for step in range(len(batches))]
-        # Within an update ours are sorted for packing, and TRL's are to come as a shuffle leaves them.
+        # Within an update ours are sorted for packing, but TRL's must come in shuffled order.
         rng = np.random.default_rng(SEED)
         data = replace(data, order=[rng.permutation(step).tolist() for step in order])
         (self.folder / "pairs.json").write_text(json.dumps(asdict(data)))
         return data
 
     def measure(self, name: str, **task: Any) -> dict[str, Any]:
-        """What a worker of fit_replay returns, in a fresh process that has `threads` cores."""
+        """Return the result of a worker of fit_replay, run in a fresh process with `threads` cores."""
         variables = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"),
@@ -110,7 +111,7 @@ class Run:
         return json.loads(done.stdout.splitlines()[-1])
 
     def train(self, name: str, said: str, first_only: bool = False, **task: Any) -> dict[str, Any]:
-        """One contender over all updates, or over the first."""
+        """Measure one contender over all updates, or over the first."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             shared = {"folder": str(self.folder), "output": output, "global_batch": self.global_batch}
             found = self.measure(name, **({"first_only": first_only, "gradients": ""} | shared | task))
@@ -123,7 +124,7 @@ class Run:
         return found
 
     def calibrated(self) -> list[dict[str, Any]]:
-        """TRL's settings, the fastest first, with what the first update took."""
+        """TRL's settings, the fastest first, with the measurements of the first update."""
         say("TRL: which setting")
         chosen = (SETTINGS[2], DEFAULT) if self.quick else SETTINGS
         estimates = []
@@ -160,8 +161,8 @@ def named(setting: dict[str, Any]) -> str:
 
 
 def errors(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Of each parameter: the largest |ours - TRL's / 2| over the largest |TRL's / 2|. The largest of these, the parameter
-    it is of, and the same as norms over all parameters together."""
+    """Each parameter's error is the largest |ours - TRL's / 2| over the largest |TRL's / 2|. Return the largest error, its
+    parameter, and the error of all parameters together in norms."""
     from safetensors.numpy import load_file
 
     mine, other = load_file(ours), load_file(theirs)
@@ -183,7 +184,7 @@ def errors(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Repetitions as one: medians; the largest of what must stay small."""
+    """Merge repetitions into one result: medians, but maxima of the figures that must stay small."""
     middle = (
         "seconds",
         "reference_seconds",
@@ -197,9 +198,8 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     one |= {
         f"every_{key}": [run[key] for run in runs] for key in ("seconds", "reference_seconds", "peak_bytes")
     }
-    one["warm_seconds"] = max(
-        run["warm_seconds"] for run in runs
-    )  # the first compiles, those after it find programs
+    # The first process compiles; later ones find its programs.
+    one["warm_seconds"] = max(run["warm_seconds"] for run in runs)
     one["others"] = max(run["others"] for run in runs)
     seconds = one["seconds"] + one["reference_seconds"]
     return one | {
@@ -219,7 +219,7 @@ def ratios(
         "vs_trl_peak_memory": mine["peak_bytes"] / theirs["peak_bytes"],
         "vs_trl_pairs_per_s_without_reference": mine["pairs_per_s_without_reference"]
         / theirs["pairs_per_s_without_reference"],
-        # The first process compiles, those after it find its programs on disk.
+        # The first process compiles; later ones find its programs on disk.
         "vs_trl_peak_memory_compiled_before": min(mine["every_peak_bytes"]) / theirs["peak_bytes"],
         "vs_trl_default_pairs_per_s": alone["pairs_per_s"] / default["pairs_per_s"],
         "vs_trl_default_peak_memory": alone["peak_bytes"] / default["peak_bytes"],
@@ -288,7 +288,7 @@ def compare(run: Run) -> dict[str, Any]:
 
 
 def report(s: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the tables."""
     print(
         f"\n{s['pairs']} pairs, {s['updates']} updates, sequences of {s['tokens'] / 2 / s['pairs']:.0f} tokens, "
         f"{s['threads']} threads, medians of {s['repetitions']}; this machine: "
@@ -331,6 +331,7 @@ def report(s: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -356,6 +357,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables, or one JSON object."""
     args = arguments()
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, which happens here too
     pairs, batch, repetitions = (

@@ -20,13 +20,14 @@ from typing import Any
 from sampler_replay import SEED, Trace, Watch, compilations, peak_bytes
 from sampler_replay import peaks as peaks  # also a worker
 
-PAD, EOS, FIRST = 0, 2, 5  # token ids; those from FIRST on are drawn
+PAD, EOS, FIRST = 0, 2, 5  # token ids; texts are drawn from FIRST on
 ETA, RATE = 1000.0, 5e-7  # the defaults of sppo_jax.config.Fit
-GRADIENTS = "model.safetensors"  # of the first update, by the parameters' names in Hugging Face's format
+# The first update's gradients, by the parameters' names in Hugging Face's format.
+GRADIENTS = "model.safetensors"
 
 
 class Work(Watch):
-    """A watch that counts the seconds of this process's threads too: they say more where others share the cores."""
+    """A watch that also counts the CPU seconds of this process's threads, which other load on the cores disturbs less."""
 
     def __enter__(self) -> "Work":
         self._began = time.process_time()
@@ -43,7 +44,7 @@ class Data:
     """Pairs of token ids, and the pairs of each update."""
 
     prompts: list[list[int]]
-    responses: list[list[list[int]]]  # of each prompt: chosen, rejected
+    responses: list[list[list[int]]]  # for each prompt: chosen, rejected
     order: list[list[int]]
 
     @staticmethod
@@ -59,7 +60,7 @@ class Data:
 
     @staticmethod
     def read(task: dict[str, Any]) -> "Data":
-        """What the task is about: all, or the pairs of the first update alone."""
+        """The task's data: all pairs, or those of the first update alone."""
         found = Data(**json.loads((Path(task["folder"]) / "pairs.json").read_text()))
         if not task["first_only"]:
             return found
@@ -74,10 +75,11 @@ class Data:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all sequences."""
         return sum(sum(self.lengths(i)) for i in range(len(self.prompts)))
 
     def pairs(self) -> list[Any]:
-        """As sppo_jax.records.Pair, without reference."""
+        """The pairs as sppo_jax.records.Pair, without reference log-probs."""
         from sppo_jax.records import Pair
 
         return [
@@ -90,7 +92,7 @@ class Data:
 
 
 def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
-    """The pairs' updates as sppo_jax makes them: sppo_jax.training.batches.Batches."""
+    """The pairs' updates as sppo_jax makes them."""
     from sppo_jax.training.batches import Batches
     from sppo_jax.training.packing import Packing
 
@@ -108,6 +110,7 @@ def pairs_of(batch: Any) -> list[int]:
 
 
 def one_device() -> Any:
+    """A mesh of one device."""
     import jax
 
     from sppo_jax import sharding
@@ -143,14 +146,14 @@ def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Pat
 
 
 def computed_tokens(batches: Any, data: Data) -> int:
-    """Tokens of all updates' rows, padding included. Fails where an update has other pairs than `data` asks for."""
+    """Tokens of all updates' rows, padding included. Fails if an update's pairs are not those of `data`."""
     for step, expected in enumerate(data.order):
         assert sorted(pairs_of(batches[step])) == sorted(expected)
     return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """Time reference log-probs, then all updates. Programs compile before, on two microbatches of a model that is dropped."""
+    """Time reference log-probs, then all updates. Programs compile before that, on two microbatches of a throw-away model."""
     data = Data.read(task)
     with Watch() as imports:
         from sppo_jax import models, pairs, sharding
@@ -214,11 +217,12 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(ids: list[int]) -> str:
-    """Text that `tokenizer` makes `ids` of; TRL takes text alone."""
+    """The text that `tokenizer` turns into `ids`, because TRL accepts only text."""
     return "".join(f"t{i} " if i != EOS else "</s>" for i in ids)
 
 
 def tokenizer(vocab: int) -> Any:
+    """A tokenizer with one word for each id below `vocab`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -343,6 +347,7 @@ WORKERS = {"ours": ours, "trl": trl, "peaks": peaks}
 
 
 def main() -> None:
+    """Run one worker and print its result."""
     name, task = sys.argv[1], json.loads(sys.argv[2])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["threads"]])
     print("\n" + json.dumps(WORKERS[name](task)))

@@ -48,9 +48,11 @@ class Ours(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a text."""
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return the ids of a text, as the harness asks for them."""
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
@@ -66,9 +68,11 @@ class Ours(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Not supported: the task does not need it."""
         raise NotImplementedError
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Not supported: the task does not need it."""
         raise NotImplementedError
 
 
@@ -90,7 +94,7 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def evaluate(policy: Path, count: int, folder: Path) -> dict[str, Any]:
-    """Export the policy into `folder`; by backend, scores of every request, whether it is the greedy continuation, and accuracy."""
+    """Export the policy into `folder`. Return for each backend every request's score, whether it is greedy, and the accuracy."""
     exported = folder / "exported"
     export.export(models.load(policy), policy, exported)
     (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in questions(count)))

@@ -134,6 +134,7 @@ def texts(folder: Path, count: int) -> None:
 
 
 def read_texts(folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the prompts and responses of folder/texts.json."""
     found = json.loads((folder / "texts.json").read_text())
     return found["prompts"], found["responses"]
 
@@ -179,6 +180,7 @@ def original(folder: Path, threads: int) -> dict[str, Any]:
 
 
 def sidecar(folder: Path, threads: int) -> dict[str, Any]:
+    """Measure the sidecar."""
     from sppo_jax import pairrm
 
     return ours(
@@ -252,12 +254,14 @@ def measure(python: str | Path, name: str, folder: Path, threads: int) -> dict[s
 
 
 def work(name: str, folder: Path, threads: int) -> None:
+    """Run one contender with `threads` cores and print its result."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     found = {"original": original, "sidecar": sidecar, "jax": on_mesh}[name](folder, threads)
     print("\n" + json.dumps(found))
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,6 +277,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the benchmark and print its table, or one JSON object."""
     args = arguments()
     if args.worker:
         work(args.worker[0], Path(args.worker[1]), args.threads)

@@ -6,7 +6,7 @@ Three computations in bfloat16, which cost a TPU the same: as the jax backend do
 the depth, norms and softmax in float32), with the sum over the depth rounded after each layer, and with float32 products of
 rounded weights (what is left is the weights' own rounding). torch's float16 and bfloat16 stand for the original on a GPU.
 The embedded judge is trained, so its logits mean something: what counts is the change of P, and the verdicts that flip.
-The random weights say what 24 layers do to a hidden state (root mean square of the error, relative to that of the state).
+The random weights show what 24 layers do to a hidden state (root mean square of the error, relative to that of the state).
 """
 
 import argparse
@@ -44,6 +44,7 @@ class RoundedDepth(jax_model.PairRM):
 
 
 def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
+    """Return the network in float32, and three computations in bfloat16, by name."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     wide = jax_model.load(checkpoint, mesh, jnp.float32)
     half = jax_model.load(checkpoint, mesh, jnp.bfloat16)
@@ -63,6 +64,7 @@ def networks(checkpoint: files.Checkpoint) -> dict[str, jax_model.PairRM]:
 
 
 def batch(pairs: list[TextPair], size: int) -> tuple[jax.Array, ...]:
+    """Return the arguments of the network for pairs padded to `size` tokens."""
     todo = [comparisons.Comparison(pair, []) for pair in pairs]
     return tuple(jnp.asarray(x) for x in mesh_judge.padded(todo, size, len(pairs)))
 

@@ -1,4 +1,4 @@
-"""The judge under faults: its process has 200 random ones while 2,000 prompts are judged; the results must not differ.
+"""The judge under faults: its process suffers 200 random faults while 2,000 prompts are judged; the results must not differ.
 
 python benchmarks/judge_soak.py [--prompts 2000] [--faults 200] [--seed 0] [--exec] [--json]
 
@@ -33,8 +33,8 @@ K = 5
 SHARD = 250  # prompts of one comparison, as in a run
 BATCH_TOKENS = 1024  # small, so that a fault occurs after a few prompts
 BATCHES = 20  # most batches between two faults
-SILENCE = 3.0  # seconds after which a stopped process is given up
-TOLERANCE = 1e-5  # of a logit, because batches are composed differently after a restart
+SILENCE = 3.0  # seconds after which a stopped process is replaced
+TOLERANCE = 1e-5  # largest difference of a logit: batches are composed differently after a restart
 KINDS = {
     "kill -9": ["kill"],
     "crash": ["crash", "exit"],
@@ -71,7 +71,7 @@ class Forked:
                 os.setsid()
                 for ours, theirs in ((requests, 0), (answers, 1), (stderr.fileno(), 2)):
                     os.dup2(ours, theirs)
-                os.closerange(3, 256)  # and the pipes of other judges
+                os.closerange(3, 256)  # also closes the pipes of other judges
                 os.environ.update(env)
                 os._exit(_faulty().real(_faulty().Faults(command[2]), list(command[4:])))
             finally:

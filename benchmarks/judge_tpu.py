@@ -45,7 +45,7 @@ GB = 1e9
 
 
 def v5e(topology: str) -> Mesh:
-    """The mesh of an absent slice."""
+    """Return the mesh of an absent slice."""
     described = topologies.get_topology_desc(topology, platform="tpu")
     sizes = (1, len(described.devices), 1)
     placed = mesh_utils.create_device_mesh(sizes, devices=described.devices, allow_split_physical_axes=True)

@@ -54,15 +54,15 @@ def make(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def useful(sizes: dict[str, int], trace: Trace, steps: int) -> tuple[float, float]:
-    """Least (FLOPs, bytes) of a float32 model: each prompt once, then each token of its responses; in each decode step all
-    matrices, and the keys and values of all live tokens."""
+    """The least (FLOPs, bytes) that a float32 model needs: each prompt once, then each token of its responses; in each
+    decode step all matrices, and the keys and values of all live tokens."""
     d, h, n, c = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
     layers = sizes["num_hidden_layers"]
     body = layers * (2 * d * c * (h + n) + 3 * d * sizes["intermediate_size"])
     head = d * sizes["vocab_size"]
     prompt = np.repeat(trace.prompts, K).astype(float)
     new = np.concatenate(trace.responses).astype(float)
-    # Columns of the cache that are read, summed over all tokens drawn.
+    # Number of the cache's columns that are read, summed over all tokens drawn.
     columns = (new * prompt + new * (new + 1) / 2).sum()
     once = np.array(trace.prompts, float)
     flops = 2 * body * once.sum() + 2 * layers * h * c * (once**2).sum()
@@ -74,7 +74,7 @@ def useful(sizes: dict[str, int], trace: Trace, steps: int) -> tuple[float, floa
 class Run:
     """The settings of one run of the benchmark, and its measurements."""
 
-    folder: Path  # of the models, and of the programs that XLA keeps
+    folder: Path  # holds the models, and the programs that XLA keeps
     threads: int
     repetitions: int
     prompts: int
@@ -100,15 +100,17 @@ class Run:
         return json.loads(done.stdout.splitlines()[-1])
 
     def trace(self, name: str, count: int | None = None) -> tuple[str, int, int]:
-        """Arguments of Trace.of."""
+        """The arguments of Trace.of for this run."""
         shrink = 16 if self.quick and name == "lognormal" else 1
         return name, 16 if self.quick else count or self.prompts, shrink
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The sizes of the model; one layer with --quick."""
         return MODEL | {"num_hidden_layers": 1} if self.quick else MODEL
 
     def slot_efficiency(self) -> dict[str, Any]:
+        """Slot efficiency over a trace, with a very small model."""
         say("slot efficiency: the whole trace at 128 slots, a very small model")
         folder, slots = str(self.folder / "small"), 16 if self.quick else 128
         trace = ("lognormal", 100, 16) if self.quick else ("lognormal", 1000, 1)
@@ -141,7 +143,7 @@ class Run:
         return found
 
     def replay(self, name: str, **task: Any) -> dict[str, Any]:
-        """Our engine over a trace; `name` is ours, or static where it is drained after each batch."""
+        """Run our engine over a trace; `name` is "ours", or "static" where the engine is drained after each batch."""
         task = {"cache_tokens": 0, "share": (0, 1), "drain": name == "static"} | task
         found = self.measure("ours", **task)
         self.report(name, found)
@@ -149,6 +151,7 @@ class Run:
 
     @staticmethod
     def report(name: str, found: dict[str, Any]) -> None:
+        """Print the speed of one contender to standard error."""
         rate, others = found["tokens"] / found["seconds"], found["others"]
         say(
             f"  {name}: {found['tokens']} tokens in {found['seconds']:.1f} s, {rate:.0f}/s; others {others:.0%}"
@@ -183,7 +186,7 @@ class Run:
 
 
 def merged(runs: list[dict[str, Any]], trace: Trace) -> dict[str, Any]:
-    """Repetitions as one: medians, or sums if each was a share; maxima of memory, warm-up and disturbances."""
+    """Merge repetitions into one result: medians, or sums if each was a share; maxima of memory, warm-up and disturbances."""
     shares = sum(run["tokens"] for run in runs) == trace.tokens
     joined = sum if shares else statistics.median
     seconds, steps, slot_steps = (
@@ -238,7 +241,7 @@ def compare(run: Run) -> dict[str, Any]:
         "vs_hf_generate": mine["responses_per_s"] / found["hf"]["responses_per_s"],
         "vs_static": mine["responses_per_s"] / found["static"]["responses_per_s"],
         "peak_memory_ratio": mine["peak_bytes"] / found["hf"]["peak_bytes"],
-        # The first process compiles, those after it find its programs on disk.
+        # The first process compiles; later ones find its programs on disk.
         "peak_memory_ratio_compiled_before": min(mine["every_peak_bytes"]) / found["hf"]["peak_bytes"],
         "equal_steps_ratio": {rows: one["ratio"] for rows, one in equal.items()},
         "quickstart_vs_static": small["ours"]["responses_per_s"] / small["static"]["responses_per_s"],
@@ -313,6 +316,7 @@ def report(s: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -329,6 +333,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables, or one JSON object."""
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="sampler-") as folder:
         slots, repetitions = (10, 1) if args.quick else (args.slots, args.repetitions)

@@ -43,7 +43,7 @@ PREFILLED = 512  # tokens of a prompt where prefill is timed; all but the last a
 
 
 def random_model(a: Architecture) -> Transformer:
-    """bfloat16 from the start: float32 masters would not fit everywhere."""
+    """A random model, in bfloat16 from the start: float32 masters would not fit everywhere."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     like = hf.abstract(a, mesh, jnp.bfloat16)
 
@@ -59,11 +59,13 @@ def random_model(a: Architecture) -> Transformer:
 
 
 def sampler_of(model: Transformer, slots: int, responses: int, new: int, quantize: Any) -> Sampler:
+    """A sampler whose responses end by length alone."""
     sampling = Sampling(responses=responses, max_new_tokens=new, slots=slots, quantize=quantize)
     return Sampler(model, NoText(), sampling, eos=())
 
 
 def prompts(a: Architecture, count: int, tokens: int) -> list[Prompt]:
+    """`count` prompts of `tokens` random ids each."""
     rng = np.random.default_rng(SEED)
     return [Prompt(f"prompt {i}", rng.integers(5, a.vocab, tokens).tolist()) for i in range(count)]
 

@@ -30,7 +30,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens of each prompt, and of each of its K responses."""
+    """Numbers of tokens of each prompt and of each of its K responses."""
 
     prompts: list[int]
     responses: list[list[int]]
@@ -44,6 +44,7 @@ class Trace:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all responses."""
         return sum(map(sum, self.responses))
 
     def batches(self, prompts: int, share: Sequence[int] = (0, 1)) -> Iterator[slice]:
@@ -56,11 +57,13 @@ class Trace:
         return max(map(max, self.responses[cut]))
 
     def ids(self, vocab: int) -> list[list[int]]:
+        """Random ids for each prompt."""
         rng = np.random.default_rng(SEED)
         return [rng.integers(5, vocab, n).tolist() for n in self.prompts]
 
 
 def say(line: str) -> None:
+    """Print a line to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -93,7 +96,7 @@ def peak_bytes() -> int:
 
 
 class NoText:
-    """Stands for the tokenizer: only lengths matter."""
+    """Stands in for the tokenizer: only lengths matter."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         return ""
@@ -114,6 +117,7 @@ def compilations() -> list[float]:
 
 
 def engine(folder: str, slots: int, most: int, cache_tokens: int = 0) -> Any:
+    """A sampler of the model in `folder`, or of the embedded policy, whose responses end by length alone."""
     from sppo_jax import models
     from sppo_jax.config import Sampling
     from sppo_jax.hub import names
@@ -128,6 +132,7 @@ def engine(folder: str, slots: int, most: int, cache_tokens: int = 0) -> Any:
 
 
 def prompts_of(trace: Trace, vocab: int) -> list[Any]:
+    """The trace's prompts, with random ids."""
     from sppo_jax.records import Prompt
 
     return [Prompt(f"prompt {i}", ids) for i, ids in enumerate(trace.ids(vocab))]
@@ -229,6 +234,7 @@ class HuggingFace:
 
 
 def hf(task: dict[str, Any]) -> dict[str, Any]:
+    """Time `generate` over the batches of a trace."""
     trace, rows, cache = Trace.of(*task["trace"]), task["rows"], task["cache"]
     with Watch() as warm:
         model = HuggingFace(task["folder"], task["threads"])
@@ -311,6 +317,7 @@ def peaks(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def best_seconds(function: Any, x: Any, times: int = 7) -> float:
+    """The least seconds of `times` calls of `function` on `x`, compilation left out."""
     import jax
 
     jax.block_until_ready(function(x))

@@ -49,13 +49,13 @@ MISTRAL = Architecture(
 TENSOR = 4
 LONGEST = 2048 + 512  # columns of one response
 LIVE = 600  # mean columns of a slot, halfway through prompts and responses
-BUCKET = 512  # of the prefill that is reported
-CLOCK = 1.5e9  # of v5e: at this the compiler's cycles for a large product come to 90 % of its peak
+BUCKET = 512  # length bucket of the prefill that is reported
+CLOCK = 1.5e9  # v5e's cycles per second: at this clock the compiler's cycles for a large product come to 90 % of its peak
 PEAK, MEMORY = 197e12, 819e9  # operations and bytes per second
 REACHED = 0.7  # the share of MEMORY that the attention kernel is taken to reach
 LINKS, LATENCY = 90e9, 5e-6  # bytes per second out of a chip over two links; seconds to begin a collective
 LIMIT = 15.75  # GiB of a chip that the compiler gives to a program
-ROUNDS = 2  # that the race of next_token is run again at top_p .9, for the slowest of all slots
+ROUNDS = 2  # further rounds of next_token's race at top_p .9, for the slowest of all slots
 GIB = 2**30
 
 
@@ -127,7 +127,7 @@ def decoding(p: Programs) -> dict[str, Any]:
 
 
 def filling(p: Programs) -> dict[str, Any]:
-    """The prefill of BUCKET, and prompt tokens per second of a replica's chips."""
+    """The prefill of prompts of BUCKET tokens, and prompt tokens per second and chip of a replica."""
     program, found = compiled(p.lower_prefill(BUCKET))
     cost = Module(program.as_text(), {}).cost()
     seconds = cost.cycles / CLOCK + cost.sent / LINKS + cost.collectives * LATENCY

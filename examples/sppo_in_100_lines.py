@@ -64,7 +64,7 @@ def update(params, state, batch, ref_logprob_B, win_rate_B):
 
 
 def padded(sampled):
-    """tokens [N, T], prompt lengths [N] and whole lengths [N] of all N = prompts * K sequences."""
+    """Return tokens [N, T], prompt lengths [N] and whole lengths [N] of all N = prompts * K sequences."""
     sequences = [(one.prompt_ids, ids) for one in sampled for ids in one.response_ids]
     start_N, stop_N = np.cumsum([(len(x), len(y)) for x, y in sequences], axis=1).T
     tokens_NT = np.zeros((len(sequences), -(-max(stop_N) // 32) * 32), np.int32)

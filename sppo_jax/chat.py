@@ -19,7 +19,7 @@ from sppo_jax.hub import names
 from sppo_jax.records import Prompt
 from sppo_jax.text import chat_template
 
-# jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
+# jax and modules that import it come in the functions, after the flags are checked: --help and bad flags need no jax.
 if TYPE_CHECKING:
     from sppo_jax.sampler import Sampler
 
@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _flags(words: Sequence[str]) -> argparse.Namespace:
-    """The flags. Raises BadInput for one that is out of its range."""
+    """The parsed flags. Raises BadInput for one that is out of its range."""
     flags = Flags(
         "sppo_jax.chat",
         "Talk to a policy, one message per line, on a terminal or through a pipe.",
@@ -73,7 +73,7 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
 
 
 class Conversation:
-    """The messages so far and the policy. A response is a function of them, the seed and the number of responses before."""
+    """The messages so far and the policy. A response depends on these, the seed and the number of earlier responses alone."""
 
     def __init__(self, sampler: "Sampler", seed: int, say: Callable[[str], None] = command.say):
         """`say` is called with each line about messages that are forgotten for lack of room."""
@@ -82,10 +82,11 @@ class Conversation:
         self.responses = 0
 
     def forget(self) -> None:
+        """Forget all messages."""
         self.history.clear()
 
     def respond(self, text: str) -> str:
-        """The policy's response to `text`; both become history. Empty, with a line to `say`, if `text` alone is too long."""
+        """Return the policy's response to `text`, and keep both. Empty, with a line to `say`, if `text` alone is too long."""
         messages = [*self.history, {"role": "user", "content": text}]
         ids, dropped = self._fitting(messages)
         if not ids:
@@ -107,7 +108,7 @@ class Conversation:
     def _fitting(self, messages: list[Message]) -> tuple[list[int], int]:
         """Ids of the latest messages that leave room for a response, and the number of older messages that are dropped.
 
-        No ids if even the last message leaves no room. Messages are dropped in pairs: templates want a user's first.
+        No ids if even the last message leaves no room. Messages are dropped in pairs: templates require a user's first.
         """
         for dropped in range(0, len(messages), 2):
             ids = chat_template.conversation(self.sampler.tokenizer, messages[dropped:])
@@ -121,7 +122,7 @@ class Conversation:
 
 
 def _sampler(args: argparse.Namespace) -> "Sampler":
-    """A sampler of the policy that --policy names. What is quick to read, and may be bad, is read before the weights."""
+    """A sampler of the policy that --policy names. Files that are quick to check are read before the weights."""
     import jax
 
     from sppo_jax import compilation, sharding

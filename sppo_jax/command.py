@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from sppo_jax.errors import BadInput, Terminated
 
-# Escapes, carriage returns, changes of direction, halves of characters.
+# Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
 
@@ -30,9 +30,11 @@ class Flags(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raise BadInput with argparse's message."""
         raise BadInput(f"{message}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Return the parsed flags. Raises BadInput for words that are not valid flags."""
         return self.parse_args(list(words))
 
 

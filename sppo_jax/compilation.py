@@ -1,4 +1,4 @@
-"""Compiled programs: kept on disk, so that the second run of a command starts at once, and their compiler's memory freed."""
+"""Keeps compiled programs on disk, so that the second run of a command starts at once, and frees the compiler's memory."""
 
 import ctypes
 import os

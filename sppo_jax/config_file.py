@@ -1,4 +1,4 @@
-"""Configuration files: read with overrides, written, and refused where a key is unknown or a value of another type."""
+"""Configuration files: read with overrides, and written. A key that is unknown or a value of the wrong type is refused."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from sppo_jax.errors import BadInput, one_line
 
 
 def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the defaults, then each YAML file in turn, then `--section.key value` overrides.
+    """Return the configuration: the defaults, then each YAML file in turn, then `--section.key value` overrides.
 
     Raises BadInput that names the file, the key and the nearest valid key.
     """
@@ -79,7 +79,7 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _check_keys(raw: Mapping[str, Any], where: str) -> None:
-    """Raise BadInput for unknown sections and keys, and for values that draccus would convert without a word."""
+    """Raise BadInput for unknown sections and keys, and for values that draccus would convert silently."""
     sections = {f.name: f for f in dataclasses.fields(Config)}
     for name, value in raw.items():
         if name not in sections:

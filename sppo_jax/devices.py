@@ -1,4 +1,4 @@
-"""Who is on the devices: the only place where weights are cast, handed over or freed.
+"""Turns on the devices: the only place where weights are cast, handed over or freed.
 
 One policy is in memory at a time. Beside it lie, in turns, the sampler's copy of its weights and the cache, a judge on the
 mesh, or training. Devices with a memory of their own hold one of these at a time, so a policy is cast for sampling at
@@ -60,7 +60,7 @@ class Devices:
         self._turn = ""
         self._policy: tuple[int, Transformer] | None = None
         self._sampler: Sampler | None = None  # kept for its programs
-        self._sampled: int | None = None  # the policy whose weights are in it
+        self._sampled: int | None = None  # the iteration of the policy whose weights the sampler holds
 
     def policy(self, t: int) -> Transformer:
         """The policy after iteration t. Trained weights are float32, on disk too, so that a resumed run loses nothing."""
@@ -71,13 +71,13 @@ class Devices:
         return self._policy[1]
 
     def put(self, t: int, policy: Transformer) -> None:
-        """Take a policy that was just trained as the one after iteration t."""
+        """Make a policy that was just trained the policy after iteration t."""
         self._free()
         self._policy = (t, policy)
 
     @contextmanager
     def sampling(self, t: int) -> Iterator[Callable[[], Sampler]]:
-        """The sampler's turn. Yields a function that returns the sampler with the policy after iteration t in it."""
+        """The sampler's turn. Yields a function that returns the sampler with the weights of the policy after iteration t."""
         with self._taking("sampling"):
             yield lambda: self._sampler_with(t)
 
@@ -116,7 +116,7 @@ class Devices:
     def training(self, t: int) -> Iterator[Callable[[], Transformer]]:
         """The update's turn. Yields a function that hands over the policy after iteration t.
 
-        Training donates the policy's arrays: nothing of it stays here.
+        Training donates the policy's arrays, so this object keeps none of them.
         """
 
         def hand_over() -> Transformer:
@@ -169,8 +169,8 @@ class Devices:
     def _adapted(self, t: int) -> Transformer:
         """The frozen base with the adapters after iteration t.
 
-        The base is held in the compute dtype where its files have that dtype, and in float32 otherwise: what is frozen
-        keeps its values, in exports too.
+        The base is held in the compute dtype where its files have that dtype, and in float32 otherwise:
+        frozen weights keep their values, in exports too.
         """
         base, dtype = self._source.directory, self._compute_dtype
         frozen = hf.load(

@@ -9,7 +9,7 @@ class BadInput(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Raised only where all finished work is on disk."""
+    """SIGTERM has arrived. This is raised only where all finished work is on disk."""
 
 
 def one_line(error: BaseException) -> str:

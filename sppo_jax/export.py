@@ -1,7 +1,7 @@
 """Stage 6: parameters → a directory that `transformers` loads: safetensors, config.json, tokenizer, model card.
 
-`python -m sppo_jax.export --run OUT --iteration 3 --to DIR` makes one from a run's orbax checkpoint; with `--push` it
-is uploaded afterwards.
+`python -m sppo_jax.export --run OUT --iteration 3 --to DIR` makes such a directory from a run's orbax checkpoint; with
+`--push` it is uploaded afterwards.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from sppo_jax.errors import BadInput, one_line
 from sppo_jax.hub import names, repositories
 from sppo_jax.run.directory import BASE, RunDir
 
-# jax and what imports it come in the functions, after the flags are checked: --help and bad flags do not wait for them.
+# jax and modules that import it come in the functions, after the flags are checked: --help and bad flags need no jax.
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     model: "Transformer", base: Path, to: Path, *, dtype: str = "float32", card: str | None = None
 ) -> None:
-    """Write directory `to`: the weights as `dtype`, with configuration and tokenizer files of `base`. Whole or absent.
+    """Write directory `to`: the weights as `dtype`, with configuration and tokenizer files of `base`; whole or not at all.
 
     `card` becomes README.md. Raises BadInput if the disk has no room or `to` cannot be written.
     """
@@ -62,7 +62,7 @@ def export(
 
 
 def export_policy(policy: "Transformer", source: "Snapshot", run: "RunDir", t: int) -> None:
-    """Write the policy after iteration t; with adapters also these, as a PEFT directory.
+    """Write the policy after iteration t, and its adapters, if it has any, as a PEFT directory.
 
     The adapters serve beside the base, and a resumed run reads them.
     """
@@ -137,9 +137,9 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
 
 
 def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> "Transformer":
-    """The policy after iteration t, float32, from its newest orbax checkpoint, on whatever mesh that was made.
+    """The policy after iteration t, float32, from its newest orbax checkpoint, which any mesh may have written.
 
-    Adapters are put beside the base's weights. Of a finished iteration they are read from its export, merged as the run
+    Adapters are put beside the base's weights. Those of a finished iteration are read from its export, and merged as the run
     merged them.
     """
     from flax import nnx
@@ -168,7 +168,7 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
 
 
 def own_dtype(directory: Path) -> str:
-    """The dtype that a checkpoint's config.json names, or its first tensor has; float32 for any that is not in DTYPES."""
+    """The dtype in a checkpoint's config.json, else that of its first tensor; float32 for one that is not in DTYPES."""
     from safetensors import SafetensorError, safe_open
 
     from sppo_jax.models import hf
@@ -197,7 +197,7 @@ def _iterations(run: RunDir) -> list[int]:
 
 
 def _check_target(to: Path) -> None:
-    """Raise BadInput, before an hour of reading, unless `to` can be written and nothing would be lost."""
+    """Raise BadInput, before an hour of reading, unless `to` can be written without losing anything."""
     if to.is_symlink():
         raise BadInput(f"--to {to}: a link; give a directory's own name")
     if to.exists() and not to.is_dir():

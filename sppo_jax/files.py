@@ -48,6 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -64,14 +65,17 @@ def sha256(paths: list[Path]) -> str:
 
 
 def sha256_text(text: str) -> str:
+    """The sha256 of a text's UTF-8, in hexadecimal; lone surrogates are allowed."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def part_of(path: Path) -> Path:
+    """The hidden temporary name beside `path` under which it is written."""
     return path.with_name(f".{path.name}.part")
 
 
 def remove(path: Path) -> None:
+    """Delete a file or a whole directory; nothing happens where there is none."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

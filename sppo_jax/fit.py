@@ -26,10 +26,10 @@ from sppo_jax.training.update import Programs, Scalars, split
 def fit(
     hand_over: Callable[[], Transformer], trained_on: Sequence[Pair], trainer: Trainer, stage: Stage
 ) -> Transformer:
-    """The policy that regresses its log-ratios on the pairs' targets, from the last checkpoint on if there is one.
+    """Regress the policy's log-ratios on the pairs' targets, from the last checkpoint on if there is one. Returns the policy.
 
-    `hand_over` returns the policy that the iteration starts with; its arrays are donated. The checkpoints lie in the run.
-    Raises as `train`.
+    `hand_over` returns the policy that the iteration starts with; its arrays are donated. The checkpoints lie in the
+    run's directory. Raises as `train`.
     """
     run, t, profiled = stage.run, stage.iteration, trainer.config.log.profile
     batches, profiler = trainer.batches(trained_on, t), None

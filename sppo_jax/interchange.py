@@ -1,4 +1,4 @@
-"""Stage 3 from and to files: pairs in the official code's parquet columns, its files read and ours written.
+"""Stage 3 from and to files: reads and writes pairs in the parquet columns of the official code.
 
 `python -m sppo_jax.interchange --run OUT --iteration T --to FILE` writes a finished iteration's pairs.
 """
@@ -29,9 +29,9 @@ SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
 def read(
     config: Config, t: int, tokenizer: Any, *, eos: tuple[int, ...], positions: int, heldout: Collection[int]
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Iteration t's pairs from pairs.source, and counts: of pairs kept, and of pairs skipped, by reason.
+    """Return iteration t's pairs from pairs.source, and counts of the pairs kept and of those skipped, by reason.
 
-    The source has a response as text only, so its ids are those of the policy's tokenizer, with the end of turn.
+    The source holds responses as text only, so their ids come from the policy's tokenizer, with the end of turn.
     Skipped: a conversation that is not one user turn and its response; a prompt that is repeated, held out (its id is
     in `heldout`) or longer than prompts.max_length; a pair longer than the model's `positions`; a pair without
     two different responses; a probability outside [0, 1]. Reference log-probs are NaN until stage 5 fills them in.
@@ -72,7 +72,7 @@ def read(
 
 
 def write(pairs: Sequence[Pair], path: Path) -> None:
-    """Write the five columns, one row per pair, as `datasets` and the official code read them. Whole or absent."""
+    """Write the five columns, one row per pair, as `datasets` and the official code read them; whole or not at all."""
     if path.is_dir():
         raise BadInput(f"{path}: a directory; name a file in it")
     columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
@@ -100,7 +100,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _texts(row: rows.Row | None) -> tuple[str, str, str] | str:
-    """(prompt, chosen, rejected) of a row, or the name of the count of skipped rows that it belongs to."""
+    """Return (prompt, chosen, rejected) of a row, or the reason for skipping it, which names a count."""
     if row is None:
         return "not_json"
     chosen, rejected = (rows.messages(row.get(name)) for name in COLUMNS[:2])

@@ -25,7 +25,7 @@ POLL_SECONDS = 0.2  # between checks for SIGTERM while only the judge works
 
 @dataclass
 class _Shard:
-    """A shard being judged: its rows so far, and seconds and counts of the work on them."""
+    """A shard being judged: its rows so far, with the seconds and counts of their judging."""
 
     rows: dict[int, tuple[Responses, Preferences]] = field(default_factory=dict)
     facts: dict[str, float] = field(
@@ -36,8 +36,8 @@ class _Shard:
 class Judging:
     """The preferences of one iteration, begun while its responses are sampled; a context that ends its thread.
 
-    One call of the judge compares one prompt's responses, or all of a shard by a judge on the mesh, whose turn comes
-    after sampling. So the scores depend on nothing but the judge: timing and interruptions change no bit.
+    One call of the judge compares one prompt's responses; a judge on the mesh, whose turn comes after sampling, compares a
+    whole shard's. So the scores depend on nothing but the judge: timing and interruptions change no bit.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Judging:
         as_shown: Callable[[str], str],
         prompts: int,
     ):
-        """`prompts`: their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
+        """`prompts` is their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
         self._stage, self._judge, self._settings, self._as_shown = stage, judge, settings, as_shown
         self._shards = Shards(stage, "preferences", Preferences, prompts)
         self._own = {i for i in self._shards.missing if mine(i)}
@@ -76,7 +76,7 @@ class Judging:
             self._submit({n: row})
 
     def progress(self) -> dict[str, int]:
-        """How many prompts have been judged so far, to be shown. Raises what the judge raised in the thread."""
+        """The number of prompts judged so far, as facts to show. Raises the judge's own error from the thread."""
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft().result()
         return {} if self._judge.on_mesh else {"judged": self._prompts_judged}
@@ -198,7 +198,7 @@ def _ordered_pairs(rows: Sequence[Responses]) -> int:
 
 
 def _provenance(responses: Sequence[Responses]) -> dict[str, str]:
-    """What preferences are made from, beyond the run's own inputs."""
+    """Digests of the inputs of preferences, beyond the run's own."""
     return {"responses": records.digest(responses)}
 
 

@@ -1,4 +1,4 @@
-"""What a judge is, how the one that the configuration names is opened, and its logits as preferences."""
+"""The interface of a judge, how the configured judge is opened, and how its logits become preferences."""
 
 import importlib
 from collections import Counter
@@ -44,6 +44,7 @@ class CheckedJudge:
 
     @property
     def identity(self) -> str:
+        """The backend's identity."""
         return self._judge.identity
 
     def compare(
@@ -63,12 +64,12 @@ class CheckedJudge:
 
     @property
     def on_mesh(self) -> bool:
-        """Whether it computes on the devices that sample, and so waits for them."""
+        """Whether the judge computes on the devices that sample, and so waits for them."""
         return bool(getattr(self._judge, "on_mesh", False))
 
     @property
     def sources(self) -> dict[str, str]:
-        """{repository: commit} of what came from the hub."""
+        """{repository: commit} of the files that came from the hub."""
         return dict(getattr(self._judge, "sources", {}))
 
     @property
@@ -95,7 +96,7 @@ class CheckedJudge:
 def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = None) -> CheckedJudge:
     """The judge that the configuration names. `pinned`: {repository: commit} of the hub that a run was begun with.
 
-    A PairRM in its own process is started and loads in the background; of one on the mesh only the files are checked.
+    A PairRM in its own process is started and loads in the background; for one on the mesh only its files are checked.
     """
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)
@@ -114,7 +115,7 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
 
 
 def from_attribute(key: str, name: str) -> CheckedJudge:
-    """Call the factory `module:attribute` without arguments; what it returns is a judge. Raises BadInput."""
+    """Call the factory `module:attribute` without arguments and return the judge that it makes. Raises BadInput."""
     module, _, attribute = name.partition(":")
     try:
         made: Any = getattr(importlib.import_module(module), attribute)()

@@ -112,7 +112,7 @@ def ipo_loss(
 
 
 class Judged(Protocol):
-    """G prompts with R responses each, best first, worst last: what a loss reads besides the policy's log-probs."""
+    """G prompts with R responses each, best first, worst last: a loss's inputs besides the policy's log-probs."""
 
     @property
     def ref_logprob(self) -> Values:
@@ -124,7 +124,7 @@ class Judged(Protocol):
 
     @property
     def baseline(self) -> Values:
-        """Win rate that leaves a response alone [G]."""
+        """The win rate whose target is 0 [G]."""
 
     @property
     def probability(self) -> Values:
@@ -132,7 +132,7 @@ class Judged(Protocol):
 
     @property
     def real(self) -> Values:
-        """Is it a prompt, and not padding? [G]"""
+        """Whether an entry is a prompt and not padding [G]."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,9 @@ class Loss:
 
     formula: Callable[..., Any]  # one of the functions above
     compute: Callable[[Any, Judged, float], Any]  # the formula's value from (logprob [G, R], prompts, eta)
-    pairs: bool = (
-        True  # needs a winner and a loser; else it takes any number of responses, and their baseline
-    )
-    squared: bool = False  # its value where all log-ratios are 0 is the mean squared target
+    # Whether the loss needs a winner and a loser; otherwise it takes any number of responses, and their baseline.
+    pairs: bool = True
+    squared: bool = False  # whether its value at log-ratios of 0 is the mean squared target
 
     @property
     def equation(self) -> str:

@@ -1,4 +1,4 @@
-"""Stage 3: responses and preferences → what training reads: responses kept, targets eta (P - 1/2), reference log-probs."""
+"""Stage 3: responses and preferences → training's pairs: responses kept, targets eta (P - 1/2), reference log-probs."""
 
 import dataclasses
 from collections import Counter
@@ -26,7 +26,7 @@ def from_preferences(
     stage: Stage,
     config: Config,
 ) -> list[Pair]:
-    """The pairs of an iteration that was sampled and judged. Raises BadInput if no prompt has a preferred response."""
+    """The pairs made of an iteration's responses and preferences. Raises BadInput if no prompt has a preferred response."""
 
     def selected() -> list[Pair]:
         found, counts = select(

@@ -46,7 +46,7 @@ def win_rates(probability: ArrayLike, *, leave_one_out: bool = False) -> NDArray
 
 
 def has_cycle(probability: ArrayLike) -> NDArray[np.bool_]:
-    """Does some i beat j, j beat k and k beat i (each above 1/2)? bool [...].
+    """Whether some i beats j, j beats k and k beats i (each above 1/2): bool [...].
 
     For complete comparisons every cycle implies such a 3-cycle, up to ties.
     """

@@ -18,7 +18,7 @@ CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too lo
 
 @dataclass
 class PromptSets:
-    """Prompts by iteration, iteration t's in `train[t - 1]`, and {set: {reason: rows}} that were read, kept and skipped.
+    """Prompts by iteration, iteration t's in `train[t - 1]`, and for each set the rows read, kept and skipped by reason.
 
     `heldout` are the first held-out prompts that are short enough; `heldout_ids` are the ids of all held-out texts.
     """

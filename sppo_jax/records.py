@@ -24,6 +24,7 @@ class Prompt:
 
     @property
     def prompt_id(self) -> int:
+        """The id of the instruction: the function `prompt_id` of its text."""
         return prompt_id(self.text)
 
 
@@ -53,7 +54,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Pair:
-    """What training reads of one prompt: R responses, best first, worst last (R is 2, or K for pairs.select=all).
+    """One prompt's training data: R responses, best first, worst last (R is 2, or K for pairs.select=all).
 
     The first five columns are the interchange of the official code.
     """
@@ -152,7 +153,7 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
 
 
 def check_made_from(path: Path, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
-    """Raises BadInput, naming the inputs, where what `path` was made from differs from `made_from`."""
+    """Raise BadInput, naming the inputs, where those that `path` was made from differ from `made_from`."""
     if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
         raise BadInput(
             f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
@@ -164,13 +165,13 @@ def check_prompts(
     rows: Sequence[Responses] | Sequence[Preferences],
     asked: Sequence[Prompt] | Sequence[Responses],
 ) -> None:
-    """Raises BadInput unless `rows`, read from `where`, belong to the prompts asked, in their order."""
+    """Raise BadInput unless `rows`, read from `where`, belong to the prompts asked, in their order."""
     if [row.prompt_id for row in rows] != [prompt.prompt_id for prompt in asked]:
         raise BadInput(f"{where}: belongs to other prompts than asked; delete it and run again")
 
 
 def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -> str:
-    """sha256 of the records' contents, as it is written into the metadata of files made from them."""
+    """The sha256 of the records' contents, which goes into the metadata of files made from them."""
     value = hashlib.sha256()
     for row in rows:
         value.update(json.dumps(asdict(row), sort_keys=True).encode())

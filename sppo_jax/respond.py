@@ -19,7 +19,7 @@ class Follower(Protocol):
     """Receives each prompt's responses as soon as they are on disk: the judge."""
 
     def take(self, n: int, row: Responses) -> None:
-        """Accept the responses to prompt n; prompts come in any order."""
+        """Accept the responses to prompt n. Prompts come in any order."""
         ...
 
     def progress(self) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Follower(Protocol):
 def respond(
     prompts: Sequence[Prompt], sampler: Callable[[], Sampler], follower: Follower, stage: Stage
 ) -> list[Responses]:
-    """Responses to every prompt, in order. What is on disk, in whole shards or begun ones, is read, the rest made.
+    """Responses to every prompt, in order. Those on disk, in whole shards or begun ones, are read, and the rest are drawn.
 
     `sampler` is called only when a response is missing. On a pod each process makes its own shards, unless a replica of
     the sampler spans processes.
@@ -92,12 +92,12 @@ class _Writer:
         follower: Follower,
         own: Callable[[int], bool],
     ):
-        """`own(i)`: whether this process writes shard i."""
+        """`own(i)` returns whether this process writes shard i."""
         self._prompts, self._shards, self._follower, self._own = prompts, shards, follower, own
-        self._waiting: dict[int, Responses] = {}  # until their shard is complete
+        self._waiting: dict[int, Responses] = {}  # responses of incomplete shards
 
     def begin(self) -> tuple[list[int], int]:
-        """Pass on what is on disk. Returns the prompts of our shards without responses, and the number of all in them."""
+        """Pass on the responses on disk. Returns our shards' prompts without responses, and the number of all their prompts."""
         todo: list[int] = []
         own = [i for i in range(len(self._shards.ranges)) if self._own(i)]
         for i in own:

@@ -40,9 +40,8 @@ class Session:
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
-        if (
-            self.oracle is not None
-        ):  # it may not know these prompts, which is better found now than after an hour
+        # The oracle may not contain these prompts: better to find that now than after an hour.
+        if self.oracle is not None:
             self.oracle.compare([self.sets.heldout[0].text], [["one", "another"]])
         lengths = [len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part]
         self.trainer = Trainer(config, self.architecture, self.mesh, self.compute_dtype)

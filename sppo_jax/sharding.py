@@ -65,7 +65,7 @@ def mesh_in_order(devices: Iterable[Any], data: int, fsdp: int, tensor: int) -> 
 
 
 def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> PartitionSpec:
-    """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." a dimension without a name.
+    """The partition of an array whose dimensions are `letters`, such as "LDHC" or "BT"; "." is a dimension without a name.
 
     Vectors of a layer (norm scales, biases) are replicated: they are too small to pay for a gather.
     With `shape`, a dimension that its mesh axis does not divide stays whole (2 kv heads over 4 devices).
@@ -79,7 +79,7 @@ def spec(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> Part
 
 
 def named(letters: str, mesh: Mesh, shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """The partition of `spec` on `mesh`, as arrays are placed by it."""
+    """The partition of `spec` as a sharding on `mesh`, by which arrays are placed."""
     return NamedSharding(mesh, spec(letters, mesh, shape))
 
 
@@ -100,12 +100,12 @@ def shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many pieces a batch is cut into: batch sizes must be divisible by it."""
+    """The number of pieces that a batch is cut into: batch sizes must be divisible by it."""
     return shards(mesh, TABLE["B"])
 
 
 def tensor_shards(mesh: Mesh) -> int:
-    """Over how many devices one layer's heads and feed-forward are cut."""
+    """The number of devices over which one layer's heads and feed-forward are cut."""
     return shards(mesh, TABLE["N"])
 
 

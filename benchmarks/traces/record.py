@@ -1,4 +1,4 @@
-"""Make the length traces that benchmarks/sampler.py replays: lognormal.json is drawn, quickstart.json is read off a run.
+"""Make the length traces that benchmarks/sampler.py replays: lognormal.json is drawn, quickstart.json is taken from a run.
 
 python benchmarks/traces/record.py [--quickstart runs/quickstart]
 
@@ -21,6 +21,7 @@ CORRELATION = 0.5  # of the logarithms of two responses to one prompt
 
 
 def lognormal() -> dict[str, Any]:
+    """Draw the lengths of prompts, and of K correlated responses to each."""
     rng = np.random.default_rng(SEED)
     prompts = _lengths(rng.standard_normal(COUNT), PROMPT)
     shared, own = rng.standard_normal((COUNT, 1)), rng.standard_normal((COUNT, K))
@@ -50,7 +51,7 @@ def quickstart(run: Path) -> dict[str, Any]:
 
 
 def write(path: Path, trace: dict[str, Any]) -> None:
-    """One line per array of K, and one for all prompts."""
+    """Write the trace as JSON, with one line per array of K responses, and one for all prompts."""
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in trace["responses"])
     prompts = json.dumps(trace["prompts"], separators=(",", ":"))
     path.write_text(

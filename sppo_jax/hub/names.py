@@ -1,4 +1,4 @@
-"""What users name: `embedded:NAME`, a directory, or `owner/repo@revision` on the hub."""
+"""The names that users give: `embedded:NAME`, a directory, or `owner/repo@revision` on the hub."""
 
 from collections.abc import Callable
 from pathlib import Path

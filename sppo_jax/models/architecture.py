@@ -54,7 +54,7 @@ class Architecture:
     lora_rank: int = 0  # R; if above 0, only the adapters are trained
 
     def window_of(self, layer: int) -> int | None:
-        """Return the number of keys that a query of this layer sees, itself included; None for all before it."""
+        """Return the number of keys that a query of this layer sees, itself included; None: all before it."""
         return self.window if not self.windowed or self.windowed[layer] else None
 
     def size(self, letter: str) -> int:

@@ -31,7 +31,7 @@ Seen = Callable[[Any, Array, Array, Array], Array]  # (kind of layer, q, k, v) -
 class Kernel:
     """The implementation of attention over whole sequences, and the mesh that it is compiled for.
 
-    "xla" holds the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
+    "xla" keeps the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
     """
 
     name: str = "xla"
@@ -143,7 +143,7 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
             k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
         q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
         rows = sharding.spec("BT", mesh, segment_BT.shape)
-        # check_vma needs to know over which axes the kernel's result varies, which the kernel does not declare.
+        # check_vma requires the axes over which the kernel's result varies, which the kernel does not declare.
         local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
         return local(q_BTHC, k_BTNC, v_BTNC, segment_BT)
 
@@ -190,8 +190,8 @@ def _splash(
 def block_sizes(length: int) -> tuple[int, splash.BlockSizes]:
     """Return (length after padding, block sizes): up to BLOCK keys and half as many queries.
 
-    More do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part of the
-    queries' gradient, so few blocks are better.
+    Larger blocks do not fit with 256 channels a head. The backward pass is fused; each block of keys writes its own part
+    of the queries' gradient, so few blocks are better.
     """
     half = BLOCK // 2
     step = LANES if length <= half else 2 * LANES if length <= BLOCK else half

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-BLOCK = (
-    64  # tokens; larger blocks compute more masked scores, smaller ones have more overhead between products
-)
+# Tokens; larger blocks compute more masked scores, smaller ones have more overhead between products.
+BLOCK = 64
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without keys stays finite
 SAVED = "attention"  # checkpoint name of attention's output, which a backward pass may keep
 
@@ -112,7 +111,7 @@ def _forward(
             q_NGQC, i, first, own_Q = xs
 
             def keys(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                j = i - step  # the queries' own block first, so that every maximum is of unmasked scores
+                j = i - step  # the queries' own block first, so that every maximum is that of unmasked scores
                 most, total, seen = carry
                 score, _ = rule.scores(q_NGQC, k[j], own_Q[:, None] == segment[j], (i - j) * BLOCK)
                 new = jnp.maximum(most, jnp.max(score, axis=-1))

@@ -52,16 +52,20 @@ class Tensor:
 
     @property
     def letters(self) -> str:
+        """The letters of the model's array, with L for a leading axis of layers."""
         return ("L" if self.stacked else "") + self.ours
 
     def shape(self, a: Architecture) -> tuple[int, ...]:
+        """Return the shape of the model's array."""
         return tuple(a.size(letter) for letter in self.letters)
 
     def checkpoint_shape(self, a: Architecture) -> tuple[int, ...]:
+        """Return the shape of one tensor of the checkpoint."""
         groups = self.theirs.split()
         return tuple(int(np.prod([a.size(letter) for letter in group])) for group in groups)
 
     def names(self, a: Architecture) -> list[str]:
+        """Return the names of the checkpoint's tensors: one per layer, or a single one."""
         return [self.name.format(layer=i) for i in range(a.layers)] if self.stacked else [self.name]
 
     def read(self, x: Any, a: Architecture, index: tuple[slice, ...]) -> np.ndarray:
@@ -90,7 +94,7 @@ class Tensor:
         ours = tensor.transpose([flat.index(letter) for letter in self.ours])
         for shard in x.addressable_shards:
             if shard.replica_id == 0:
-                # Through a handle of its own, because an array keeps the host copy made of it.
+                # Read through a handle of its own, because an array keeps every host copy made of it.
                 with np.errstate(over="ignore"):  # `entries` raises for overflow, with the tensor's name
                     ours[shard.index] = np.asarray(shard.data.addressable_data(0))
         return tensor.reshape(self.checkpoint_shape(a))

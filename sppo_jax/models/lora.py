@@ -23,7 +23,7 @@ from sppo_jax.models.safetensors_file import write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Adapter, Transformer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# The model's name: (input dimensions, output dimensions, the checkpoint's module).
+# Name in the model: (input dimensions, output dimensions, module in the checkpoint).
 MATRICES = {
     "q": ("D", "HC", "self_attn.q_proj"),
     "k": ("D", "NC", "self_attn.k_proj"),

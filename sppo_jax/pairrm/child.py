@@ -20,7 +20,7 @@ _LAST_WORDS = 300  # characters
 
 
 class Broken(Exception):
-    """The scoring process failed and must be replaced. The message continues a sentence that begins with its name.
+    """The scoring process failed and must be replaced. The message continues a sentence that begins with the process.
 
     `died` is True when a signal ended it, as the system does when memory runs out.
     """
@@ -66,6 +66,7 @@ class Child:
 
     @property
     def pid(self) -> int:
+        """The program's process id."""
         return self._process.pid
 
     def send(self, frame: bytes) -> None:
@@ -101,7 +102,7 @@ class Child:
                     self._read()
 
     def last_words(self) -> str:
-        """Return the last line that it wrote to standard error, at most 300 characters; "" if there is none."""
+        """Return the last line that the program wrote to standard error, at most 300 characters; "" if there is none."""
         with contextlib.suppress(ValueError):  # closed
             self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**14))
             lines = self._stderr.read().decode(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Stage 2, between text and network: which ordered pairs of K to score, in which batches, and where the logits go.
+"""Stage 2, between text and network: which ordered pairs of K responses to score, in which batches, and where the logits go.
 
 Nothing here changes a score; it only avoids work. Pairs with equal ids are scored once and their logit is copied, so that
 two equal responses have the same logit in both orders and hence a preference of exactly one half.

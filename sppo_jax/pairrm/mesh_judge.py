@@ -23,7 +23,7 @@ from sppo_jax.pairrm.files import Checkpoint
 from sppo_jax.pairrm.format import Formatter, Limits
 
 Progress = Callable[[int, int], None]
-# Tokens per row after padding, and one comparison for each row that is not spare.
+# (tokens per row after padding, the comparisons of the rows that are not spare).
 Batch = tuple[int, list[comparisons.Comparison]]
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -63,7 +63,7 @@ class JaxJudge:
         jax_model.check(checkpoint)
         self.cut: Counter[str] = Counter()  # "prompts", "responses" that were read only in part
         self.sources = checkpoint.sources
-        self.tell: Callable[[str], None] = say  # receives lines for people, of which this judge has none
+        self.tell: Callable[[str], None] = say  # for lines to people; this judge writes none
         self._checkpoint = checkpoint
         self._formatter = Formatter.of(checkpoint, limits)
         self._mesh, self._dtype, self._form = mesh, dtype, form
@@ -113,7 +113,7 @@ class JaxJudge:
         self._weights = None
 
     def close(self) -> None:
-        """Release for good."""
+        """Free the devices' memory for good."""
         self.release()
         self._forward, self._closed = None, True
 

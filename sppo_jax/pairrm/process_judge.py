@@ -24,11 +24,11 @@ Progress = Callable[[int, int], None]
 
 _REQUEST_PROMPTS = 1024  # bounds the process's memory for token ids
 _REQUEST_BYTES = protocol.MAX_FRAME // 4
-_CELL_BYTES = 16  # of one cell that a request names
+_CELL_BYTES = 16  # bytes that one cell takes in a request
 # After a failure without any score, the next request is this many times smaller: five failures reach a single prompt.
 _SHRINK = 8
-# Tokens of a batch: the program's own number where it gives none, and the least that we ask for. When a process dies, the
-# next one is limited to half of its tokens, then to half of that.
+# Most tokens of a batch: the number assumed of a program that sends none, and the lowest limit that we set. When a process
+# dies, the next one is limited to half of its tokens, then to half of that.
 _UNKNOWN_TOKENS = 4096
 _FEWEST_TOKENS = 256
 _SHOWN = 80  # characters of a prompt in an error
@@ -87,9 +87,8 @@ class SidecarJudge:
         self._child: Child | None = None
         self._last_id = 0
         self._default_tokens = _UNKNOWN_TOKENS  # most tokens of the program's batches
-        self._token_limit: int | None = (
-            None  # a lower limit, after a process died (perhaps for lack of memory)
-        )
+        # A lower limit, after a process died (perhaps for lack of memory).
+        self._token_limit: int | None = None
         self._progressed = False  # whether a score has arrived since the last failure
         self._restarts = 0  # restarts since the last score
         self._request_prompts = _REQUEST_PROMPTS  # most prompts of the next request

@@ -159,9 +159,8 @@ def stay_with_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.environ.get(PARENT)
     if parent and sys.platform == "linux":
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # another C library: the end of the pipe has to be enough
+        # With another C library, the end of the pipe has to be enough.
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(parent):
             print(_NOT_OUR_PARENT, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from sppo_jax.pairrm import files
 from sppo_jax.pairrm.files import Checkpoint
 from sppo_jax.pairrm.format import TextPair
 
-# On a CPU, scores are computed in pieces that stay in its cache: numbers of a piece, and rows of a strip.
+# On a CPU, scores are computed in pieces that stay in its cache: most numbers of a piece, and rows of a strip.
 _PIECE, _STRIP = 2**21, 64
 _POSITION_IDS = "pretrained_model.embeddings.position_ids"
 
@@ -99,6 +99,7 @@ class PairRM(nn.Module):
         self.register_buffer("positions", None, persistent=False)
 
     def train(self, mode: bool = True) -> "PairRM":
+        """Switch to training, which drops the tables of positions, or to evaluation."""
         if mode:
             self.positions = None
         return super().train(mode)

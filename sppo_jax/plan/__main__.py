@@ -44,7 +44,7 @@ from sppo_jax.plan.workload import Lengths
 class PlanRequest:
     """The command's own flags."""
 
-    # As v5e:4x4 or h100:8.
+    # Slices such as v5e:4x4 or h100:8.
     slices: list[str] = field(default_factory=list)
     lengths: Lengths = field(default_factory=Lengths)
     price: float | None = None
@@ -77,7 +77,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def parse(words: Sequence[str]) -> tuple[list[str], PlanRequest, list[str]]:
-    """(--config files, the command's own flags, overrides of the configuration). Raises BadInput."""
+    """Return (--config files, the command's own flags, overrides of the configuration). Raises BadInput."""
     files: list[str] = []
     rest: list[str] = []
     request, devices, counts = PlanRequest(), [], []

@@ -1,4 +1,4 @@
-"""Speed and memory of accelerators, by which plans divide, and stand-ins for devices that are not here."""
+"""Speed and memory of accelerators, from which plans compute times, and stand-ins for devices that are not here."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Chip:
     memory: float
     # GiB of memory that one program may use.
     gib: float
-    # Bytes per second that it can send to its neighbours.
+    # Bytes per second that the chip can send to its neighbours.
     links: float
-    # Cycles per second of a TPU, in which its compiler's estimates are; 0 for a GPU.
+    # Cycles per second of a TPU, by which its compiler's estimates become seconds; 0 for a GPU.
     cycles: float = 0.0
     # CUDA's compute capability of a GPU.
     capability: str = ""

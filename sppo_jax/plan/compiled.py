@@ -81,13 +81,13 @@ def local_bytes(tree: Any) -> int:
 
 
 def kept_bytes(config: Config, a: Architecture, mesh: Mesh, dtype: Any) -> int:
-    """Bytes that training leaves on a chip while other stages work there: parameters, the frozen ones included."""
+    """Bytes that stay on a chip while other stages work there: all parameters, the frozen ones included."""
     return local_bytes(nnx.split(abstract_model(config, a, mesh, dtype))[1])
 
 
 @dataclass(frozen=True)
 class CompiledUpdate:
-    """The update's programs, and by kind the bytes that a chip has in use in the program that needs most."""
+    """The update's programs, and the bytes by kind that a chip uses in the program that needs most."""
 
     forward: CompiledProgram
     backward: CompiledProgram
@@ -130,7 +130,7 @@ def compile_update(config: Config, a: Architecture, mesh: Mesh, dtype: Any, at: 
     if at.microbatches > 1:
         accumulate = compile_program("backward, added up", programs.accumulate.lower(params, *given))[1]  # type: ignore[attr-defined]
     update = compile_program("update", programs.update.lower(state, params))[1]  # type: ignore[attr-defined]
-    # Resident arrays, also those that are no arguments of a program, count with each.
+    # Resident arrays count with each program, even where they are not its arguments.
     trained, fixed, moments = (local_bytes(x) for x in (params, frozen, state.opt_state))
     resident = {"parameters": trained, "frozen": fixed, "optimiser": moments}
     saved = {"saved activations": max(0, backward.arguments - trained - fixed)}
@@ -155,7 +155,7 @@ def sampling_programs(config: Config, a: Architecture, mesh: Mesh, dtype: Any, l
     Raises BadInput where a response does not fit.
     """
     model = abstract_model(config, a, mesh, dtype)
-    # The compiler wants all devices of a slice, so all processes' replicas are in one program here; they share nothing.
+    # The compiler requires all devices of a slice, so all processes' replicas are in one program here; they share nothing.
     chosen = capacity.choose(model, mesh, config.sampling, limit)
     graph, weights = abstract(model, chosen.mesh, chosen.int8)
     in_use = local_bytes(weights) + kept_bytes(config, a, mesh, dtype)

@@ -23,7 +23,7 @@ def digest(config: Config) -> str:
 
 
 def write(path: Path, config: Config, lines: Sequence[str]) -> None:
-    """Write the figures, one line each, into the file; figures that it has are replaced."""
+    """Write the figures, one line each, into the file, in place of any that it has."""
     text = path.read_text(encoding="utf-8")
     block = "\n".join(
         [f"{BEGIN} by `make plan` (configuration {digest(config)}):", *(f"#   {x}" for x in lines), END]

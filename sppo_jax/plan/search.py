@@ -28,7 +28,7 @@ BETTER = 0.9
 
 
 def plan(config: Config, name: str, lengths: Lengths) -> Plan:
-    """Plan a configuration on one slice, as "v5e:4x4" or "h100:8".
+    """Plan a configuration on one slice, such as "v5e:4x4" or "h100:8".
 
     `lengths`: mean tokens of prompts and responses. Raises BadInput for an unknown slice, or where no mesh that was tried
     fits.
@@ -110,7 +110,7 @@ def _plan(
 
 
 def _weighed(candidate: Target) -> tuple[float, str]:
-    """Hours of an iteration by formula (infinite where it does not fit), and the same in words."""
+    """Return the hours of an iteration by formula (infinite where it does not fit), and the same in words."""
     label = axes(candidate.mesh.shape)
     try:
         time = hours(stages.stages(candidate))
@@ -137,7 +137,7 @@ def _flags(mesh: Mesh) -> str:
 def _figures(name: str, at: Target, costs: dict[str, UnitCost], tried: list[str], advice: str) -> Plan:
     """The plan of a target whose stages' costs are known."""
     n, adapters = memory.parameters(at.architecture), memory.adapters(at.architecture)
-    # Float32 masters and second moments of what is trained; exports are whole models in float32, adapters beside them.
+    # Float32 masters and second moments of the trained parameters; exports are whole models in float32, adapters beside them.
     checkpoint, export = 8 * (adapters or n) / 1e9, 4 * (n + adapters) / 1e9
     return Plan(
         topology=name,

@@ -270,7 +270,7 @@ def _decode(target: Target, counts: SamplerCounts) -> UnitCost:
         program = compiled.compile_program("decode", p.lower_decode(), loop_counts)[1]
         _add(step, program, 1 / STEPS)
         step.memory = _kinds(counts.resident, program.peak + counts.resident["masters"])
-        # Weights are fetched while products run, so the slower of the two counts.
+        # Weights are fetched while products run, so the slower of the two sets the time.
         step.uncounted = max(0.0, counts.weights / chip.memory - (step.compiler or 0))
         if p.kernel == "ragged":  # reads whole blocks of pages
             read = filled * (counts.columns + paged_attention.PAGES_PER_BLOCK * PAGE / 2) * counts.column

@@ -101,7 +101,7 @@ def _rows(name: str, stage: UnitCost) -> list[str]:
 
 
 def summary(plan: Plan, config: Config, price: float | None) -> list[str]:
-    """A few lines, as configurations carry them in their header."""
+    """The lines that go into a configuration's header."""
     parts = " + ".join(f"{name} {stage.hours:.2f}" for name, stage in plan.stages.items())
     update = plan.stages["fit"]
     run = config.iterations * plan.iteration_hours
@@ -120,7 +120,7 @@ def summary(plan: Plan, config: Config, price: float | None) -> list[str]:
 
 
 def as_json(plan: Plan, config: Config, lengths: Lengths, price: float | None) -> dict[str, Any]:
-    """The object that --json prints of a plan. `lengths`: the mean lengths that were asked for."""
+    """The object that --json prints for a plan. `lengths`: the mean lengths that the plan assumes."""
     run = config.iterations * plan.iteration_hours
     return {
         "topology": plan.topology, "chips": plan.chips, "mesh": plan.mesh, "compiled": plan.compiled,

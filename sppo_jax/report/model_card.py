@@ -1,4 +1,4 @@
-"""The model card of an exported policy, from the run's own files: what it is, what made it, how it was measured.
+"""The model card of an exported policy, from the run's own files: its base, its training and its measurements.
 
 Names and paths come from the user's configuration: they are escaped, and directories of the user's machine are cut
 to their last component.
@@ -44,7 +44,7 @@ def write(run: RunDir, t: int) -> None:
 
 
 def text(run: RunDir, t: int) -> str:
-    """The card of the policy after iteration t, with the win rates that are known by now. Raises BadInput."""
+    """The card of the policy after iteration t, with the win rates measured so far. Raises BadInput."""
     config, manifest = config_file.load([run.config]), manifest_file.read(run)
     front = yaml.safe_dump(_front(config, manifest), sort_keys=False, allow_unicode=True)
     base = _base(config, manifest)
@@ -209,7 +209,7 @@ def _hub_name(path: str) -> str:
 
 
 def _public(source: str) -> str:
-    """A source as others may read it: names as they are, of a path on the user's machine the last component."""
+    """A source that may be published: a name as it is, but only the last component of a path on the user's machine."""
     scheme, colon, rest = source.partition(":")
     if source.startswith(EMBEDDED):
         return source
@@ -226,7 +226,7 @@ def _table(facts: list[tuple[str, str]]) -> str:
 
 
 def _text(value: str) -> str:
-    """A value that stays text where Markdown and HTML are read, on one line."""
+    """A value on one line, escaped so that neither Markdown nor HTML in it takes effect."""
     return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", html.escape(_printable(value), quote=False))
 
 

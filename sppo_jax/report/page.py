@@ -87,7 +87,7 @@ CUT = ("cut_prompts", "cut_responses")
 
 
 def judged_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The cells of the judge's table, its head first: properties of each iteration's K x K matrices, and texts cut."""
+    """The cells of the judge's table, its head first: properties of each iteration's K x K matrices, and counts of cut texts."""
     head = ["iteration", *(name for name, *_ in DIAGNOSTICS), "cut prompts", "cut responses"]
     table = []
     for line in (line for line in lines if line["stage"] == "judge"):
@@ -133,7 +133,7 @@ def _printable(text: str) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    """`--run OUT`."""
+    """Write the report of `--run OUT` again. Raises BadInput for other flags, or where OUT is not a run directory."""
     if len(words) != 2 or words[0] != "--run":
         if "--help" not in words:
             raise BadInput("usage: python -m sppo_jax.report --run OUT")

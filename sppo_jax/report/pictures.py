@@ -14,7 +14,7 @@ Evaluation = dict[str, Any]  # one eval.json
 
 @dataclass(frozen=True)
 class Facts:
-    """What the pictures show: eval.json of the base and each iteration, and lines of metrics.jsonl."""
+    """The pictures' data: eval.json of the base and each iteration, and lines of metrics.jsonl."""
 
     evaluations: Sequence[Evaluation]
     judged: Sequence[dict[str, Any]]

@@ -34,22 +34,27 @@ class RunDir:
         self.profile = self.root / "profile"
 
     def iteration(self, t: int) -> Path:
+        """The directory of iteration t."""
         return self.root / f"iter_{t}"
 
     def shard(self, t: int, stage: str, index: int, count: int) -> Path:
+        """The file of shard `index` of `count`, in the folder `stage`."""
         return self.iteration(t) / stage / f"shard-{index:05d}-of-{count:05d}.parquet"
 
     def pairs(self, t: int) -> Path:
+        """The pairs that iteration t trains on."""
         return self.iteration(t) / "pairs.parquet"
 
     def heldout(self, t: int, kind: str) -> Path:
-        """Held-out files of iteration t: `responses` of its new policy, and the `probe` of its reference."""
+        """A held-out file of iteration t: `responses` of its new policy, or the `probe` of its reference."""
         return self.iteration(t) / "heldout" / f"{kind}.parquet"
 
     def checkpoints(self, t: int) -> Path:
+        """The directory of orbax checkpoints of iteration t's training."""
         return self.iteration(t) / "checkpoints"
 
     def export(self, t: int) -> Path:
+        """The Hugging Face directory of the policy after iteration t."""
         return self.iteration(t) / "export"
 
     def adapter(self, t: int) -> Path:
@@ -57,6 +62,7 @@ class RunDir:
         return self.iteration(t) / "adapter"
 
     def evaluation(self, t: int) -> Path:
+        """The measurements of the policy after iteration t."""
         return self.iteration(t) / "eval.json"
 
     def iterations(self) -> list[int]:
@@ -89,12 +95,12 @@ def opened(config: Config) -> Iterator[RunDir]:
 
 
 def shard_ranges(total: int, size: int) -> list[range]:
-    """[0, total) cut into consecutive ranges of `size`, the last one shorter: each index exactly once."""
+    """Cut [0, total) into consecutive ranges of `size`, the last one possibly shorter."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def claim(run: RunDir, config: Config) -> None:
-    """Write the resolved configuration, which claims OUT for it. Called when every input has been checked."""
+    """Write the resolved configuration, which claims OUT for it. To be called once every input has been checked."""
     with replacing(run.config) as part:
         part.write_text(config_file.dump(config), encoding="utf-8")
 
@@ -116,7 +122,7 @@ def _check(run: RunDir, config: Config) -> None:
 
 @contextlib.contextmanager
 def _held(file: TextIO) -> Iterator[None]:
-    """Hold the lock on `file` while the process lives, however it ends. The text inside is for people."""
+    """Hold the lock on `file` until the process ends, however it ends. The text inside is for people."""
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

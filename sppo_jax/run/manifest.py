@@ -1,4 +1,4 @@
-"""manifest.json: what a run is made from, and which commits of the hub it is pinned to."""
+"""manifest.json: the digests of a run's inputs, and the commits of the hub to which it is pinned."""
 
 import json
 import platform
@@ -45,7 +45,7 @@ def read(run: RunDir) -> dict[str, Any]:
 
 
 def model_revision(manifest: Mapping[str, Any]) -> str | None:
-    """Commit of the base policy on the hub; None for one from a directory."""
+    """The hub's commit of the base policy; None for a policy from a directory."""
     found = manifest["model"].get("revision")
     return found if isinstance(found, str) else None
 
@@ -85,10 +85,10 @@ def digests(
 
 
 class Provenance:
-    """What the files of a run are made from: `made_from` of each, from the digests of the run's inputs."""
+    """The inputs of each file of a run: `made_from` picks them from the digests of the run's inputs."""
 
     def __init__(self, run: RunDir, config: Config, compute_dtype: Any, inputs: Mapping[str, str]):
-        """`inputs`: of `digests`."""
+        """`inputs`: the result of `digests`."""
         self.inputs = dict(inputs)
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
@@ -98,7 +98,7 @@ class Provenance:
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def made_from(self, t: int, prompts: str) -> dict[str, str]:
-        """Digests of what a file is made from: the policy after iteration t, and the input named `prompts`."""
+        """The digests of a file's inputs: the policy after iteration t, and the input named `prompts`."""
         if t not in self._policies:
             self._policies[t] = files.sha256(hf.weight_files(self._run.export(t)))
         return {

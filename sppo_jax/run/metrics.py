@@ -36,7 +36,7 @@ class Metrics:
         self._writing = threading.Lock()
 
     def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
-        """One line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
+        """Write one line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
         now = time.time()
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
         with self._writing:
@@ -65,7 +65,7 @@ class Metrics:
     def progress(
         self, label: str, total: int, unit: str, *, done: int = 0, minor: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """Yields `advance(n, **facts)`, which adds n of `total` units; facts ("loss 0.1") are shown beside the rate.
+        """Yield `advance(n, **facts)`, which adds n of `total` units; facts ("loss 0.1") are shown beside the rate.
 
         `done` units were complete before: they count, except for the rate and the time left. A `minor` stage is printed
         to a plain log only if it takes more than 5 seconds.
@@ -139,18 +139,20 @@ class Metrics:
 
     @property
     def stop_requested(self) -> bool:
+        """Whether SIGTERM has arrived."""
         return self._stop
 
     def poll(self) -> None:
+        """Raise Terminated if SIGTERM has arrived."""
         if self._stop:
             raise Terminated
 
     def chunks(
         self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
     ) -> Callable[[int, int, int], None]:
-        """A callback for the sampler, which passes (prompts, tokens, slots in use) of each chunk to `advance` and polls.
+        """Return a callback for the sampler, which passes each chunk's prompts, tokens and slots in use to `advance` and polls.
 
-        What `facts()` returns is shown as well.
+        The result of `facts()` is shown as well.
         """
         start, tokens = time.monotonic(), 0
 
@@ -164,6 +166,7 @@ class Metrics:
         return on_progress
 
     def close(self) -> None:
+        """Close metrics.jsonl and the TensorBoard file."""
         if self._file is not None:
             self._file.close()
             self._events.close()
@@ -177,7 +180,7 @@ class Metrics:
 
 
 def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:
-    """A callback that reports (done so far, total) through `advance`."""
+    """Return a callback for (done so far, total) that reports the difference through `advance`."""
     before = 0
 
     def on_progress(done: int, _total: int) -> None:

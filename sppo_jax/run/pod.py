@@ -1,4 +1,4 @@
-"""Processes of a pod that share a run directory: who makes which shard, and what they agree on."""
+"""Processes of a pod that share a run directory: which process makes which shard, and how they agree."""
 
 from collections.abc import Sequence
 

@@ -16,7 +16,7 @@ from sppo_jax.records import Record
 from sppo_jax.run.directory import shard_ranges
 from sppo_jax.run.stage import Stage
 
-# A row, and figures about the making of it, such as seconds.
+# A row, and figures about its making, such as seconds.
 KeptRow = tuple[Record, dict[str, float]]
 
 

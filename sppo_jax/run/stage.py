@@ -1,4 +1,4 @@
-"""One stage of a run: where it reads and writes, and what its files are made from."""
+"""One stage of a run: where it reads and writes, and the inputs of its files."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from sppo_jax.run.metrics import Metrics
 
 @dataclass(frozen=True)
 class Stage:
-    """What every stage of one iteration is given.
+    """The context that every stage of one iteration gets.
 
     A stage reads what is complete on disk and makes the rest. A file that was made from something else than
     `made_from` is refused.
@@ -28,7 +28,7 @@ class Stage:
     metrics: Metrics
 
     def label(self, name: str) -> str:
-        """`name` as it begins a log line of this iteration."""
+        """Return `name` as a log line of this iteration begins with it."""
         return f"iteration {self.iteration} {name}"
 
     def say(self, name: str, text: str) -> None:

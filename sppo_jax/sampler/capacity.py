@@ -54,7 +54,7 @@ class Capacity:
 
     @property
     def int8(self) -> bool:
-        """True where matrices are rounded to 8 bits."""
+        """Whether matrices are rounded to 8 bits."""
         return self.sampling.quantize == "int8"
 
     @property
@@ -64,16 +64,16 @@ class Capacity:
 
     @property
     def slots(self) -> int:
-        """Slots over all replicas of the mesh: the configured number per process, rounded down to the replicas, at least 1 each."""
+        """Slots over all replicas: the configured number per process, rounded down to the replicas, at least 1 each."""
         slots = _processes(self.mesh) * self.sampling.slots
         return max(1, slots // self.replicas) * self.replicas
 
     def own(self) -> "Capacity":
-        """The same for this process's replicas alone; all of them where a replica spans processes."""
+        """The capacity of this process's replicas alone; that of all replicas where one spans processes."""
         return dataclasses.replace(self, mesh=own_part(self.mesh))
 
     def longest_prompt(self, length: int) -> int:
-        """The longest prompt, in tokens, that programs made for prompts of `length` tokens take."""
+        """The longest prompt, in tokens, that programs made for prompts of `length` tokens accept."""
         return min(bucket(length), self.architecture.max_positions)
 
     def shape(
@@ -191,7 +191,7 @@ def _processes(mesh: Mesh) -> int:
 def _local_devices(mesh: Mesh) -> int:
     """The number of this process's devices in `mesh`.
 
-    Mesh.local_mesh requires that they lie together in the mesh, and on a torus they may not.
+    `Mesh.local_mesh` would require that they form one block of the mesh, and on a torus they may not.
     """
     return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
 

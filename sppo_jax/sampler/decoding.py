@@ -27,7 +27,7 @@ NOTHING, START, STOP = 0, 1, 2  # Order.action
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """What each of B slots is decoding: arrays, or their shapes and placements."""
+    """The state of B slots: arrays, or their shapes and placements."""
 
     token: Any  # int32 [B]: the last token of the sequence, to be fed next
     position: Any  # int32 [B]: its position; the prompt's first token has 0
@@ -40,14 +40,14 @@ class Slots:
 class Order(NamedTuple):
     """What `admit` does to one slot. The host sends them as rows of one int32 array [B, 9]: one transfer."""
 
-    action: Any = NOTHING  # NOTHING: the slot goes on; START: with a new response, described below; STOP
-    token: Any = 0  # the prompt's last
-    position: Any = 0  # of that token
+    action: Any = NOTHING  # NOTHING: go on; START: begin the response described below; STOP: free the slot
+    token: Any = 0  # the prompt's last token
+    position: Any = 0  # the position of that token
     limit: Any = 0  # most tokens of the response
     k: Any = 0  # the response's number among its prompt's
     id_high: Any = 0  # bits 32 to 63 of prompt_id
     id_low: Any = 0  # bits 0 to 31
-    source: Any = -1  # page to copy from: the prompt's last, where it is not full
+    source: Any = -1  # page to copy from: the prompt's last page, where it is not full
     target: Any = -1  # page to copy to; -1: no copy
 
 
@@ -56,8 +56,8 @@ class Drawn(NamedTuple):
 
     tokens: np.ndarray  # int32 [B, STEPS]
     logprobs: np.ndarray  # float32 [B, STEPS], nats
-    counts: np.ndarray  # int32 [B]: how many of them are a slot's
-    active: np.ndarray  # bool [B]: the response goes on
+    counts: np.ndarray  # int32 [B]: how many of the STEPS tokens belong to the slot's response
+    active: np.ndarray  # bool [B]: the response has not ended
     steps: int  # decode steps run
 
 
@@ -77,7 +77,7 @@ class Chunk:
 class Decoder:
     """One model's prefill, admit and decode on one mesh."""
 
-    graph: Any  # of the serving model
+    graph: Any  # nnx graph of the serving model
     mesh: Mesh
     shape: Shape
     kernel: paged_attention.Kernel
@@ -90,7 +90,7 @@ class Decoder:
         length_P: Int[Array, " P"],
         table_PW: Int[Array, "P W"],
     ) -> list[Pages]:
-        """The pages with the keys and values of each prompt's first `length` tokens. Rows of length 0 are padding."""
+        """Return the pages with the keys and values of each prompt's first `length` tokens. Rows of length 0 are padding."""
         model, pages = nnx.merge(self.graph, weights), list(pages)
         place_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1])[None], tokens_PT.shape)
         seen = model.whole_attention(place_PT < length_P[:, None], self.mesh)
@@ -106,7 +106,7 @@ class Decoder:
     def admit(
         self, slots: Slots, pages: list[Pages], seeds: UInt32[Array, "2"], orders_BO: Int[Array, "B O"]
     ) -> tuple[Slots, list[Pages]]:
-        """The slots after the orders, and the pages with the copies that new responses need.
+        """Return the slots after the orders, and the pages with the copies that new responses need.
 
         `seeds`: seed and iteration; `orders_BO`: the fields of `Order` as columns.
         """
@@ -139,10 +139,10 @@ class Decoder:
         table_BW: Int[Array, "B W"],
         quota: Int[Array, ""],
     ) -> tuple[Slots, list[Pages], Int[Array, "B F"]]:
-        """At most STEPS tokens in every active slot; fewer once `quota` responses have ended, or all have.
+        """Draw at most STEPS tokens in every active slot; stop earlier once `quota` responses, or all, have ended.
 
-        The third result is all that the host reads, which `read` takes apart: per slot the tokens, the bits of their
-        float32 log-probs, their number, whether the slot is still active, and the steps run.
+        The third result is all that the host reads, and `read` takes it apart. It holds per slot the tokens, the bits of
+        their float32 log-probs, their number, whether the slot is still active, and the steps run.
         """
         model, b = nnx.merge(self.graph, weights), self.shape.slots
         began = jnp.sum(slots.active)
@@ -165,7 +165,7 @@ class Decoder:
         return chunk.slots, chunk.pages, jnp.concatenate([chunk.tokens, bits_BT, facts_B3], axis=1)
 
     def _step(self, model: Transformer, chunk: Chunk, table_BW: Array) -> Chunk:
-        """Draw the next token of every slot; only active slots count it."""
+        """Draw the next token of every slot; it counts in active slots only."""
         slots, shape = chunk.slots, self.shape
         logits_BV, pages = self._forward(model, slots, chunk.pages, table_BW)
         keys_B = jax.random.wrap_key_data(slots.key, impl="threefry2x32")
@@ -219,7 +219,7 @@ class Decoder:
 
 
 def read(found: np.ndarray) -> Drawn:
-    """The third result of `decode`, fetched to the host, in parts."""
+    """Take apart the third result of `decode`, fetched to the host."""
     tokens, logprobs = found[:, :STEPS], found[:, STEPS : 2 * STEPS].view(np.float32)
     counts, active, steps = found[:, 2 * STEPS :].T
     return Drawn(tokens, logprobs, counts, active.astype(bool), int(steps[0]))

@@ -44,10 +44,10 @@ class Sampler:
         eos: Sequence[int] | None = None,
         longest: int = 0,
     ):
-        """`mesh`: the one that `model` is placed on; decoding uses its devices as replicas (capacity.sampling_mesh).
+        """Place the weights. `mesh` is the mesh of `model`; its devices decode as replicas (capacity.sampling_mesh).
 
-        `eos`: ids that end a response; default: the ids that the tokenizer and its template define. `longest`: tokens of
-        the longest prompt to come, if known; a longer prompt needs new programs.
+        `eos`: ids that end a response; default: the ids that the tokenizer and its template define. `longest`: number of
+        tokens in the longest prompt to come, if known; a longer prompt needs new programs.
         """
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
@@ -64,9 +64,9 @@ class Sampler:
 
     @property
     def alone(self) -> bool:
-        """True where this process samples on its own devices: its prompts may differ from other processes'.
+        """Whether this process samples on its own devices alone, so that its prompts may differ from other processes'.
 
-        False where a replica spans processes: all of them must ask for the same.
+        False where a replica spans processes: all of them must then pass the same prompts.
         """
         return jax.process_count() == 1 or self.mesh.size < self._whole.size
 
@@ -90,7 +90,7 @@ class Sampler:
         responses: int | None = None,
         on_progress: Progress | None = None,
     ) -> list[Responses]:
-        """K `responses` (default: sampling.responses) for each prompt, in the order given; errors as in `stream`."""
+        """Return K `responses` (default: sampling.responses) for each prompt, in the order given. Raises as `stream`."""
         found = dict(
             self.stream(prompts, seed=seed, iteration=iteration, responses=responses, on_progress=on_progress)
         )
@@ -106,7 +106,7 @@ class Sampler:
         limits: Sequence[Sequence[int]] | None = None,
         on_progress: Progress | None = None,
     ) -> Iterator[tuple[int, Responses]]:
-        """(index, K responses) of each prompt as soon as its last response has ended: roughly in the order given.
+        """Iterate over (index, K responses), each prompt as soon as its last response has ended: roughly in the order given.
 
         `limits[i][k]` caps single responses below max_new_tokens, to replay recorded lengths. Raises BadInput, before
         anything is sampled, for a prompt that leaves no room for max_new_tokens in the model's context.
@@ -156,7 +156,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _memory_errors(self) -> Iterator[None]:
-        """Raise BadInput, one line, where the devices run out of memory."""
+        """Turn the devices' lack of memory into BadInput with one line."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -178,7 +178,7 @@ class Sampler:
         self._check_idle()
         assert self.programs is not None
         assert self.pages is not None
-        # The pages are the stream's until it ends; one that breaks off loses them, and warm_up makes new ones.
+        # The stream owns the pages until it ends. If it breaks off they are lost, and warm_up makes new ones.
         pages, self.pages, self._streaming = self.pages, None, True
         try:
             with self._memory_errors():

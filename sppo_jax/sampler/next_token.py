@@ -79,7 +79,7 @@ def threefry(
 
 
 def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: float) -> Int[Array, " B"]:
-    """The largest weight / noise among the nucleus: tokens with less than `top_p` of the mass above their weight.
+    """The token with the largest weight / noise in the nucleus: tokens with less than `top_p` of the mass above their weight.
 
     If the winner of all tokens is in the nucleus, it is the nucleus's winner too; one sum decides. If it is not, no token
     of its weight or less is either, so the race is run again without them: two or three rounds.
@@ -101,7 +101,7 @@ def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: 
         token_B = jnp.where(outside_B, better_B, token_B)
         return token_B, *outside(token_B)
 
-    # Ends: each round raises the bar, and nothing lies above the largest weight.
+    # The loop ends: each round raises the bar, and no token lies above the largest weight.
     return jax.lax.while_loop(lambda state: jnp.any(state[1]), again, (token_B, *outside(token_B)))[0]
 
 

@@ -50,7 +50,7 @@ class Work:
     length_B: Any  # columns, the new token's included; 0 where the slot is not active
     first_B: Any  # first column inside the window
     slot_I: Any  # the slot that each live page belongs to
-    block_I: Any  # and the page's place in that slot's table
+    block_I: Any  # the place of that page in its slot's table
     items_R: Any  # number of live pages of each replica
     window: int | None = field(metadata={"static": True})
 
@@ -68,9 +68,9 @@ def kernel_of(model: Transformer, mesh: Mesh) -> Kernel:
 
 
 def supported(mesh: Mesh, forced: str, a: Architecture, dtype: Any) -> Callable[[int], bool]:
-    """A predicate: can a replica of this many devices use the TPU kernel, each device with kv heads of its own?
+    """Return a predicate: can a replica of this many devices use the TPU kernel, each device with kv heads of its own?
 
-    True for any number off TPUs and where `forced` is "xla".
+    It is always true off TPUs, and where `forced` is "xla".
     """
     ragged = _on_tpu(mesh, forced)
     return lambda tensor: not ragged or (a.kv_heads % tensor == 0 and _compiles(tensor, a, jnp.dtype(dtype)))
@@ -81,7 +81,7 @@ def _on_tpu(mesh: Mesh, forced: str) -> bool:
 
 
 def _compiles(tensor: int, a: Architecture, dtype: Any) -> bool:
-    """True where jax 0.10.2 compiles the TPU kernel: whole tiles of heads, and heads of 128 channels.
+    """Whether jax 0.10.2 compiles the TPU kernel: it needs whole tiles of heads, and heads of 128 channels.
 
     Wider heads compile with one per device, in bfloat16: Gemma-2-9B needs replicas of 8 devices, not 4.
     """
@@ -116,7 +116,7 @@ def work(
         return Work(
             page_B=jnp.where(active_B, new_BW[:, 0], BEYOND),
             row_B=position_B % PAGE,
-            # Page 0 stands in for what a slot that is not active may hold: the ragged kernel reads one page of it.
+            # An inactive slot's table may hold anything, so page 0 stands in: the ragged kernel reads one page of it.
             table_BW=jnp.where(
                 active_B[:, None], jnp.take_along_axis(table_BW, place_BW, axis=1, mode="clip"), 0
             ),
@@ -146,8 +146,9 @@ def attend(
 ) -> tuple[Float[Array, "B H C"], Pages]:
     """Write the new keys and values, then attend from each slot's query to its columns. Returns the output and the pages.
 
-    Scores times `scale` (None: 1/sqrt(C)), soft-capped like attention.attend, softmax in float32. A slot's output depends
-    neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive slots get finite values.
+    Scores are multiplied by `scale` (None: 1/sqrt(C)) and soft-capped as in attention.attend; softmax is in float32. A
+    slot's output depends neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive
+    slots get finite values.
     """
     scale = q_BHC.shape[2] ** -0.5 if scale is None else scale
     cpu = sharding.platform(mesh) == "cpu"
@@ -167,7 +168,7 @@ def attend(
 def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None, *, cpu: bool) -> Array:
     """Attention in plain XLA over live pages alone, a group at a time.
 
-    Each page leaves its max, sum and weighted values, which are joined at the end.
+    The loop stores each page's max, sum and weighted values, which are joined at the end.
     """
     size, join = (GROUP_OF_CPU, _join_in_order) if cpu else (GROUP, _join)
     slots, heads, channels = q_BHC.shape[0], pages.values.shape[2] // 2, pages.values.shape[3]
@@ -228,11 +229,12 @@ def _join(parts: tuple[Array, ...], work: Work) -> Array:
     share_BWNH = jnp.exp(top_BWNH - jnp.max(top_BWNH, axis=1, keepdims=True))
     sum_BNH = jnp.sum(jnp.where(own_BW11, share_BWNH * sum_BWNH, 0), axis=1)
     value_BNHC = jnp.sum(jnp.where(own_BW11[..., None], share_BWNH[..., None] * value_BWNHC, 0), axis=1)
-    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]  # 0: not active
+    # The sum of a slot that is not active is 0.
+    return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]
 
 
 def _join_in_order(parts: tuple[Array, ...], work: Work) -> Array:
-    """As `_join`, but page after page: the last bits of jnp.sum depend on the table's width."""
+    """Join as `_join` does, but page after page: the last bits of jnp.sum depend on the table's width."""
     blocks_B = -(-work.length_B // PAGE)
     begin_B = jnp.cumsum(blocks_B) - blocks_B
 
@@ -255,7 +257,7 @@ def _join_in_order(parts: tuple[Array, ...], work: Work) -> Array:
 def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
     """Attention by the TPU kernel. An inactive slot reads one column: the kernel does not allow empty sequences.
 
-    It takes one scale for all int8 keys, fixed at compile time, but ours have one each: int8 pages need the kernel "xla".
+    The kernel takes one scale for all int8 keys, fixed at compile time, but ours have one each: int8 pages need "xla".
     """
     if pages.scale is not None:
         raise ValueError("ragged paged attention cannot read int8 pages: take the kernel xla")

@@ -64,7 +64,7 @@ def empty(
 
 @functools.lru_cache
 def _zeros(shape: tuple[int, ...], dtype: Any, place: NamedSharding) -> Callable[[], Array]:
-    """The program that makes such zeros, compiled once for all layers and iterations."""
+    """The program that makes one layer's zeros, compiled once for all layers and iterations."""
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)
 
 
@@ -104,7 +104,7 @@ def fill(
 
 
 def copy(pages: Pages, source_B: Int[Array, " B"], target_B: Int[Array, " B"], mesh: Mesh) -> Pages:
-    """The pages with page `source` copied to page `target` for each slot whose target is >= 0; others cost no time."""
+    """The pages with page `source` copied to page `target` for each slot whose target is >= 0; other slots cost no time."""
 
     def local(pages: Pages, source_B: Array, target_B: Array) -> Pages:
         (slot_B,) = jnp.nonzero(target_B >= 0, size=target_B.shape[0], fill_value=0)
@@ -139,7 +139,7 @@ def write(pages: Pages, place: tuple[Array, ...], kv: Float[Array, "*rows M C"])
 
 
 def partition(letters: str, mesh: Mesh, kv_heads: int) -> PartitionSpec:
-    """The partition of `letters`, with heads whole on every device, queries' too, where `tensor` does not divide kv_heads."""
+    """The partition of `letters`. Where `tensor` does not divide kv_heads, every device has all heads, the queries' too."""
     if local_heads(sharding.tensor_shards(mesh), kv_heads) == kv_heads:
         letters = letters.replace("N", ".").replace("H", ".")
     return sharding.spec(letters, mesh)
@@ -156,5 +156,5 @@ def pages_partition(mesh: Mesh, kv_heads: int, quantize: bool) -> Pages:
 
 
 def on_each_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` on each device's pieces. Loops run a different number of times on each replica, so `f` may not communicate."""
+    """`f` applied to each device's pieces. It may not communicate: its loops differ in length between replicas."""
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

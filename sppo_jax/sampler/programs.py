@@ -30,9 +30,9 @@ class Programs:
     def __init__(
         self, graph: Any, weights: Any, mesh: Mesh, shape: Shape, kernel: paged_attention.Kernel | None = None
     ):
-        """`weights`: the serving model's state, arrays or their shapes.
+        """Describe the programs' arguments. `weights`: the serving model's state, arrays or their shapes.
 
-        `kernel`: of attention over pages; default: the counterpart of the model's own on this platform.
+        `kernel`: the kernel for attention over pages; default: the one that matches the model's own on this platform.
         """
         self.graph, self.mesh, self.shape = graph, mesh, shape
         self.weights = jax.tree.map(_described, weights)
@@ -47,13 +47,13 @@ class Programs:
         self._decoder = Decoder(graph, mesh, shape, self.kernel)
 
     def rows(self, bucket: int) -> int:
-        """Prompts in one prefill on one replica."""
+        """The number of prompts in one prefill on one replica."""
         return max(1, min(PREFILL_TOKENS // bucket, self.shape.slots // self.replicas))
 
     def compile(self, buckets: set[int]) -> int:
         """Compile the programs that are missing for these length buckets. Returns their number.
 
-        In parallel, but one by one on CPU, where the compiler's memory is taken from the sampler's.
+        They are compiled in parallel, but one by one on CPU, where the compiler takes its memory from the sampler.
         """
         sizes = sorted(buckets - self.prefill.keys())
         lowered = [] if self.decode is not None else [self.lower_admit(), self.lower_decode()]
@@ -72,7 +72,7 @@ class Programs:
         return len(compiled)
 
     def lower_admit(self) -> Any:
-        """The program `admit` before it is compiled."""
+        """Lower the program `admit`, without compiling it."""
         slots = self.slots_like()
         seeds = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=sharding.replicated(self.mesh))
         admit = jax.jit(
@@ -81,14 +81,14 @@ class Programs:
         return admit.lower(slots, self.pages, seeds, self._ints(self.shape.slots, len(Order._fields)))
 
     def lower_decode(self) -> Any:
-        """The program `decode` before it is compiled."""
+        """Lower the program `decode`, without compiling it."""
         slots, table = self.slots_like(), self._ints(self.shape.slots, self.shape.width)
         outs = (*_placed((slots, self.pages)), sharding.replicated(self.mesh))
         decode = jax.jit(self._decoder.decode, donate_argnums=(1, 2), out_shardings=outs)
         return decode.lower(self.weights, slots, self.pages, table, self._ints())
 
     def lower_prefill(self, bucket: int) -> Any:
-        """The prefill of prompts padded to `bucket` tokens, before it is compiled."""
+        """Lower the prefill of prompts padded to `bucket` tokens, without compiling it."""
         rows = self.rows(bucket) * self.replicas
         prefill = jax.jit(self._decoder.prefill, donate_argnums=(1,), out_shardings=_placed(self.pages))
         table = self._ints(rows, -(-bucket // PAGE))

@@ -16,12 +16,12 @@ class Prefix:
     prompt: int  # index into the stream's prompts
     length: int  # tokens in the cache
     pages: list[int]
-    users: int = 0  # responses that are running or ready on it
+    users: int = 0  # running or ready responses to it
 
 
 @dataclass(eq=False)
 class Response:
-    """One response, as far as it is drawn."""
+    """One response, with the tokens drawn so far."""
 
     k: int
     limit: int  # most tokens
@@ -33,7 +33,7 @@ class Response:
 
 
 class Replica:
-    """Slots and pages of one piece of the batch. Slots and page numbers count from 0 in each."""
+    """Slots and pages of one piece of the batch. In each piece, slots and pages are numbered from 0."""
 
     def __init__(self, slots: int, pages: int, page: int, ahead: int):
         """`page`: tokens of a page; `ahead`: tokens for which a response must have pages whenever a chunk begins."""
@@ -47,11 +47,11 @@ class Replica:
         return -(-tokens // self.page)
 
     def shortfall(self) -> int:
-        """How many more responses should be ready, so that each slot that is freed in the next two chunks finds one."""
+        """The number of further responses that should be ready, so that slots freed in the next two chunks can be filled."""
         return len(self.free_slots) + -(-self.slots // 8) - len(self.ready)
 
     def allocate(self, prompt: int, length: int) -> Prefix | None:
-        """Pages for a prompt's first `length` tokens; None where running responses need the free pages themselves."""
+        """Allocate pages for a prompt's first `length` tokens; None where running responses need the free pages."""
         needed = self.pages_of(length)
         spare = self._reserve() + self.pages_of(self.ahead) + 1 if self.running or self.ready else 0
         if len(self.free_pages) < needed + spare:
@@ -110,7 +110,7 @@ class Replica:
         return response.prefix.pages[: response.prefix.length // self.page] + response.pages
 
     def page_copy(self, response: Response) -> tuple[int, int]:
-        """(source, target): the prompt's last page, if it is not full, and the response's first own; else (-1, -1)."""
+        """Return (source, target): the prompt's last page, if it is not full, and the response's first own; else (-1, -1)."""
         if response.prefix.length % self.page == 0:
             return -1, -1
         return response.prefix.pages[-1], response.pages[0]
@@ -153,5 +153,5 @@ class Replica:
 
 
 def pages_needed(slots: int, length: int, page: int) -> int:
-    """Pages with which no response is ever preempted: slots full of `length` tokens, and as many prompts' last pages."""
+    """The number of pages with which no response is ever preempted: in each slot `length` tokens and a prompt's last page."""
     return slots * (-(-length // page) + 1)

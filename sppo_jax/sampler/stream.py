@@ -31,13 +31,13 @@ class Stats:
     """Counts of a sampler's work so far."""
 
     slots: int
-    steps: int = 0  # decode steps, each of all slots
+    steps: int = 0  # decode steps; each computes all slots
     tokens: int = 0  # kept in responses
     evicted_tokens: int = 0  # drawn, then lost because their response was preempted
 
     @property
     def slot_efficiency(self) -> float:
-        """The share of slot steps that gave a token of a response."""
+        """The share of slot steps whose token was kept in a response."""
         return self.tokens / max(1, self.steps * self.slots)
 
 
@@ -63,7 +63,7 @@ class Step:
 
 
 class Stream:
-    """Draws responses to prompts. Owns the pages while it runs: take them back from `pages` when it is through.
+    """Draws responses to prompts. It owns the pages while it runs; take them back from `pages` when it has ended.
 
     A stream that breaks off leaves no usable pages, as they may have been given to a program that never ran.
     """
@@ -81,16 +81,15 @@ class Stream:
         """`limits`: for each prompt {k: most tokens}; `seeds`: uint32, seed and iteration; `stats` is updated in place."""
         self.programs, self.weights, self.pages, self.stats = programs, weights, pages, stats
         self.prompts, self.asked = prompts, [len(row) for row in limits]
-        self.waiting = deque(enumerate(limits))  # for prefill
-        self.finished: list[
-            tuple[int, dict[int, Response]]
-        ] = []  # by the last round: (prompt, responses by k)
+        self.waiting = deque(enumerate(limits))  # prompts that are not prefilled yet
+        # The prompts that the last round finished: (index, responses by k).
+        self.finished: list[tuple[int, dict[int, Response]]] = []
         self.new_tokens = self.running = 0  # tokens of the last round; slots in use after it
         shape, count = programs.shape, programs.replicas
         self._per_replica = shape.slots // count
         self._replicas = [Replica(self._per_replica, shape.pages // count, PAGE, AHEAD) for _ in range(count)]
         self._in_flight: tuple[Any, dict[int, Response]] | None = None
-        self._done: dict[int, dict[int, Response]] = {}  # of prompts that are not finished
+        self._done: dict[int, dict[int, Response]] = {}  # ended responses, by k, of unfinished prompts
         self._rows, self._whole = sharding.named("B", programs.mesh), sharding.replicated(programs.mesh)
         like = programs.slots_like()
         self._slots = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
@@ -135,7 +134,7 @@ class Stream:
         return Step(prefills, orders, self._table(), running, more)
 
     def launch(self, step: Step) -> tuple[Any, dict[int, Response]] | None:
-        """Start a step on the devices. Returns decode's third result, and who runs in which slot; None if no slot is used."""
+        """Start a step on the devices. Returns decode's third result and {slot: response}; None if all slots are free."""
         programs = self.programs
         for prefill in step.prefills:
             inputs = [self._put(x, self._rows) for x in (prefill.tokens, prefill.lengths, prefill.table)]
@@ -194,7 +193,7 @@ class Stream:
         )
 
     def _prefill(self) -> Prefill | None:
-        """The next prefill, of one length bucket, where a replica will soon be short of responses; else None."""
+        """Return the next prefill, of one length bucket, if a replica will soon be short of responses; else None."""
         if not self.waiting or all(replica.shortfall() <= 0 for replica in self._replicas):
             return None
         size = bucket(self._cached_tokens(self.waiting[0][0]))
@@ -213,7 +212,7 @@ class Stream:
         return Prefill(size, tokens, lengths, table)
 
     def _batch(self, size: int, rows: int) -> list[list[Prefix]]:
-        """For each replica up to `rows` prompts of the bucket `size`, from the front of the waiting ones."""
+        """Take up to `rows` prompts of the bucket `size` for each replica, from the front of the queue."""
         batch: list[list[Prefix]] = [[] for _ in self._replicas]
         passed: list[tuple[int, dict[int, int]]] = []
         while self.waiting and len(passed) < 4 * rows and any(len(part) < rows for part in batch):
@@ -231,7 +230,7 @@ class Stream:
         return batch
 
     def _cached_tokens(self, i: int) -> int:
-        """Tokens of prompt i whose keys and values its responses share: all but the last."""
+        """The number of tokens of prompt i whose keys and values its responses share: all but the last."""
         return len(self.prompts[i].ids) - 1
 
     def _table(self) -> np.ndarray:

@@ -69,7 +69,7 @@ def _converted(weights: Any, *, graph: Any, int8: bool) -> Any:
 def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
     """The placement of each array of an unstacked model: the stacked one's, less its first dimension.
 
-    The scales of a matrix in 8 bits are placed like the matrix, but a dimension in which they have one number stays whole.
+    The scales of a matrix in 8 bits are placed like the matrix, but a dimension of length 1 stays whole.
     """
     a = dataclasses.replace(model.architecture, tied=False)  # in 8 bits a tied head is a matrix of its own
     stacked = hf.abstract(a, mesh) | (lora.abstract(a, mesh) if a.lora_rank else {})

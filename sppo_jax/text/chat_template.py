@@ -108,7 +108,7 @@ def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 
 def chat_text(tokenizer: Any, text: str) -> str:
-    """Return the rendered prompt as a string, for judges that are shown what the official code shows them."""
+    """Return the rendered prompt as a string, for judges that read the prompts as the official code renders them."""
     return _apply(tokenizer, [{"role": "user", "content": text}], header=True)
 
 

@@ -22,9 +22,8 @@ class Batch:
     """The prompts of one update, on the host."""
 
     microbatches: list[Microbatch]
-    pairs: list[
-        Int[np.ndarray, " G"]
-    ]  # of each microbatch: index of each prompt's pair; read where it is real
+    # For each microbatch, the index of each prompt's pair; filler where the prompt is not real.
+    pairs: list[Int[np.ndarray, " G"]]
 
     @property
     def prompts(self) -> int:

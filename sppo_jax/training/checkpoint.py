@@ -19,12 +19,12 @@ class TrainState:
     """All that resuming needs; the step is also the data position."""
 
     step: Any  # updates done, int32 scalar
-    params: Any  # float32 masters of what is trained: all weights, or the adapters alone
+    params: Any  # float32 masters of the trained parameters: all weights, or the adapters alone
     opt_state: Any
 
 
 def begun(directory: Path) -> bool:
-    """Is there a complete checkpoint in `directory` to resume from?"""
+    """Whether `directory` has a complete checkpoint to resume from."""
     if not directory.is_dir():
         return False
     with Checkpoints(directory, read_only=True) as checkpoints:
@@ -90,6 +90,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Wait for all writes, and free the manager's threads."""
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -1,4 +1,4 @@
-"""Memory that an update needs of a device, by formula: it sizes microbatches, and serves plans without a compiler."""
+"""The memory that an update takes on a device, by formula: it sizes microbatches, and serves plans without a compiler."""
 
 import math
 from collections.abc import Sequence
@@ -36,20 +36,21 @@ class Update:
     width: int  # bytes of the compute dtype
     kernel: str  # name of the attention kernel
     remat: Remat
-    longest: int  # tokens of the longest sequence: XLA's attention has every query's scores with a whole row
+    # Tokens of the longest sequence: XLA's attention holds every query's scores with a whole row.
+    longest: int
 
     @staticmethod
     def of(config: Config, a: Architecture, mesh: Any, longest: int) -> "Update":
-        """The update that a run of `config` does on `mesh`; a plan's is the same.
+        """The update that a run of `config` does on `mesh`, and that a plan assumes.
 
-        Raises BadInput where the attention kernel that `config` names does not serve.
+        Raises BadInput where the attention kernel that `config` names does not support the model.
         """
         dtype = sharding.compute_dtype(config.model.compute_dtype, mesh)
         kernel = attention.choose(config.model.attention, mesh, a, dtype).name
         return Update(a, mesh, dtype.itemsize, kernel, config.fit.remat, longest)
 
     def packing(self, limit: float | None) -> Packing:
-        """How its sequences share rows, with `limit` bytes of each device (None: a CPU)."""
+        """The packing of its sequences into rows, with `limit` bytes on each device (None: a CPU)."""
         # cuDNN's attention takes one sequence a row.
         return Packing(sharding.batch_shards(self.mesh), self.most_tokens(limit), pack=self.kernel != "cudnn")
 
@@ -65,14 +66,15 @@ class Update:
     def kinds(self, tokens: float, accumulated: bool) -> dict[str, float]:
         """Bytes of one device at an update's peak, by kind.
 
-        `tokens`: of a microbatch, on this device. `accumulated`: gradients of several microbatches add up.
+        `tokens`: number of a microbatch's tokens on this device. `accumulated`: whether the gradients of several
+        microbatches are added up.
         """
         a, tensor = self.a, self.mesh.shape["tensor"]
         heads = a.heads * a.head_dim
         layer = (2 * heads + 2 * a.kv_heads * a.head_dim) * a.model + 3 * a.mlp * a.model
         saved = self.width * a.layers * a.model  # each layer's input, for every token
-        saved += (3 * self.width + 4) * a.model  # behind the last layer: for its norm, and for the head
-        # And attention's results; kernels keep their softmax's sums too.
+        saved += (3 * self.width + 4) * a.model  # after the last layer, for its norm and the head
+        # Attention's outputs too; kernels also keep their softmax's sums.
         if self.remat == "attention" and self.kernel != "cudnn":
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
@@ -82,7 +84,7 @@ class Update:
         if self.kernel == "xla":
             inner += 2 * 4 * self.longest * a.heads / tensor
         cut = sharding.shards(self.mesh, sharding.spec("DV", self.mesh, (a.model, a.vocab))[1])
-        # A layer's weights, gathered, and its gradients; or else the head.
+        # The larger of two peaks: a layer's gathered weights and its gradients, or the head.
         working = 2 * self.width * layer / tensor + tokens * inner
         if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
             head = self.width * a.model * a.vocab / cut
@@ -98,10 +100,10 @@ class Update:
         }
 
     def most_tokens(self, limit: float | None) -> int:
-        """Tokens of a microbatch, over all devices, that fit into `limit` bytes of each (None: a CPU).
+        """The most tokens of a microbatch, over all devices, that fit into `limit` bytes of each (None: a CPU).
 
-        At most MOST a device: more make nothing faster once the products are large. At least FEWEST: with fewer, weights
-        are gathered more often.
+        At most MOST per device: more are no faster once the products are large. At least FEWEST: with fewer, weights are
+        gathered more often.
         """
         tokens = 4 * FEWEST if limit is None else MOST
         while limit is not None and tokens > FEWEST:

@@ -1,4 +1,4 @@
-"""What the update's programs compute on at once: some rows of tokens, and what the loss needs of their prompts."""
+"""A microbatch: rows of tokens that the update's programs compute on at once, and the loss's inputs for their prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sppo_jax import sharding
 from sppo_jax.training.packing import Layout
 
 if TYPE_CHECKING:
-    Leaf = Any  # each use has one kind
+    Leaf = Any  # all leaves of one microbatch are of one kind
 else:
     Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # on the devices, on the host, or a shape alone
 
@@ -28,16 +28,16 @@ class Microbatch:
     """
 
     tokens: Int32[Leaf, "B T"]
-    segment: Int32[Leaf, "B T"]  # of each token: from 1 on in each row; 0: padding
-    scored: Bool[Leaf, "B T"]  # is the token part of a response?
+    segment: Int32[Leaf, "B T"]  # the segment of each token, from 1 on in each row; 0: padding
+    scored: Bool[Leaf, "B T"]  # whether the token is part of a response
     segments: Int32[Leaf, " S"]  # 1 to S
-    place: Int32[Leaf, "G R"]  # of each response: row * S + segment - 1
+    place: Int32[Leaf, "G R"]  # where each response is: row * S + segment - 1
     ref_logprob: Float32[Leaf, "G R"]
     win_rate: Float32[Leaf, "G R"]
     baseline: Float32[Leaf, " G"]
     probability: Float32[Leaf, " G"]  # P(best > worst)
     real: Bool[Leaf, " G"]
-    share: Float32[Leaf, ""]  # of the update's real prompts
+    share: Float32[Leaf, ""]  # the share of the update's real prompts that are in this microbatch
 
     def placed(self, mesh: Mesh) -> "Microbatch":
         """Copy the arrays to the devices: rows are cut over the mesh's batch axes, the rest is on every device."""
@@ -84,7 +84,7 @@ def _children(microbatch: Microbatch) -> tuple[list[Any], None]:
 
 
 def _rebuilt(_: None, children: Sequence[Any]) -> Microbatch:
-    """Without `__init__`, which tests check against the annotations: jax fills trees with other things than arrays."""
+    """A microbatch made without `__init__`, which tests check against the annotations: jax also fills trees with non-arrays."""
     microbatch = object.__new__(Microbatch)
     microbatch.__dict__.update(zip(_NAMES, children, strict=True))
     return microbatch

@@ -10,8 +10,8 @@ from sppo_jax.config import Fit
 def schedule(fit: Fit, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate of update s: linear from 0 at s = 0 to the peak where warm-up ends, then linear to 0.
 
-    It spans `schedule_epochs`, which may exceed the `epochs` of the run: the paper's runs stop in warm-up (18 against
-    1), the released code's reach 0 (1 against 1).
+    It spans `schedule_epochs`, which may exceed the `epochs` of the run: the paper's runs stop in warm-up (18
+    epochs scheduled, 1 run), the released code's reach 0 (1 scheduled, 1 run).
     """
     total = steps_per_epoch * fit.schedule_epochs
     warmup = math.ceil(fit.warmup * total)  # as transformers rounds it

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A row is as long as the longest sequence, rounded up to a multiple of the first, above LONG tokens of the second.
+# A row is as long as the longest sequence, rounded up to a multiple of MULTIPLE tokens; above LONG tokens, of LONG_MULTIPLE.
 MULTIPLE, LONG_MULTIPLE = 32, 128
 LONG = 512
 
@@ -12,10 +12,10 @@ Rows = list[list[tuple[int, int]]]  # the sequences (prompt, response) of each r
 
 @dataclass(frozen=True)
 class Packing:
-    """What bounds a microbatch on a mesh.
+    """The bounds of a microbatch on a mesh.
 
-    Its rows are divisible by `shards` and hold at most `most_tokens` tokens (None: all of an update's), unless one row a
-    shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
+    The number of its rows is divisible by `shards`, and they hold at most `most_tokens` tokens (None: all of an update's),
+    unless one row a shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
     """
 
     shards: int = 1
@@ -27,11 +27,11 @@ class Packing:
 class Layout:
     """The shape that all microbatches of an iteration share."""
 
-    microbatches: int  # of an update, at most
-    prompts: int  # of a microbatch
+    microbatches: int  # most microbatches of an update
+    prompts: int  # most prompts of a microbatch
     rows: int
     width: int  # tokens of a row
-    segments: int  # sequences of a row, at most
+    segments: int  # most sequences of a row
     real_token_share: float  # share of the computed tokens that belong to a sequence
 
 

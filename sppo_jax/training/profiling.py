@@ -14,11 +14,11 @@ class Profiler:
         self._directory, self._last, self._on = directory, self.WARM + count, False
 
     def turns(self, n: int) -> bool:
-        """Does the recording begin or end before update n? Then wait for the updates before it."""
+        """Whether the recording begins or ends before update n; if so, the caller first waits for the updates before n."""
         return n in (self.WARM, self._last)
 
     def step(self, n: int) -> None:
-        """Call this before update n, counted from the first one of this process: it starts or ends the recording."""
+        """Start or end the recording if due. To be called before update n, counted from this process's first."""
         if n == self.WARM and self._last > self.WARM:
             jax.profiler.start_trace(str(self._directory))
             self._on = True

@@ -21,7 +21,7 @@ class Trainer:
     def __init__(self, config: Config, architecture: Architecture, mesh: Mesh, compute_dtype: Any):
         self.config, self.architecture, self.mesh = config, architecture, mesh
         self.compute_dtype = compute_dtype
-        self._programs: dict[int, update.Programs] = {}  # by updates of an epoch
+        self._programs: dict[int, update.Programs] = {}  # by updates per epoch
 
     def programs(self, steps_per_epoch: int) -> update.Programs:
         """The compiled update under a schedule of `steps_per_epoch` updates an epoch."""
@@ -57,7 +57,7 @@ class Trainer:
         iteration: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """log pi(y|x) [n, R] of every pair's responses, in nats, in the batches of `iteration`; raises as `logprobs`."""
+        """log pi(y|x) [n, R] of every pair's responses, in nats, computed in the batches of `iteration`. Raises BadInput."""
         batches = self.batches(pairs, iteration)
         programs = self.programs(batches.steps_per_epoch)
         return logprobs(policy, batches, len(pairs), programs, self.mesh, on_progress)

@@ -35,7 +35,7 @@ from sppo_jax.training.optimizer import make_optimizer
 Params = Any  # a pytree of arrays: the trained parameters, their gradients, or the frozen parameters
 Scalars = dict[str, Array]  # the scalars of an update, or a microbatch's part of them
 
-# KiB of a TPU's vector memory that one operation may use, instead of the compiler's own choice. Both have 128 MiB.
+# KiB of a TPU's vector memory that one operation may use, instead of the compiler's own choice. Both chips have 128 MiB.
 VECTOR_MEMORY = {"TPU v5 lite": 65_536, "TPU v6 lite": 98_304}
 
 
@@ -44,7 +44,7 @@ class Programs:
     """The jitted functions of one (architecture, dtype, mesh, optimizer, loss), made by `make_programs`."""
 
     graph: nnx.GraphDef
-    shardings: TrainState  # of a TrainState
+    shardings: TrainState  # the sharding of each of its arrays
     init_optimizer: Callable[[Params], Any]
     forward: Callable[[Params, Params, Microbatch], tuple[Array, "Pullback"]]
     objective: Callable[[Array, Microbatch], tuple[Array, Scalars]]
@@ -72,7 +72,7 @@ class Programs:
                 grads = self.backward(params, frozen, batch, pullback, gradient_GR)
             else:
                 grads = self.accumulate(grads, params, frozen, batch, pullback, gradient_GR)
-            del pullback  # or it lies beside the next forward pass
+            del pullback  # otherwise it would stay in memory during the next forward pass
             parts.append(scalars)
         return grads, _combined(parts)
 
@@ -125,7 +125,7 @@ def accumulate(
 def compute_weights(params: Params, dtype: Any) -> Params:
     """The layers' weights in the compute dtype, all layers at once.
 
-    Cast before the scan over the layers, so that the stacked gradients are of that dtype too: half of float32's memory.
+    Cast before the scan over the layers, so that the stacked gradients have that dtype too: half of float32's memory.
     """
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, params)
 
@@ -133,9 +133,9 @@ def compute_weights(params: Params, dtype: Any) -> Params:
 def objective(
     logprob_GR: Float[Array, "G R"], batch: Microbatch, *, loss: losses.Loss, eta: float
 ) -> tuple[Float[Array, "G R"], Scalars]:
-    """d loss / d log pi, and the microbatch's part of the update's scalars, which add up (the largest: maximum)."""
+    """d loss / d log pi, and the microbatch's part of the update's scalars, which add up (max_log_ratio: their maximum)."""
     real_G, share = batch.real, batch.share
-    # A microbatch without a prompt counts for nothing; its mean must be finite all the same.
+    # A microbatch without prompts has share 0, but its mean must be finite all the same.
     counted = replace(batch, real=real_G | (share == 0))
     value, gradient_GR = jax.value_and_grad(lambda x_GR: loss.compute(x_GR, counted, eta))(logprob_GR)
     ratio_GR = losses.log_ratio(logprob_GR, batch.ref_logprob)
@@ -186,9 +186,10 @@ class Pullback:
     """
 
     residuals: list[Any]  # arrays
-    tree: Any  # of jax's own pullback, whose leaves are `residuals` and some of the inputs
-    places: tuple[int | None, ...]  # of each leaf among the inputs; None: the next of `residuals`
-    dtype: Any  # of the weights that the forward pass computed with
+    tree: Any  # structure of jax's own pullback, whose leaves are `residuals` and some of the inputs
+    # Each leaf's index among the inputs; None: the leaf is the next of `residuals`.
+    places: tuple[int | None, ...]
+    dtype: Any  # dtype of the weights that the forward pass computed with
 
     @classmethod
     def of(cls, pullback: Callable[[Array], Any], inputs: Any, dtype: Any) -> "Pullback":
@@ -222,7 +223,7 @@ def make_programs(
 ) -> Programs:
     """Jit the functions above for a model and a mesh; they compile when they are first called.
 
-    Keep the result: another call's programs compile anew. Raises BadInput where the attention kernel does not serve.
+    Keep the result: another call's programs compile anew. Raises BadInput where the attention kernel does not support it.
     """
     optimizer = make_optimizer(fit, steps_per_epoch)
     weights = hf.abstract(architecture, mesh) | lora.abstract(architecture, mesh)
@@ -263,7 +264,7 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 
     TPUs: weights are gathered whole before a product. Left alone XLA multiplies piece by piece while they travel, which
     costs twice the cycles for a Mistral-7B on v5e. Products may use more of the vector memory than a few MiB, or else
-    gathered weights wait in there and leave too little for large tiles.
+    gathered weights wait there and leave too little for large tiles.
     """
     if sharding.platform(mesh) != "tpu":
         return None
