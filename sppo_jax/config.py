@@ -26,10 +26,10 @@ LARGEST = 2**31  # every number without a bound of its own lies below this
 class Range:
     """The numbers that a knob accepts: from `low` or above `above`, to `high` or below `below`."""
 
-    low: float | None
-    above: float | None
-    high: float | None
-    below: float | None
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
 
     def __contains__(self, value: float) -> bool:
         """Whether the number is accepted. NaN never is."""
@@ -57,21 +57,9 @@ class Knob(NamedTuple):
     range: Range | None
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field with its documentation and its range, if it has bounds; --help and configs/README.md show both."""
-    bounds = (low, above, high, below)
-    return field(
-        default=default,
-        metadata={"help": help, "range": Range(*bounds) if any(b is not None for b in bounds) else None},
-    )
+def knob(default: Any, help: str, **bounds: float) -> Any:
+    """A field with its documentation and, by `bounds`, its Range; --help and configs/README.md show both."""
+    return field(default=default, metadata={"help": help, "range": Range(**bounds) if bounds else None})
 
 
 @dataclass(frozen=True)
@@ -358,7 +346,7 @@ def _check_judge(judge: Judge) -> None:
             )
     elif judge.python:
         raise BadInput(
-            f"judge.python={judge.python} is read by judge.backend=llm_blender only; leave it empty"
+            f"judge.python={judge.python} is read by judge.backend=llm_blender only: leave it empty"
         )
     if ":" in judge.backend:
         for key in ("compute_dtype", "source_tokens", "candidate_tokens", "total_tokens"):

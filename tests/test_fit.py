@@ -1,6 +1,7 @@
 """Stage 5: the log-ratio starts at exactly zero, the loss where it was predicted, and training resumes and stops as it should."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -19,13 +20,16 @@ from sppo_jax.records import Preferences, Responses
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
-from sppo_jax.training import trainer
+from sppo_jax.training import trainer, update
 from sppo_jax.training.batches import Batches, steps_per_epoch
 from sppo_jax.training.checkpoint import Checkpoints
 from sppo_jax.training.packing import Packing
 from sppo_jax.training.profiling import Profiler
-from sppo_jax.training.update import Programs, make_programs, split
+from sppo_jax.training.update import Programs, split
 from tests.conftest import ODD
+
+# Tests of equal shapes share their programs, as the iterations of a run do.
+make_programs = functools.lru_cache(maxsize=8)(update.make_programs)
 
 SETTINGS = Fit(eta=10.0, learning_rate=2e-5, epochs=2, schedule_epochs=2, global_batch=4, max_grad_norm=1.0)
 
