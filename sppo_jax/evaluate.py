@@ -60,18 +60,21 @@ def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
     comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
     with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
         judged = prefer(drawn, run.judge, c.judge, run.as_judged, from_totals(advance))
-    selected, _ = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)
-    if not selected:
-        raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
-    return selected
+    return pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
 
 
 def score_probe(run: Session, t: int, ranked: list[Pair], logprob: pairs.LogProb) -> list[Pair]:
-    """The probe of iteration t with its reference's log-probs, from disk or from `ranked`."""
-    stage = run.heldout_stage(t, policy=t - 1)
-    return stage.kept(
-        run.paths.heldout(t, "probe"), Pair, lambda: pairs.with_reference(ranked, logprob(ranked))
-    )
+    """The probe of iteration t with its reference's log-probs, from disk or from `ranked`.
+
+    Raises BadInput if no held-out prompt has a preferred response.
+    """
+
+    def scored() -> list[Pair]:
+        if not ranked:
+            raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
+        return pairs.with_reference(ranked, logprob(ranked))
+
+    return run.heldout_stage(t, policy=t - 1).kept(run.paths.heldout(t, "probe"), Pair, scored)
 
 
 def measure(run: Session, t: int, probe: list[Pair]) -> None:
