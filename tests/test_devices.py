@@ -63,7 +63,7 @@ def test_on_devices_with_their_own_memory_a_policy_is_cast_at_most_twice(tmp_pat
 
 def test_a_turn_on_the_devices_ends_before_the_next_begins():
     owner = devices.Devices.__new__(devices.Devices)
-    owner._turn, owner._exclusive = "", False
+    owner._turn, owner._exclusive, owner._judges = "", False, []
     with owner.sampling(0), pytest.raises(RuntimeError, match="the devices are sampling"), owner.judging():
         pass
     with pytest.raises(ZeroDivisionError), owner.sampling(0):
