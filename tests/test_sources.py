@@ -297,8 +297,8 @@ def test_the_shipped_prompt_sets_are_one_per_iteration_and_apart_from_snorkels_t
 
 def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
     path = tmp_path / "p.parquet"
-    rows = [row | {"large": "x" * 100} for row in prompts_of(2500)]
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=900)
+    written = [row | {"large": "x" * 100} for row in prompts_of(2500)]
+    pq.write_table(pa.Table.from_pylist(written), path, row_group_size=900)
     sizes, asked = [], []
     plain, batches = rows._plain, pq.ParquetFile.iter_batches
 
@@ -313,7 +313,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows, "_plain", counted)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    assert read(f"parquet:{path}") == [row["prompt"] for row in rows]
+    assert read(f"parquet:{path}") == [row["prompt"] for row in written]
     assert max(sizes) <= 1000
     assert asked == [["prompt"]]
 
