@@ -3,7 +3,7 @@
 One policy is in memory at a time. Beside it lie, in turns, the sampler's copy of its weights and the cache, a judge on the
 mesh, or training. Devices with a memory of their own hold one of these at a time, so a policy is cast for sampling at
 most twice: for its held-out responses, and for the next iteration's responses and probe. In a host's memory (a CPU) the
-sampler's copy stays until the policy is trained or another one comes: one cast.
+sampler's copy, without its cache, stays until the policy is trained or another one comes: one cast.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +101,8 @@ class Devices:
         def logprob(pairs: Sequence[Pair]) -> np.ndarray:
             if self._exclusive:
                 self._rest_sampler()
+            elif self._sampler is not None:
+                self._sampler.release_cache()
             with stage.progress("log-probs", len(pairs), "pairs", minor=True) as advance:
 
                 def on_progress(done: int) -> None:

@@ -76,6 +76,11 @@ class Sampler:
         self.weights = None  # free the old ones first
         self.graph, self.weights = placed(model, self._whole, self.mesh, self.capacity.int8)
 
+    def release_cache(self) -> None:
+        """Free the pages, whose contents are of no use between streams; the next prompt allocates them anew."""
+        self._check_idle()
+        self.pages = None
+
     def release(self) -> None:
         """Free the devices' memory; `set_weights` must come before the next prompt. Programs are kept."""
         self._check_idle()
