@@ -153,7 +153,7 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
 
 
 def check_made_from(path: Path, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
-    """Raise BadInput, naming the inputs, where those that `path` was made from differ from `made_from`."""
+    """Raise BadInput, naming the inputs, where `path` was not made from `made_from`."""
     if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
         raise BadInput(
             f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
