@@ -1,47 +1,148 @@
-"""Files that are whole or absent, JSON objects, and digests."""
+"""Files: looked up, read as text or JSON, written whole or not at all; and digests.
 
+Paths come from users, so every look-up, read and write here ends in a result or in BadInput with one line.
+"""
+
+import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, one_line
+
+# The encodings that begin with a mark of their own. UTF-32's little-endian mark begins with UTF-16's.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# What to do about a write that the system refuses, by the error's number; the others get the system's own words alone.
+MEND = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room in your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "mount it for writing, or choose another place",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EIO: "check the disk",
+}
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a directory
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies at `path`, links followed. Raises BadInput where that cannot be found out."""
+    return _status(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file, links followed. Raises BadInput where that cannot be found out."""
+    found = _status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_dir(path: Path) -> bool:
+    """Whether `path` is a directory, links followed. Raises BadInput where that cannot be found out."""
+    found = _status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def expand(name: str) -> str:
+    """Return a path with `~` replaced by the home directory. Raises BadInput where there is no such home."""
+    expanded = os.path.expanduser(name)
+    if name.startswith("~") and expanded == name:
+        raise BadInput(f"{name}: no home directory is known; write the path without ~")
+    return expanded
+
+
+def encoding(head: bytes) -> str:
+    """Return the encoding of a text that begins with `head` (4 bytes are enough): by its mark, else UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, decoded by its mark, or as UTF-8. Raises BadInput where that fails."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise BadInput(f"{str(path)!r}: not a possible name of a file") from None
+    return decode(data, path)
+
+
+def decode(data: bytes, path: Path) -> str:
+    """Return the text of the bytes of `path`, decoded by their mark, or as UTF-8. Raises BadInput where that fails."""
+    name = encoding(data[:4])
+    try:
+        return data.decode(name)
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path}: not {name.removesuffix('-sig').upper()} text (at byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def unwritten(path: Path, error: OSError) -> BadInput:
+    """Return the one line about a write below `path` that failed."""
+    reason = error.strerror or one_line(error)
+    number = error.errno
+    if number is None and "No space left" in reason:  # pyarrow's and others' messages without a number
+        number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    advice = MEND.get(number or 0)
+    return BadInput(
+        f"{path}: cannot be written: {reason}"
+        + (f"; {advice}, and run the same command again" if advice else "")
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the system while `path` is written into BadInput with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(path, error) from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success the file or directory written there is synced and renamed to `path`.
 
-    A directory replaces an existing directory; a file never replaces a directory.
+    A directory replaces an existing directory; a file never replaces a directory. Raises BadInput where the system
+    refuses the write; nothing is left of it then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = part_of(path)
-    remove(temporary)
     try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-            _sync(file)
-        if path.is_dir() and temporary.is_dir():
-            remove(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(temporary)
+            yield temporary
+            for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+                sync(file)
+            if path.is_dir() and temporary.is_dir():
+                remove(path)
+            os.replace(temporary, path)
+            sync(path.parent)
     except BaseException:
-        remove(temporary)
+        with contextlib.suppress(OSError):  # the error that made us clean up is the one to report
+            remove(temporary)
         raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises BadInput if the file cannot be read or holds anything else."""
+    """Return the JSON object in a file. Raises BadInput if the file cannot be read or holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -82,9 +183,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file or directory outlast a loss of power, where its file system can promise that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # no permission, a name that is too long, links in a circle
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except ValueError:  # NUL, or half of a character
+        raise BadInput(f"{str(path)!r}: not a possible name of a file") from None

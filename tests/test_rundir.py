@@ -128,7 +128,7 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
 def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("data")
-    with pytest.raises(IsADirectoryError), files.replacing(tmp_path / "kept") as part:
+    with pytest.raises(BadInput, match="Is a directory"), files.replacing(tmp_path / "kept") as part:
         part.write_text("new")
     assert (tmp_path / "kept" / "file").read_text() == "data"
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
