@@ -4,11 +4,9 @@
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
-from sppo_jax.errors import BadInput
 from sppo_jax.losses import LOSSES
 
 if TYPE_CHECKING:
@@ -20,6 +18,7 @@ EMBEDDED = "embedded:"  # prefix of paths that name the small default inside the
 INTRODUCTION = """Generated from the dataclasses in `sppo_jax/config.py` by `make config-docs`.
 Give one or more `--config FILE`; later files override earlier ones, and `--section.key value` flags override all files."""
 LARGEST = 2**31  # every number without a bound of its own lies below this
+INFINITE = 2.0**128  # this and more is infinite in float32, in which nearly everything is computed
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Range:
     above: float | None = None
     high: float | None = None
     below: float | None = None
+    # The code that reads the knob raises numbers that are 0 in float32 to the smallest that is not.
+    clamped: bool = False
 
     def __contains__(self, value: float) -> bool:
         """Whether the number is accepted. NaN never is."""
@@ -43,8 +44,14 @@ class Range:
     def __str__(self) -> str:
         bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
         return " and ".join(
-            f"{name} {number}" for name, number in bounds.items() if number not in (None, math.inf)
+            f"{name} {number}" for name, number in bounds.items() if number not in (None, INFINITE)
         )
+
+    def whole(self) -> str:
+        """Both bounds in words, also the upper one that every number has."""
+        if self.high is not None or self.below not in (None, INFINITE):
+            return str(self)
+        return f"{self} and below {LARGEST if self.below is None else '3.4e38'}"
 
 
 class Knob(NamedTuple):
@@ -57,7 +64,7 @@ class Knob(NamedTuple):
     range: Range | None
 
 
-def knob(default: Any, help: str, **bounds: float) -> Any:
+def knob(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its documentation and, by `bounds`, its Range; --help and configs/README.md show both."""
     return field(default=default, metadata={"help": help, "range": Range(**bounds) if bounds else None})
 
@@ -93,13 +100,15 @@ class Mesh:
 @dataclass(frozen=True)
 class Prompts:
     source: str = knob(
-        "embedded:prompts/train_{iteration}.jsonl",
+        "",
         "training prompts: tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH; {iteration} here or in the split names "
-        "one set per iteration; without it one pool is divided",
+        "one set per iteration; without it one pool is divided. Empty: the embedded ones, beside the embedded policy only",
     )
     split: str = knob("train", "split of a tfds or hf source; {iteration}, a+b and train[:100] are allowed")
     heldout: str = knob(
-        "embedded:prompts/heldout.jsonl", "prompts for evaluation only, in the notation of prompts.source"
+        "",
+        "prompts for evaluation only, in the notation of prompts.source. Empty: the embedded ones beside embedded training "
+        "prompts, else a share of your training prompts is held out",
     )
     heldout_split: str = knob(
         "test", "split of a tfds or hf source of held-out prompts; test_1+test_2 joins two"
@@ -116,8 +125,8 @@ class Prompts:
 @dataclass(frozen=True)
 class Sampling:
     responses: int = knob(5, "K, responses per prompt; a preference needs two", low=2)
-    temperature: float = knob(1.0, "temperature of sampling; 0: greedy", low=0, below=math.inf)
-    top_p: float = knob(1.0, "nucleus mass", above=0, high=1)
+    temperature: float = knob(1.0, "temperature of sampling; 0: greedy", low=0, below=INFINITE, clamped=True)
+    top_p: float = knob(1.0, "nucleus mass", above=0, high=1, clamped=True)
     top_k: int = knob(0, "sample from the k most likely tokens only, before top_p; 0: from all tokens", low=0)
     max_new_tokens: int = knob(
         64, "largest number of tokens of a response; one cut there has finish_reason length", low=1
@@ -144,8 +153,9 @@ class Judge:
         "module:attribute: a function of your own that returns a judge",
     )
     path: str = knob(
-        "embedded:pairrm",
-        "PairRM in either published layout: a directory, a name on the hub (owner/repo[@revision]), or embedded:pairrm",
+        "",
+        "PairRM in either published layout: a directory, a name on the hub (owner/repo[@revision]), or embedded:pairrm. "
+        "Empty: embedded:pairrm, beside the embedded policy only",
     )
     python: str = knob("", "Python interpreter that has llm-blender, for judge.backend=llm_blender")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = knob(
@@ -202,7 +212,7 @@ class Fit:
     )
     global_batch: int = knob(64, "prompts per update, over all devices", low=1)
     max_grad_norm: float = knob(
-        0.0, "largest global norm of a gradient; 0: no clipping", low=0, below=math.inf
+        0.0, "largest global norm of a gradient; 0: no clipping", low=0, below=INFINITE
     )
     remat: Literal["layer", "attention"] = knob(
         "layer",
@@ -278,6 +288,17 @@ def knobs() -> list[Knob]:
     return found
 
 
+def kinds() -> dict[str, Any]:
+    """{"section.key": type} of every knob, in order."""
+    found: dict[str, Any] = {}
+    for top in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(top.type):
+            found |= {f"{top.name}.{f.name}": f.type for f in dataclasses.fields(top.type)}
+        else:
+            found[top.name] = top.type
+    return found
+
+
 def type_name(kind: Any) -> str:
     """A field's type as documentation shows it: "int", "layer|attention", "float|log_partition"."""
     if get_origin(kind) is Literal:
@@ -291,87 +312,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     """Keys that differ and change results: with any, a run directory of `old` is refused."""
     before, after = flat(old), flat(new)
     return [k for k in after if before[k] != after[k] and not k.startswith(FREE_TO_CHANGE)]
-
-
-def validate(config: Config) -> None:
-    """Raise BadInput where a value is out of its range, or values contradict each other."""
-    values, fit = flat(config), config.fit
-    for key, _, _, _, accepted in knobs():
-        if accepted is not None and values[key] not in accepted:
-            limit = " and below 2**31" if values[key] >= LARGEST and accepted.below is None else ""
-            raise BadInput(f"{key}={values[key]} must be {accepted}{limit}")
-    if fit.schedule_epochs < fit.epochs:
-        raise BadInput(
-            f"fit.schedule_epochs={fit.schedule_epochs} is shorter than fit.epochs={fit.epochs}: "
-            "the rate would be 0 before the end"
-        )
-    _check_judge(config.judge)
-    _check_loss(config)
-    if config.pairs.source:
-        _check_given_pairs(config)
-    if isinstance(fit.baseline, float) and not 0 <= fit.baseline <= 1:
-        raise BadInput(
-            f"fit.baseline={fit.baseline} is a win rate: it must lie in [0, 1], or be log_partition"
-        )
-
-
-def _check_loss(config: Config) -> None:
-    """A loss of pairs takes neither all K responses nor a baseline."""
-    fit = config.fit
-    if not LOSSES[fit.loss].pairs:
-        return
-    others = " or ".join(name for name, loss in LOSSES.items() if not loss.pairs)
-    if config.pairs.select == "all":
-        raise BadInput(
-            f"pairs.select=all needs fit.loss={others}: {fit.loss} is a loss of pairs; use best_worst"
-        )
-    if fit.baseline != 0.5:
-        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss={others} only; leave it at 0.5")
-
-
-def _check_judge(judge: Judge) -> None:
-    """Raise BadInput for limits that are too small, and for knobs that the backend does not read."""
-    for key in ("source_tokens", "candidate_tokens", "total_tokens"):
-        value = getattr(judge, key)
-        if value and not 4 <= value < LARGEST:
-            raise BadInput(f"judge.{key}={value} must be 0 (the checkpoint's number) or at least 4")
-    if judge.backend == "llm_blender":
-        if not judge.python:
-            raise BadInput(
-                "judge.backend=llm_blender needs judge.python, an interpreter with requirements-llm-blender.txt installed"
-            )
-        if judge.compute_dtype != "auto":
-            raise BadInput(
-                "judge.compute_dtype is ignored by llm_blender, which chooses its own: leave it at auto"
-            )
-    elif judge.python:
-        raise BadInput(
-            f"judge.python={judge.python} is read by judge.backend=llm_blender only: leave it empty"
-        )
-    if ":" in judge.backend:
-        for key in ("compute_dtype", "source_tokens", "candidate_tokens", "total_tokens"):
-            if getattr(judge, key) != getattr(Judge(), key):
-                raise BadInput(
-                    f"judge.{key}={getattr(judge, key)} is PairRM's and is ignored by judge.backend={judge.backend}: leave it at its default"
-                )
-
-
-def _check_given_pairs(config: Config) -> None:
-    """Raise BadInput for knobs that need K responses or a new set: read pairs hold two responses and their win rates."""
-    source = f"pairs.source={config.pairs.source}"
-    if config.pairs.select == "all":
-        raise BadInput(
-            f"{source} holds two responses per prompt; pairs.select=all needs all K: use best_worst"
-        )
-    if config.fit.baseline == "log_partition":
-        raise BadInput(
-            f"{source} holds two win rates per prompt; fit.baseline=log_partition needs all K: use 0.5"
-        )
-    if config.iterations > 1 and "{iteration}" not in config.pairs.source + config.pairs.split:
-        raise BadInput(
-            f"{source} names the same pairs for {config.iterations} iterations; put {{iteration}} in it, or set "
-            "iterations to 1"
-        )
 
 
 def markdown() -> str:

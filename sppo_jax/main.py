@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sppo_jax import config_file
 from sppo_jax.command import call
 from sppo_jax.config import knobs
-from sppo_jax.errors import BadInput
+from sppo_jax.settings import words as command_line
 
 
 def main(words: Sequence[str]) -> None:
@@ -13,8 +13,8 @@ def main(words: Sequence[str]) -> None:
     if "--help" in words or "-h" in words:
         print(usage())
         return
-    files, overrides = _split(words)
-    config = config_file.load(files, overrides)
+    files, overrides = command_line.split(words, {"--config": True})
+    config = config_file.load([file for _, file in files], overrides)
     # Only now, since these import jax: a wrong flag is refused at once.
     from sppo_jax import compilation, selfplay, session
 
@@ -29,29 +29,14 @@ def usage() -> str:
         "python -m sppo_jax.main --config FILE [--config FILE ...] [--section.key value ...]",
         "",
         "Plays SPPO with this configuration; the same command again resumes. Later files override earlier ones, and",
-        "flags override all files.",
+        "flags override all files; of a flag given twice the last counts. A value that begins with -- is written",
+        "--section.key=--value.",
         "",
     ]
     for key, kind, default, text, accepted in knobs():
         limits = f", {accepted}" if accepted else ""
         lines += [f"  --{key} {kind}{limits}", f"      {text} (default: {default!r})"]
     return "\n".join(lines)
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of the --config flags, and all other words."""
-    files, rest, todo = [], [], list(words)
-    while todo:
-        word = todo.pop(0)
-        if word == "--config":
-            if not todo:
-                raise BadInput("--config needs a file")
-            files.append(todo.pop(0))
-        elif word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
-        else:
-            rest.append(word)
-    return files, rest
 
 
 if __name__ == "__main__":

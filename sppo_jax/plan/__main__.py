@@ -36,8 +36,23 @@ from pathlib import Path
 from sppo_jax import config_file
 from sppo_jax.command import call, say
 from sppo_jax.errors import BadInput
-from sppo_jax.plan import config_header, search, table
+from sppo_jax.plan import config_header, search, slices, table
 from sppo_jax.plan.workload import Lengths
+from sppo_jax.settings import words as command_line
+
+# The command's own flags, and whether each takes a value.
+FLAGS = dict.fromkeys(
+    (
+        "--config",
+        "--topology",
+        "--device",
+        "--count",
+        "--price",
+        "--prompt-tokens",
+        "--response-tokens",
+    ),
+    True,
+) | {"--json": False, "--write": False}
 
 
 @dataclass
@@ -79,38 +94,31 @@ def main(words: Sequence[str]) -> None:
 def parse(words: Sequence[str]) -> tuple[list[str], PlanRequest, list[str]]:
     """Return (--config files, the command's own flags, overrides of the configuration). Raises BadInput."""
     files: list[str] = []
-    rest: list[str] = []
     request, devices, counts = PlanRequest(), [], []
     lengths = {"--prompt-tokens": "prompt", "--response-tokens": "response"}
-    todo = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while todo:
-        word = todo.pop(0)
-        if word in ("--json", "--write"):
-            setattr(request, word[2:], True)
-            continue
-        if word not in ("--config", "--topology", "--device", "--count", "--price", *lengths):
-            rest.append(word)
-            continue
-        if not todo:
-            raise BadInput(f"{word} needs a value")
-        value = todo.pop(0)
-        if word == "--config":
+    own, rest = command_line.split(words, FLAGS)
+    for flag, value in own:
+        if flag in ("--json", "--write"):
+            setattr(request, flag[2:], True)
+        elif flag == "--config":
             files.append(value)
-        elif word == "--topology":
+        elif flag == "--topology":
             request.slices.append(value)
-        elif word == "--device":
+        elif flag == "--device":
             devices.append(value)
-        elif word == "--count":
-            counts.append(_count(word, value))
-        elif word == "--price":
-            request.price = _number(word, value)
+        elif flag == "--count":
+            counts.append(_count(flag, value))
+        elif flag == "--price":
+            request.price = _number(flag, value)
         else:
-            request.lengths = dataclasses.replace(request.lengths, **{lengths[word]: _count(word, value)})
+            request.lengths = dataclasses.replace(request.lengths, **{lengths[flag]: _count(flag, value)})
     if counts and len(counts) != len(devices):
         raise BadInput("--count: give one for each --device")
     request.slices += [f"{name}:{n}" for name, n in zip(devices, counts or [8] * len(devices), strict=True)]
     if not request.slices:
         raise BadInput("name a slice: --topology v5e:4x4, or --device h100 --count 8")
+    for name in request.slices:
+        slices.parse(name)
     return files, request, rest
 
 
@@ -118,7 +126,7 @@ def _count(flag: str, value: str) -> int:
     """A flag's value as a whole number above 0. Raises BadInput."""
     number = _number(flag, value)
     if number != int(number):
-        raise BadInput(f"{flag} {value}: needs a whole number")
+        raise BadInput(f"{flag} {value}: needs a whole number, as {max(1, int(number))}")
     return int(number)
 
 
@@ -129,7 +137,7 @@ def _number(flag: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < 1e9:
-        raise BadInput(f"{flag} {value}: needs a number above 0")
+        raise BadInput(f"{flag} {value}: needs a number above 0 and below 1000000000")
     return number
 
 

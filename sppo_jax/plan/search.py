@@ -10,8 +10,8 @@ from jax.experimental import topologies
 from sppo_jax import command
 from sppo_jax.config import Config, Mesh
 from sppo_jax.errors import BadInput
-from sppo_jax.plan import stages, target
-from sppo_jax.plan.chips import GPUS, TPUS, Chip, stand_ins
+from sppo_jax.plan import slices, stages, target
+from sppo_jax.plan.chips import Chip, stand_ins
 from sppo_jax.plan.compiled import DoesNotFit
 from sppo_jax.plan.cost import UnitCost
 from sppo_jax.plan.table import Plan, axes, hours
@@ -33,28 +33,13 @@ def plan(config: Config, name: str, lengths: Lengths) -> Plan:
     `lengths`: mean tokens of prompts and responses. Raises BadInput for an unknown slice, or where no mesh that was tried
     fits.
     """
-    kind, _, size = name.partition(":")
-    if kind in GPUS:
-        if not size.isdigit() or int(size) < 1:
-            raise BadInput(f"--device {kind} --count {size}: a number of cards is needed")
-        return _plan(config, name, GPUS[kind], int(size), None, lengths)
-    if kind not in TPUS:
-        raise BadInput(
-            f"--topology {name}: unknown; TPUs are {', '.join(TPUS)} with a shape, as v5e:4x4; GPUs {', '.join(GPUS)}"
-        )
-    chips = _chips(name)
+    chip, chips = slices.parse(name)
+    if chip.platform == "gpu":
+        return _plan(config, name, chip, chips, None, lengths)
     if importlib.util.find_spec("libtpu") is None:
         command.say("libtpu is not importable: formulas instead of the compiler (see --help)")
-        return _plan(config, name, TPUS[kind], chips, None, lengths)
-    return _plan(config, name, TPUS[kind], chips, _devices(name), lengths)
-
-
-def _chips(name: str) -> int:
-    """Number of chips of a topology such as "v5e:4x4"."""
-    try:
-        return math.prod(int(part) for part in name.split(":")[1].split("x"))
-    except (ValueError, IndexError):
-        raise BadInput(f"--topology {name}: a shape is needed, as v5e:4x4") from None
+        return _plan(config, name, chip, chips, None, lengths)
+    return _plan(config, name, chip, chips, _devices(name), lengths)
 
 
 def _devices(name: str) -> list[Any]:

@@ -1,0 +1,102 @@
+"""The checks of a whole configuration: ranges, and values that contradict each other."""
+
+from typing import Any
+
+from sppo_jax.config import LARGEST, Config, Judge, Range, flat, knobs
+from sppo_jax.errors import BadInput
+from sppo_jax.losses import LOSSES
+
+SMALLEST = 2.0**-126  # of float32; devices take what is smaller, and not 0, as 0
+
+
+def validate(config: Config) -> None:
+    """Raise BadInput where a value is out of its range, or values contradict each other."""
+    values, fit = flat(config), config.fit
+    for key, _, _, _, accepted in knobs():
+        _check_number(key, values[key], accepted)
+    for key in ("out", "model.path"):
+        if not values[key].strip():
+            raise BadInput(f"{key} is empty: name a directory{' or a model' if key == 'model.path' else ''}")
+    if fit.schedule_epochs < fit.epochs:
+        raise BadInput(
+            f"fit.schedule_epochs={fit.schedule_epochs} is shorter than fit.epochs={fit.epochs}: "
+            "the rate would be 0 before the end"
+        )
+    _check_judge(config.judge)
+    _check_loss(config)
+    if config.pairs.source:
+        _check_given_pairs(config)
+    if isinstance(fit.baseline, float) and not 0 <= fit.baseline <= 1:
+        raise BadInput(
+            f"fit.baseline={fit.baseline} is a win rate: it must lie in [0, 1], or be log_partition"
+        )
+
+
+def _check_number(key: str, value: Any, accepted: Range | None) -> None:
+    """Raise BadInput for a number out of its range, and for one that is 0 or infinite in float32 but not here."""
+    if accepted is not None and value not in accepted:
+        raise BadInput(f"{key}={value} must be {accepted.whole()}")
+    smallest = "0, or at least 1.2e-38" if accepted is None or 0.0 in accepted else "at least 1.2e-38"
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST and not (accepted and accepted.clamped):
+        raise BadInput(f"{key}={value} is 0 in float32, in which it is used: give {smallest}")
+
+
+def _check_loss(config: Config) -> None:
+    """A loss of pairs takes neither all K responses nor a baseline."""
+    fit = config.fit
+    if not LOSSES[fit.loss].pairs:
+        return
+    others = " or ".join(name for name, loss in LOSSES.items() if not loss.pairs)
+    if config.pairs.select == "all":
+        raise BadInput(
+            f"pairs.select=all needs fit.loss={others}: {fit.loss} is a loss of pairs; use best_worst"
+        )
+    if fit.baseline != 0.5:
+        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss={others} only; leave it at 0.5")
+
+
+def _check_judge(judge: Judge) -> None:
+    """Raise BadInput for limits that are too small, and for knobs that the backend does not read."""
+    for key in ("source_tokens", "candidate_tokens", "total_tokens"):
+        value = getattr(judge, key)
+        if value and not 4 <= value < LARGEST:
+            raise BadInput(
+                f"judge.{key}={value} must be 0 (the checkpoint's number), or at least 4 and below {LARGEST}"
+            )
+    if judge.backend == "llm_blender":
+        if not judge.python:
+            raise BadInput(
+                "judge.backend=llm_blender needs judge.python, an interpreter with requirements-llm-blender.txt installed"
+            )
+        if judge.compute_dtype != "auto":
+            raise BadInput(
+                "judge.compute_dtype is ignored by llm_blender, which chooses its own: leave it at auto"
+            )
+    elif judge.python:
+        raise BadInput(
+            f"judge.python={judge.python} is read by judge.backend=llm_blender only: leave it empty"
+        )
+    if ":" in judge.backend:
+        for key in ("compute_dtype", "source_tokens", "candidate_tokens", "total_tokens"):
+            if getattr(judge, key) != getattr(Judge(), key):
+                raise BadInput(
+                    f"judge.{key}={getattr(judge, key)} is PairRM's and is ignored by judge.backend={judge.backend}: leave it at its default"
+                )
+
+
+def _check_given_pairs(config: Config) -> None:
+    """Raise BadInput for knobs that need K responses or a new set: read pairs hold two responses and their win rates."""
+    source = f"pairs.source={config.pairs.source}"
+    if config.pairs.select == "all":
+        raise BadInput(
+            f"{source} holds two responses per prompt; pairs.select=all needs all K: use best_worst"
+        )
+    if config.fit.baseline == "log_partition":
+        raise BadInput(
+            f"{source} holds two win rates per prompt; fit.baseline=log_partition needs all K: use 0.5"
+        )
+    if config.iterations > 1 and "{iteration}" not in config.pairs.source + config.pairs.split:
+        raise BadInput(
+            f"{source} names the same pairs for {config.iterations} iterations; put {{iteration}} in it, or set "
+            "iterations to 1"
+        )

@@ -1,0 +1,26 @@
+"""The knobs that hold paths, and `~` in them."""
+
+from sppo_jax import files
+from sppo_jax.errors import BadInput
+
+PATHS = ("out", "model.path", "judge.path", "judge.python")
+SOURCES = (
+    "prompts.source",
+    "prompts.heldout",
+    "pairs.source",
+)  # with a path after their scheme, as jsonl:PATH
+
+
+def expand(key: str, text: str) -> str:
+    """Return a knob's text with the home directory in place of `~`, if the knob holds a path. Raises BadInput where no home
+    is known."""
+    scheme, path = "", text
+    if key in SOURCES and ":" in text:
+        before, colon, path = text.partition(":")
+        scheme = before + colon
+    if key not in (*PATHS, *SOURCES) or not path.startswith("~"):
+        return text
+    try:
+        return scheme + files.expand(path)
+    except BadInput as error:
+        raise BadInput(f"{key}={error}") from None
