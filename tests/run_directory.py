@@ -29,6 +29,8 @@ def begun(parent: Path, *flags: str, **manifest) -> RunDir:
     """A run directory below `parent` with a configuration and a manifest."""
     run = RunDir(parent / "out")
     run.root.mkdir()
-    run.config.write_text(config_file.dump(config_file.load([], ["--out", str(run.root), *flags])))
+    embedded = ["--judge.path=embedded:pairrm", "--prompts.source=embedded:prompts/train_{iteration}.jsonl"]
+    config = config_file.load([], ["--out", str(run.root), *embedded, *flags])
+    run.config.write_text(config_file.dump(config))
     files.write_json(run.manifest, MANIFEST | manifest)
     return run

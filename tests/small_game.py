@@ -12,6 +12,10 @@ SMALL = {
     "iterations": 1,
     "seed": 0,
     "mesh.fsdp": 1,
+    # Named, because they are the defaults beside the embedded policy only.
+    "judge.path": "embedded:pairrm",
+    "prompts.source": "embedded:prompts/train_{iteration}.jsonl",
+    "prompts.heldout": "embedded:prompts/heldout.jsonl",
     "prompts.per_iteration": 7,
     "prompts.max_length": 64,
     "sampling.max_new_tokens": 12,

@@ -4,12 +4,44 @@ huggingface_hub itself reads them once, when it is imported, which may be long b
 """
 
 import os
+import threading
 from urllib.parse import urlsplit
+
+from sppo_jax.errors import BadInput
+
+WAIT = 2.5  # seconds for a reply; finding the address may take a second more, which no timeout of the client limits
 
 
 def endpoint() -> str | None:
-    """Return HF_ENDPOINT, or None for huggingface_hub's default."""
-    return os.environ.get("HF_ENDPOINT") or None
+    """Return HF_ENDPOINT, or None for huggingface_hub's default. Raises BadInput for what is not an address."""
+    found = os.environ.get("HF_ENDPOINT") or None
+    try:
+        parts = urlsplit(found or "https://x")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return found
+    except ValueError:  # brackets without an end, a port that is not a number
+        pass
+    raise BadInput("HF_ENDPOINT is not the address of a hub: set it to https://HOST, or unset it")
+
+
+def reachable() -> bool:
+    """Return whether the hub gives any reply within WAIT + 1 seconds. Without one, its client would wait for minutes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    address, replied = endpoint() or constants.ENDPOINT, threading.Event()
+
+    def ask() -> None:
+        try:
+            get_session().head(address, timeout=WAIT)
+        except Exception:  # of the HTTP client, or about a proxy
+            return
+        replied.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(WAIT + 1)
+    return replied.is_set()
 
 
 def offline() -> bool:

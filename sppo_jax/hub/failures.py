@@ -12,8 +12,11 @@ from sppo_jax.hub import environment
 LOG_IN = "log in (hf auth login) or set HF_TOKEN"
 
 
-def unread(error: Exception, repo: str, revision: str | None) -> str:
-    """Return the line for an error of huggingface_hub while files of `repo` were downloaded."""
+def unread(error: Exception, repo: str, revision: str | None, *, connected: bool = True) -> str:
+    """Return the line for an error of huggingface_hub while files of `repo` were downloaded.
+
+    `connected`: whether the hub was asked, and not its cache alone.
+    """
     from huggingface_hub import errors
 
     chain, status = list(_causes(error)), _status(error)
@@ -39,7 +42,7 @@ def unread(error: Exception, repo: str, revision: str | None) -> str:
         return f"{missing} complete in the hub's cache{at}, and HF_HUB_OFFLINE forbids to fetch it"
     if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
         return f"{repo}: the disk of the hub's cache is full; make room, or set HF_HOME to another place"
-    if _unreachable(chain):
+    if not connected or _unreachable(chain):
         return f"{missing} in the hub's cache, and there is no connection to {environment.address()}"
     if isinstance(error, ValueError):  # huggingface_hub's rules for names are narrower than ours
         return f"{repo}: not a name on the hub (owner/repo)"

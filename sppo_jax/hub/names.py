@@ -1,8 +1,10 @@
 """The names that users give: `embedded:NAME`, a directory, or `owner/repo@revision` on the hub."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sppo_jax import files
 from sppo_jax.command import say
 from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
@@ -39,4 +41,25 @@ def fetch(
     """
     if name.startswith(EMBEDDED):
         return repositories.Snapshot(resolve(name), name, None)
+    if revision is None:
+        _check_export(name)
     return repositories.fetch(name, revision, tell=tell)
+
+
+def _check_export(name: str) -> None:
+    """Raise BadInput, with the path to give, where a run's directory, or an iteration's, is named in place of an export."""
+    root = Path(files.expand(name))
+    # os.path.isdir is False also for names that no directory can have, about which `repositories` has lines of its own.
+    if not os.path.isdir(root) or files.is_file(root / "config.json"):
+        return
+    if files.is_file(root / "export" / "config.json"):
+        raise BadInput(f"{name}: one iteration of a run; its policy is {root / 'export'}")
+    found = [p.parent for p in root.glob("iter_*/export/config.json")]
+    if found:
+        latest = max(found, key=lambda export: (len(export.parent.name), export.parent.name))
+        others = f", the latest of {len(found)}" if found[1:] else ""
+        raise BadInput(f"{name}: a run directory, not a model; give an export in it: {latest}{others}")
+    if files.is_file(root / "config.yaml") and files.is_file(root / "manifest.json"):
+        raise BadInput(
+            f"{name}: a run directory without an export yet, not a model; let its first iteration end"
+        )

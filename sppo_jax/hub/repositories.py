@@ -106,20 +106,25 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
 
 def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     """Download `files` and return their directory in the cache, whose name is the commit of `revision`."""
+    endpoint = environment.endpoint()
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import validate_repo_id
 
+    connected = True
     try:
+        validate_repo_id(repo)
+        connected = not environment.offline() and environment.reachable()
         found = snapshot_download(
             repo,
             revision=revision,
             allow_patterns=list(files),
             ignore_patterns=list(LEFT_OUT),
-            endpoint=environment.endpoint(),
-            local_files_only=environment.offline(),
+            endpoint=endpoint,
+            local_files_only=not connected,
             tqdm_class=_bar(),
         )
     except Exception as error:  # as in `push`
-        raise BadInput(failures.unread(error, repo, revision)) from None
+        raise BadInput(failures.unread(error, repo, revision, connected=connected)) from None
     return Path(found)
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from sppo_jax import config_file
 from sppo_jax.command import call, say
 from sppo_jax.errors import BadInput
+from sppo_jax.files import expand
 from sppo_jax.plan import config_header, search, slices, table
 from sppo_jax.plan.workload import Lengths
 from sppo_jax.settings import words as command_line
@@ -85,7 +86,7 @@ def main(words: Sequence[str]) -> None:
                 "--write needs one --config and no flags that change it: the header's figures are of the file as it is"
             )
         lines = [line for plan in plans for line in table.summary(plan, config, request.price)]
-        config_header.write(Path(files[0]), config, lines)
+        config_header.write(Path(expand(files[0])), config, lines)
     if request.json:
         found = [table.as_json(plan, config, request.lengths, request.price) for plan in plans]
         print(json.dumps(found[0] if len(found) == 1 else {"plans": found}))

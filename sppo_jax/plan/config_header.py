@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sppo_jax import config as configuration
 from sppo_jax.config import Config
-from sppo_jax.files import replacing
+from sppo_jax.files import read_text, replacing
 
 BEGIN, END = "# Planned", "# (end of the plan)"
 # Prefixes of knobs that no plan depends on.
@@ -24,7 +24,7 @@ def digest(config: Config) -> str:
 
 def write(path: Path, config: Config, lines: Sequence[str]) -> None:
     """Write the figures, one line each, into the file, in place of any that it has."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     block = "\n".join(
         [f"{BEGIN} by `make plan` (configuration {digest(config)}):", *(f"#   {x}" for x in lines), END]
     )
@@ -41,7 +41,5 @@ def write(path: Path, config: Config, lines: Sequence[str]) -> None:
 
 def planned(path: Path) -> str | None:
     """The digest of the configuration for which the file's figures were made; None: the file has no figures."""
-    found = re.search(
-        rf"^{BEGIN} .*\(configuration ([0-9a-f]+)\)", path.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    found = re.search(rf"^{BEGIN} .*\(configuration ([0-9a-f]+)\)", read_text(path), re.MULTILINE)
     return found and found[1]

@@ -8,13 +8,13 @@ from sppo_jax.plan.chips import GPUS, TPUS, Chip
 from sppo_jax.settings.values import nearest
 
 # Shapes of a flat slice. Slices of the other kinds have three sides, of 1, 2, or multiples of 4.
-FLAT = {kind: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16") for kind in ("v5e", "v6e")}
+FLAT = dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"))
 MOST = 16384  # chips
 
 
 def parse(name: str) -> tuple[Chip, int]:
     """Return a slice's kind of chip and number of chips. Raises BadInput for a name that stands for none."""
-    kind, colon, size = name.partition(":")
+    kind, _, size = name.partition(":")
     if kind in GPUS:
         if not re.fullmatch("[0-9]{1,6}", size) or not 1 <= int(size) <= MOST:
             raise BadInput(f"--device {kind} --count {size}: needs a whole number from 1 to {MOST}")

@@ -21,6 +21,7 @@ from sppo_jax.report.page import rate
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.manifest import model_revision
+from sppo_jax.settings import embedded
 
 PAPER = "Self-Play Preference Optimization for Language Model Alignment"
 CITATION = f"""@misc{{wu2024sppo,
@@ -173,9 +174,10 @@ def _evaluation(path: Path) -> dict[str, Any]:
 def _command(config: Config) -> str:
     """The flags of every knob that is not at its default."""
     plain, chosen = configuration.flat(Config()), configuration.flat(config)
+    unnamed = embedded.unnamed(config)
     words = ["python -m sppo_jax.main"]
     for key, value in chosen.items():
-        if value != plain[key] and not key.startswith(NOT_RESULTS):
+        if value != plain[key] and key not in unnamed and not key.startswith(NOT_RESULTS):
             shown = _public(str(value)) if key in PATHS else str(value)
             words.append(f"--{key} {shlex.quote(_printable(shown))}")
     return " \\\n  ".join(words)

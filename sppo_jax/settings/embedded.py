@@ -3,6 +3,7 @@
 A part that is named, in a file or a flag, is taken as it is; `notes` then warns of a mixture.
 """
 
+import contextlib
 import dataclasses
 
 from sppo_jax.config import EMBEDDED, Config
@@ -16,9 +17,9 @@ HELD_OUT = f"{EMBEDDED}prompts/heldout.jsonl"
 def resolve(config: Config) -> Config:
     """Return the configuration with judge.path, prompts.source and prompts.heldout filled in where they are empty.
 
-    prompts.heldout stays empty beside training prompts of the user's own, a share of which is then held out. Raises
-    BadInput, with all that has to be named, where the policy is the user's own. A judge or prompts that are not read,
-    beside a judge.backend or pairs of the user's own, get the embedded names.
+    prompts.heldout stays empty beside training prompts or pairs of the user's own, a share of which is then held out.
+    Raises BadInput, with all that has to be named, where the policy is the user's own. A judge or prompts that are not
+    read, beside a judge.backend or pairs of the user's own, get the embedded names.
     """
     judge, prompts = config.judge, config.prompts
     if not _is_embedded(config.model.path) and (missing := _missing(config)):
@@ -26,8 +27,11 @@ def resolve(config: Config) -> Config:
             f"model.path={config.model.path} is a model of your own, and the embedded judge and prompts belong to the "
             f"embedded policy alone: give {' and '.join(missing)}"
         )
+    policy = _is_embedded(config.model.path)
     source = prompts.source or TRAINING
-    heldout = prompts.heldout or (HELD_OUT if _is_embedded(source) else "")
+    # Beside pairs of the user's own for a policy of the user's own, the embedded training prompts are not read.
+    embedded = _is_embedded(source) and (policy or not config.pairs.source)
+    heldout = prompts.heldout or (HELD_OUT if embedded else "")
     return dataclasses.replace(
         config,
         judge=dataclasses.replace(judge, path=judge.path or JUDGE),
@@ -35,18 +39,31 @@ def resolve(config: Config) -> Config:
     )
 
 
+def unnamed(config: Config) -> list[str]:
+    """Return which of judge.path, prompts.source and prompts.heldout could be left empty, and would be filled in as they are."""
+    found = []
+    for section, name in (("judge", "path"), ("prompts", "source"), ("prompts", "heldout")):
+        blank = dataclasses.replace(getattr(config, section), **{name: ""})
+        with contextlib.suppress(BadInput):
+            if resolve(dataclasses.replace(config, **{section: blank})) == config:
+                found.append(f"{section}.{name}")
+    return found
+
+
 def notes(config: Config) -> list[str]:
     """Return a warning for each embedded part of a resolved configuration that meets parts of the user's own."""
     policy, prompts = config.model.path, config.prompts
     own = not _is_embedded(policy)
-    read = {"pairs.source": config.pairs.source, "prompts.heldout": prompts.heldout}
-    if not (config.pairs.source and prompts.heldout):
-        read["prompts.source"] = prompts.source
-    read = {key: name for key, name in read.items() if name}
+    read = {"prompts.heldout": prompts.heldout} if prompts.heldout else {}
+    read |= (
+        {"pairs.source": config.pairs.source} if config.pairs.source else {"prompts.source": prompts.source}
+    )
     lines = []
     theirs = [f"{key}={name}" for key, name in read.items() if not _is_embedded(name)]
     if _has_pairrm(config) and _is_embedded(config.judge.path) and (own or theirs):
-        lines.append(f"judge.path={config.judge.path} is a toy that knows only the embedded prompts")
+        lines.append(
+            f"judge.path={config.judge.path} is a toy that can judge the embedded policy and prompts alone"
+        )
     if not own and theirs:
         lines.append(
             f"model.path={policy} is a toy that knows only the embedded prompts, not {' and '.join(theirs)}"
@@ -65,11 +82,8 @@ def _missing(config: Config) -> list[str]:
     missing = []
     if _has_pairrm(config) and not config.judge.path:
         missing.append(f"--judge.path llm-blender/PairRM-hf ({JUDGE} to take the toy's on purpose)")
-    prompts = "jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME"
     if not config.pairs.source and not config.prompts.source:
-        missing.append(f"--prompts.source {prompts}")
-    if config.pairs.source and not config.prompts.source and not config.prompts.heldout:
-        missing.append(f"--prompts.heldout {prompts}")
+        missing.append("--prompts.source jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME")
     return missing
 
 
