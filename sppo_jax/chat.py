@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sppo_jax import command
+from sppo_jax import config as configuration
 from sppo_jax.command import Flags, call, printable
 from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
@@ -61,14 +62,16 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
         "--seed", type=int, default=0, help="equal seeds give equal responses to equal input (default: 0)"
     )
     args = flags.read(words)
-    if not 0 <= args.temperature < float("inf"):
-        raise BadInput(f"--temperature {args.temperature}: must be 0 or above")
-    if not 0 < args.top_p <= 1:
-        raise BadInput(f"--top-p {args.top_p}: must lie in (0, 1]")
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise BadInput(f"--max-new-tokens {args.max_new_tokens}: must be above 0")
-    if not 0 <= args.seed < 2**32:
-        raise BadInput(f"--seed {args.seed}: must lie in [0, 2**32)")
+    knobs = {knob.key: knob.range for knob in configuration.knobs()}
+    for flag, value, key in (
+        ("--temperature", args.temperature, "sampling.temperature"),
+        ("--top-p", args.top_p, "sampling.top_p"),
+        ("--max-new-tokens", args.max_new_tokens, "sampling.max_new_tokens"),
+        ("--seed", args.seed, "seed"),
+    ):
+        accepted = knobs[key]
+        if value is not None and accepted is not None and value not in accepted:
+            raise BadInput(f"{flag} {value}: must be {accepted.whole()}")
     return args
 
 
@@ -137,7 +140,8 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
     longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)
     if longest >= architecture.max_positions:
         raise BadInput(
-            f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all"
+            f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all; give at most "
+            f"{max(1, architecture.max_positions // 2)}, which leaves as many for the conversation"
         )
     mesh = sharding.make_mesh(1, 1, -1, devices=jax.local_devices())
     dtype = sharding.compute_dtype("auto", mesh)

@@ -18,6 +18,7 @@ from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
+from sppo_jax.settings import checks, embedded
 from sppo_jax.text import chat_template
 from sppo_jax.training.trainer import Trainer
 
@@ -82,7 +83,8 @@ class Session:
 
     def notes(self) -> list[str]:
         """Lines that the user should read before the game starts."""
-        lines = [
+        lines = embedded.notes(self.config)
+        lines += [
             f"prompts, {name}: " + ", ".join(f"{key} {n}" for key, n in sorted(count.items()))
             for name, count in self.sets.counts.items()
         ]
@@ -117,12 +119,12 @@ class Session:
             raise BadInput(
                 f"{self.source.directory}: the tokenizer gives id {highest}, the model has {vocab} tokens"
             )
-        longest = max(map(len, asked))
+        lengths = list(map(len, asked))
         new, room = self.config.sampling.max_new_tokens, self.architecture.max_positions
-        if longest + new > room:
+        if max(lengths) + new > room:
             raise BadInput(
-                f"sampling.max_new_tokens={new} after a prompt of {longest} tokens exceeds the model's {room} "
-                f"positions; lower it, or prompts.max_length to {room - new}"
+                f"sampling.max_new_tokens={new} after a prompt of {max(lengths)} tokens exceeds the model's {room} "
+                f"positions; {checks.shorter(lengths, new, room)}"
             )
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("single_device")
     ("words_", "said"),
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["--fit.learning_rat", "1"], "did you mean 'fit.learning_rate'?"),
+        (["--fit.learning_rat", "1"], "did you mean '--fit.learning_rate'?"),
         (["--judge.backend", "borda"], "judge.backend=borda is not known"),
         (["--judge.path", "nowhere"], "nowhere"),
         (["--eval.oracle", "sppo_jax.nothing:x"], "sppo_jax.nothing"),
@@ -51,7 +51,10 @@ def test_bad_input_is_one_line_exit_code_2_and_no_directory(tmp_path, words_, sa
         ({"model__path": "nowhere"}, "nowhere: no such directory"),
         ({"mesh__tensor": 3}, "does not fit 1 devices"),
         ({"prompts__source": "jsonl:nowhere.jsonl"}, "no such file"),
-        ({"sampling__max_new_tokens": 500}, "exceeds the model's 512 positions"),
+        (
+            {"sampling__max_new_tokens": 500},
+            r"exceeds the model's 512 positions; lower sampling.max_new_tokens to 4\d\d$",
+        ),
         ({"prompts__column": "nope"}, "no column .nope.; there are prompt"),
         (
             {"eval__oracle": "sppo_jax.tiny.world:HELD_OUT"},

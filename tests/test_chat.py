@@ -151,10 +151,16 @@ def test_generated_text_does_not_command_the_terminal(text, shown):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--top-p", "0"], r"--top-p 0\.0: must lie in \(0, 1\]"),
-        (["--temperature", "nan"], "--temperature nan: must be 0 or above"),
-        (["--max-new-tokens", "600"], "--max-new-tokens 600: the policy has 512 positions in all"),
-        (["--seed", "-1"], "--seed -1: must lie in"),
+        (["--top-p", "0"], r"--top-p 0\.0: must be above 0 and at most 1$"),
+        (["--top-p", "inf"], "--top-p inf: must be above 0 and at most 1$"),
+        (["--temperature", "nan"], r"--temperature nan: must be at least 0 and below 3\.4e38$"),
+        (["--temperature", "1e39"], r"--temperature 1e\+39: must be at least 0 and below 3\.4e38$"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1 and below 2147483648$"),
+        (
+            ["--max-new-tokens", "600"],
+            "--max-new-tokens 600: the policy has 512 positions in all; give at most 256",
+        ),
+        (["--seed", "-1"], "--seed -1: must be at least 0 and below 4294967296$"),
         (["--tmperature", "1"], "--tmperature 1; see python -m sppo_jax.chat --help"),
     ],
 )
@@ -169,6 +175,29 @@ def test_a_policy_without_a_chat_template_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": None}))
     with pytest.raises(BadInput, match="no chat template; use an instruction-tuned checkpoint"):
         chat.main(["--policy", str(directory)])
+
+
+@pytest.mark.parametrize(
+    ("given", "exports", "said"),
+    [
+        ("run", (1, 2, 10), "a run directory, not a model; give an export in it: .*run/iter_10/export, the latest of 3$"),
+        ("run", (1,), "a run directory, not a model; give an export in it: .*run/iter_1/export$"),
+        ("run/iter_2", (1, 2), "one iteration of a run; its policy is .*run/iter_2/export$"),
+        ("run", (), "a run directory without an export yet"),
+    ],
+)  # fmt: skip
+def test_a_run_directory_given_as_the_policy_names_its_export(tmp_path, given, exports, said):
+    run = tmp_path / "run"
+    for t in exports:
+        (run / f"iter_{t}/export").mkdir(parents=True)
+        (run / f"iter_{t}/export/config.json").write_text("{}")
+    run.mkdir(exist_ok=True)
+    for name in ("config.yaml", "manifest.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(BadInput, match=said):
+        chat.main(["--policy", str(tmp_path / given)])
+    with pytest.raises(BadInput, match=said):
+        names.fetch(str(tmp_path / given))
 
 
 def test_no_such_policy_is_one_line_and_exit_code_2():

@@ -29,12 +29,12 @@ def from_text(tmp_path, text, *overrides):
         ("fit:\n  learning_rat: 1.0", r"unknown key 'fit.learning_rat'; did you mean 'fit.learning_rate'\?"),
         ("learning_rate: 1.0", r"unknown key 'learning_rate'; did you mean 'fit.learning_rate'\?"),
         ("fitt: {}", r"unknown key 'fitt'"),
-        ("fit: 3", "fit is a section of keys, found 3"),
+        ("fit: 3", "fit is a section of keys, found '3'"),
         ("fit:\n  epochs: many", "fit.epochs.*many"),
         ("fit:\n  epochs: 1.5", "fit.epochs.*1.5"),
-        ("fit:\n  epochs: true", "fit.epochs needs a int, found true"),
-        ("fit:\n  epochs: null", "fit.epochs needs a int, found None"),
-        ("fit:\n  epochs: [1]", "fit.epochs needs a int"),
+        ("fit:\n  epochs: true", "fit.epochs needs a whole number, found 'true'"),
+        ("fit:\n  epochs: null", "fit.epochs needs a whole number, found 'null'"),
+        ("fit:\n  epochs: [1]", "fit.epochs needs one value, found a list"),
         ("fit:\n  loss: spo", "fit.loss.*'spo'.*sppo"),
         ("fit:\n  baseline: log_part", "fit.baseline.*log_part"),
         ("judge:\n  estimator: borda", "judge.estimator.*borda"),
@@ -67,13 +67,19 @@ def test_values_that_make_no_sense_are_refused_by_name(override):
     [
         ("--fit.warmup=1", "fit.warmup=1.0 must be at least 0 and below 1"),
         ("--sampling.top_p=0", "sampling.top_p=0.0 must be above 0 and at most 1"),
-        ("--sampling.responses=1", "sampling.responses=1 must be at least 2"),
-        ("--fit.eta=.nan", "fit.eta=nan must be above 0"),
-        ("--fit.epochs=99999999999", "fit.epochs=99999999999 must be at least 1 and below 2**31"),
+        ("--sampling.responses=1", "sampling.responses=1 must be at least 2 and below 2147483648"),
+        ("--fit.eta=.nan", "fit.eta=nan must be above 0 and below 2147483648"),
+        ("--fit.epochs=99999999999", "fit.epochs=99999999999 must be at least 1 and below 2147483648"),
+        ("--fit.eta=-5", "fit.eta=-5.0 must be above 0 and below 2147483648"),
+        ("--sampling.temperature=-1", "sampling.temperature=-1.0 must be at least 0 and below 3.4e38"),
+        (
+            "--judge.total_tokens=3",
+            "judge.total_tokens=3 must be 0 (the checkpoint's number), or at least 4 and below 2147483648",
+        ),
         ("--seed=4294967296", "seed=4294967296 must be at least 0 and below 4294967296"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_with_the_range(override, message):
+def test_a_number_out_of_its_range_is_refused_with_the_whole_range(override, message):
     with pytest.raises(BadInput) as caught:
         config_file.load([], [override])
     assert str(caught.value) == message

@@ -95,8 +95,9 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
     """Upload a complete export to `repo`, created if absent, and return its address. Raises BadInput on failure."""
     from huggingface_hub import HfApi
 
+    endpoint = environment.endpoint()
     try:
-        api = HfApi(endpoint=environment.endpoint())
+        api = HfApi(endpoint=endpoint)
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=repo, commit_message="sppo_jax export")
     except Exception as error:  # of huggingface_hub, its HTTP client or its transfer library

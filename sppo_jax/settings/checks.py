@@ -1,5 +1,6 @@
 """The checks of a whole configuration: ranges, and values that contradict each other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sppo_jax.config import LARGEST, Config, Judge, Range, flat, knobs
@@ -14,9 +15,6 @@ def validate(config: Config) -> None:
     values, fit = flat(config), config.fit
     for key, _, _, _, accepted in knobs():
         _check_number(key, values[key], accepted)
-    for key in ("out", "model.path"):
-        if not values[key].strip():
-            raise BadInput(f"{key} is empty: name a directory{' or a model' if key == 'model.path' else ''}")
     if fit.schedule_epochs < fit.epochs:
         raise BadInput(
             f"fit.schedule_epochs={fit.schedule_epochs} is shorter than fit.epochs={fit.epochs}: "
@@ -100,3 +98,20 @@ def _check_given_pairs(config: Config) -> None:
             f"{source} names the same pairs for {config.iterations} iterations; put {{iteration}} in it, or set "
             "iterations to 1"
         )
+
+
+def shorter(lengths: Sequence[int], new: int, room: int) -> str:
+    """Return what to lower, with values, where the longest of these prompts and `new` tokens exceed a model's `room`.
+
+    `lengths`: tokens of each prompt.
+    """
+    longest, shortest = max(lengths), min(lengths)
+    ways = []
+    if longest < room:
+        ways.append(f"sampling.max_new_tokens to {room - longest}")
+    if room - new >= shortest:
+        ways.append(f"prompts.max_length to {room - new}")
+    if not ways and shortest < room:
+        kept = max(shortest, room // 2)
+        ways.append(f"prompts.max_length to {kept} and sampling.max_new_tokens to {room - kept}")
+    return f"lower {' or '.join(ways)}" if ways else "take a model with more, or shorter prompts"
