@@ -13,8 +13,10 @@ SOURCES = (
 
 
 def expand(key: str, text: str) -> str:
-    """Return a knob's text with the home directory in place of `~`, if the knob holds a path. Raises BadInput where no home
-    is known, and where a path that is needed is empty."""
+    """Return a knob's text with the home directory in place of `~`, if the knob holds a path.
+
+    Raises BadInput where no home is known, and where a path that is needed is empty.
+    """
     if key in NEEDED and not text.strip():
         raise BadInput(f"{key} is empty: name {NEEDED[key]}")
     scheme, path = "", text

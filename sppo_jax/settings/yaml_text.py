@@ -33,8 +33,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(path: Path) -> dict[str, Text]:
-    """Return {"section.key": text} of a file. Raises BadInput where it cannot be read, is not a mapping of known sections
-    and keys, or has a key twice."""
+    """Return {"section.key": text} of a file.
+
+    Raises BadInput where it cannot be read, is not a mapping of known sections and keys, or has a key twice.
+    """
     node = _compose(path)
     if node is None or _is_null(node):
         return {}
@@ -65,9 +67,11 @@ def _compose(path: Path) -> Any:
         raise BadInput(
             f"--config {path}: not YAML: {f'line {mark.line + 1}: ' if mark else ''}{one_line(Exception(problem))}"
         ) from None
-    except (
-        Exception
-    ) as error:  # YAMLError for characters, and what PyYAML lets through, as ValueError of an escape
+    except yaml.reader.ReaderError as error:
+        raise BadInput(
+            f"--config {path}: not a configuration: it has the character U+{error.character:04X}"
+        ) from None
+    except Exception as error:  # what PyYAML lets through, such as OverflowError of an escape
         raise BadInput(f"--config {path}: not YAML: {one_line(error)}") from None
 
 
