@@ -87,16 +87,20 @@ def test_no_path_of_the_users_machine_is_in_the_card(begin, tmp_path):
         assert word in text
 
 
-def test_the_cards_command_gives_the_runs_configuration(begin):
-    run = begin("--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b")
+@pytest.mark.parametrize("more", [(), ("--model.path=owner/policy", "--prompts.column=--x")])
+def test_the_cards_command_gives_the_runs_configuration(begin, more):
+    run = begin(
+        "--fit.eta", "3.5", "--seed", "9", "--prompts.column", "it's $(x)", "--eval.oracle", "a:b", *more
+    )
     words = re.search(r"python -m sppo_jax\.main (.*?)\n```", model_card.text(run, 1), re.DOTALL)[1]
     again = config_file.load([], shlex.split(words.replace("\\\n", "")))
     assert configuration.changed_keys(config_file.load([run.config]), again) == []
+    assert ("embedded:pairrm" in words) == bool(more)  # the default beside the embedded policy only
 
 
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
 def test_names_from_outside_stay_text(begin, name):
-    run = begin("--model.path", name, "--prompts.source", f"hf:{name}", versions={name: name})
+    run = begin(f"--model.path={name}", "--prompts.source", f"hf:{name}", versions={name: name})
     text = model_card.text(run, 1)
     assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

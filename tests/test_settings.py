@@ -331,6 +331,7 @@ def test_a_number_that_is_0_or_infinite_in_float32_is_refused_unless_it_is_clamp
         ([500, 20], 64, "lower sampling.max_new_tokens to 12 or prompts.max_length to 448"),
         ([600, 20], 64, "lower prompts.max_length to 448"),
         ([600, 20], 5000, "lower prompts.max_length to 256 and sampling.max_new_tokens to 256"),
+        ([18, 17, 16, 6], 500, "lower sampling.max_new_tokens to 494"),
         ([600, 512], 5000, "take a model with more, or shorter prompts"),
     ],
 )

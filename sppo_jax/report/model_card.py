@@ -179,7 +179,8 @@ def _command(config: Config) -> str:
     for key, value in chosen.items():
         if value != plain[key] and key not in unnamed and not key.startswith(NOT_RESULTS):
             shown = _public(str(value)) if key in PATHS else str(value)
-            words.append(f"--{key} {shlex.quote(_printable(shown))}")
+            between = "=" if shown.startswith("--") else " "  # as a word of its own it would be a flag
+            words.append(f"--{key}{between}{shlex.quote(_printable(shown))}")
     return " \\\n  ".join(words)
 
 

@@ -105,13 +105,16 @@ def shorter(lengths: Sequence[int], new: int, room: int) -> str:
 
     `lengths`: tokens of each prompt.
     """
-    longest, shortest = max(lengths), min(lengths)
+    longest, middle = (
+        max(lengths),
+        sorted(lengths)[(len(lengths) - 1) // 2],
+    )  # a limit that keeps half of them works
     ways = []
     if longest < room:
         ways.append(f"sampling.max_new_tokens to {room - longest}")
-    if room - new >= shortest:
+    if room - new >= middle:
         ways.append(f"prompts.max_length to {room - new}")
-    if not ways and shortest < room:
-        kept = max(shortest, room // 2)
+    if not ways and middle < room:
+        kept = max(middle, room // 2)
         ways.append(f"prompts.max_length to {kept} and sampling.max_new_tokens to {room - kept}")
     return f"lower {' or '.join(ways)}" if ways else "take a model with more, or shorter prompts"

@@ -5,11 +5,8 @@ from sppo_jax.errors import BadInput
 
 PATHS = ("out", "model.path", "judge.path", "judge.python")
 NEEDED = {"out": "the run directory", "model.path": "a directory, a name on the hub, or embedded:policy"}
-SOURCES = (
-    "prompts.source",
-    "prompts.heldout",
-    "pairs.source",
-)  # with a path after their scheme, as jsonl:PATH
+# Their path follows a scheme, as jsonl:PATH.
+SOURCES = ("prompts.source", "prompts.heldout", "pairs.source")
 
 
 def expand(key: str, text: str) -> str:
