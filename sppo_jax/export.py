@@ -171,10 +171,9 @@ def own_dtype(directory: Path) -> str:
     """The dtype in a checkpoint's config.json, else that of its first tensor; float32 for one that is not in DTYPES."""
     from safetensors import SafetensorError, safe_open
 
-    from sppo_jax.models import hf
+    from sppo_jax.models import config_json, hf
 
-    config = files.read_json(directory / "config.json")
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = config_json.dtype(files.read_json(directory / "config.json"))
     if dtype is None:
         file = hf.weight_files(directory)[0]
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import environment, failures
+from sppo_jax.hub import adapters, environment, failures
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # Files that a checkpoint has besides model and config.json.
 BESIDE = ("generation_config.json", *TOKENIZER_FILES, *LICENCES)
-FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", *BESIDE)
+FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", adapters.CONFIG, *BESIDE)
 # Second copies of whole models (folders such as original/, Mistral's consolidated files), and adapters.
 LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter*.safetensors")
 
@@ -44,8 +44,9 @@ class Snapshot:
 
 
 def fetch(name: str, revision: str | None = None, *, tell: Callable[[str], None] = say) -> Snapshot:
-    """Return the language model `name` as `snapshot` does. Raises BadInput also for a repository without safetensors."""
+    """Return the language model `name` as `snapshot` does. Raises BadInput also for an adapter, and without safetensors."""
     found = snapshot(name, revision, FETCHED, tell=tell)
+    adapters.refuse(found.directory, found.name)
     if found.revision is not None and not any(found.directory.glob("*.safetensors")):
         raise BadInput(
             f"{found.name}: has no safetensors weights; make them once with transformers: "

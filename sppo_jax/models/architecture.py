@@ -1,12 +1,16 @@
 """config.json → Architecture: every option that changes a decoder's computation is read by name, and none is ignored."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sppo_jax.errors import BadInput
 from sppo_jax.files import read_json
+from sppo_jax.hub import adapters
+from sppo_jax.models.config_json import ACTIVATIONS, Options, known, shown
+
+__all__ = ["ACTIVATIONS", "Architecture", "Rope", "read_architecture"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,11 @@ class Rope:
     low: float = 1.0
     high: float = 4.0
     original: int = 8192  # positions of the original training
+
+    @property
+    def meant(self) -> "Rope":
+        """The same embedding as others may write it: a factor of 1 changes nothing."""
+        return Rope(self.theta) if self.factor == 1 else self
 
 
 @dataclass(frozen=True)
@@ -66,92 +75,38 @@ class Architecture:
         return sizes[letter]
 
 
-# Keys of config.json that do not change what is computed from tokens and weights.
-NEUTRAL = frozenset(
-    """
-    architectures model_type transformers_version torch_dtype dtype use_cache initializer_range attention_dropout
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
-    tokenizer_class cache_implementation id2label label2id problem_type task_specific_params finetuning_task
-    return_dict output_attentions output_hidden_states chunk_size_feed_forward max_length min_length do_sample
-    temperature top_p top_k typical_p num_beams num_beam_groups num_return_sequences repetition_penalty
-    diversity_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping bad_words_ids
-    begin_suppress_tokens exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id prefix
-    remove_invalid_values return_dict_in_generate output_scores suppress_tokens use_bfloat16 torchscript tf_legacy_loss
-    pruned_heads tie_encoder_decoder is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
-    pretraining_tp unsloth_version unsloth_fixed auto_map
-    """.split()  # noqa: SIM905
-)
-# Options that are not supported, and change nothing while they are false.
-OFF_WHEN_FALSE = frozenset({"attention_bias", "mlp_bias", "use_bidirectional_attention", "use_mrope"})
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Names of layer_types, the second as before transformers 5.
+LAYER_TYPES = {FULL: FULL, "attention": FULL, SLIDING: SLIDING}
 
 
-class Options:
-    """The keys of one object of config.json. Each is taken once, and `finish` refuses keys that were not taken."""
-
-    def __init__(self, path: Path, raw: dict[str, Any]):
-        self.path, self.left = path, dict(raw)
-
-    def take(self, key: str, kind: type = int, default: Any = ...) -> Any:
-        """Return the value as an int or float (finite, above 0), a bool, or unchecked (object); null counts as absent.
-
-        Raises BadInput for an absent key without `default`, and for a value of another kind.
-        """
-        value = self.left.pop(key, None)
-        if value is None:
-            if default is ...:
-                raise BadInput(f"{self.path}: {key} is missing")
-            return default
-        if kind is object:
-            return value
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = isinstance(value, bool) if kind is bool else number and 0 < value < math.inf
-        if not fits or (kind is int and value != int(value)):
-            wanted = {bool: "true or false", int: "a whole number above 0"}.get(kind, "a number above 0")
-            raise BadInput(f"{self.path}: {key} is {value!r}; needed {wanted}")
-        return kind(value)
-
-    def nullable(self, key: str, kind: type, absent: Any) -> Any:
-        """Return the value as `take` does, None for null, and `absent` for an absent key."""
-        return self.take(key, kind, None if key in self.left else absent)
-
-    def activation(self, key: str, default: str) -> str:
-        """Return the name in ACTIVATIONS of an activation. Raises BadInput for one that is not supported."""
-        value = self.take(key, object, default)
-        if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise BadInput(f"{self.path}: {key} is {value!r}; computed here: {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[value]
-
-    def finish(self) -> None:
-        """Raise BadInput for a key that was not taken and may change the computation."""
-        for key, value in sorted(self.left.items()):
-            off = (
-                value is None
-                or (value is False and key in OFF_WHEN_FALSE)
-                or (key, value) == ("is_causal", True)
-            )
-            if not off and key not in NEUTRAL and not key.startswith("_"):
-                raise BadInput(
-                    f"{self.path}: option {key}={value!r} is not computed here; if it does not change what the model "
-                    "computes, delete it from config.json"
-                )
-
-
-def read_architecture(directory: Path) -> Architecture:
+def read_architecture(directory: Path, tell: Callable[[str], None] | None = None) -> Architecture:
     """Return the architecture of a Hugging Face directory.
 
-    Raises BadInput, naming the family, option or value that is not supported.
+    `tell` receives a line about keys of config.json that transformers ignores, if there are any. Raises BadInput, naming
+    the family, option or value that is not supported.
     """
     path = directory / "config.json"
+    adapters.refuse(directory)
     options = Options(path, read_json(path))
-    families = options.take("architectures", object, None)
+    families, model_type = (
+        options.take("architectures", object, None),
+        options.take("model_type", object, None),
+    )
     family = families[0] if isinstance(families, list) and len(families) == 1 else None
     if not isinstance(family, str) or family not in FAMILIES:
         raise BadInput(f"{path}: architectures is {families or 'missing'}; known: {', '.join(FAMILIES)}")
+    own_type, read_family = FAMILIES[family]
+    if model_type not in (None, own_type):
+        raise BadInput(
+            f"{path}: architectures names {family}, but model_type is {shown(model_type)}, by which transformers goes; "
+            f"for this family it is {own_type}"
+        )
     heads, model = options.take("num_attention_heads"), options.take("hidden_size")
     layers, max_positions = options.take("num_hidden_layers"), options.take("max_position_embeddings")
-    special = FAMILIES[family](options, layers)  # first, because keys that it takes are absent below
+    special = read_family(
+        options, layers, max_positions
+    )  # first, because keys that it takes are absent below
     general = {
         "vocab": options.take("vocab_size"),
         "model": model,
@@ -167,11 +122,13 @@ def read_architecture(directory: Path) -> Architecture:
         "activation": options.activation("hidden_act", "silu"),
     }
     architecture = Architecture(**(general | special))
-    options.finish()
+    options.finish(known(own_type))
     if heads % architecture.kv_heads:
         raise BadInput(f"{path}: {heads} heads cannot share {architecture.kv_heads} kv heads")
     if architecture.head_dim % 2:
         raise BadInput(f"{path}: head_dim is {architecture.head_dim}; rotary embeddings need an even one")
+    if tell is not None and (note := options.note(known(own_type))):
+        tell(note)
     return architecture
 
 
@@ -180,20 +137,27 @@ def read_architecture(directory: Path) -> Architecture:
 KV_HEADS = {"MistralForCausalLM": 8, "Gemma2ForCausalLM": 4, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 
 
-def _mistral(options: Options, layers: int) -> dict[str, Any]:
-    return {"window": options.nullable("sliding_window", int, 4096)}
+def _mistral(options: Options, layers: int, positions: int) -> dict[str, Any]:
+    window = options.nullable("sliding_window", int, 4096)
+    return _windows(options, window, [FULL if window is None else SLIDING] * layers)
 
 
-def _llama(options: Options, layers: int) -> dict[str, Any]:
+def _llama(options: Options, layers: int, positions: int) -> dict[str, Any]:
     bias = options.take("attention_bias", bool, False)
+    # Its class has neither key, but transformers' cache looks for both: generation would keep `window` tokens, and the
+    # forward pass all.
+    window, named = options.take("sliding_window", int, None), options.left.get("layer_types") is not None
+    kinds = _windows(options, window, [FULL] * layers)
+    if kinds["window"] is not None or (window is not None and window < positions and not named):
+        raise options.refusal("sliding_window", window, None)
+    options.ignored += [] if window is None else ["sliding_window"]
     return {"window": None, "qkv_bias": bias, "o_bias": bias}
 
 
-def _gemma2(options: Options, layers: int) -> dict[str, Any]:
+def _gemma2(options: Options, layers: int, positions: int) -> dict[str, Any]:
     bias, window = options.take("attention_bias", bool, False), options.nullable("sliding_window", int, 4096)
-    if options.take("sliding_window_size", int, window) != window:  # published beside sliding_window
-        raise BadInput(f"{options.path}: sliding_window and sliding_window_size differ")
-    options.take("hidden_act", object, None)  # published too, but hidden_activation is used
+    # Published beside hidden_activation, which is used.
+    options.ignored += ["hidden_act"] if options.take("hidden_act", object, None) else []
     return {
         "head_dim": options.take("head_dim", default=256),
         "tied": options.take("tie_word_embeddings", bool, True),
@@ -210,41 +174,45 @@ def _gemma2(options: Options, layers: int) -> dict[str, Any]:
     }
 
 
-def _qwen2(options: Options, layers: int) -> dict[str, Any]:
+def _qwen2(options: Options, layers: int, positions: int) -> dict[str, Any]:
     used = options.take("use_sliding_window", bool, False)
     size, first = options.nullable("sliding_window", int, 4096), options.take("max_window_layers", object, 28)
     if type(first) is not int:
-        raise BadInput(f"{options.path}: max_window_layers is {first!r}; needed a whole number")
+        raise BadInput(f"{options.path}: max_window_layers is {shown(first)}; needed a whole number")
     window = size if used else None
     kinds = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
     return {"qkv_bias": True, **_windows(options, window, kinds)}
 
 
-def _qwen3(options: Options, layers: int) -> dict[str, Any]:
+def _qwen3(options: Options, layers: int, positions: int) -> dict[str, Any]:
     bias = options.take("attention_bias", bool, False)
     head_dim = options.take("head_dim", default=128)
     own = {"head_dim": head_dim, "qkv_bias": bias, "o_bias": bias, "qk_norm": True}
-    return _qwen2(options, layers) | own
+    return _qwen2(options, layers, positions) | own
 
 
-FAMILIES = {
-    "MistralForCausalLM": _mistral,
-    "LlamaForCausalLM": _llama,
-    "Gemma2ForCausalLM": _gemma2,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
+# By `architectures`: transformers' model_type, and the options.
+FAMILIES: dict[str, tuple[str, Callable[[Options, int, int], dict[str, Any]]]] = {
+    "MistralForCausalLM": ("mistral", _mistral),
+    "LlamaForCausalLM": ("llama", _llama),
+    "Gemma2ForCausalLM": ("gemma2", _gemma2),
+    "Qwen2ForCausalLM": ("qwen2", _qwen2),
+    "Qwen3ForCausalLM": ("qwen3", _qwen3),
 }
 
 
 def _windows(options: Options, window: int | None, default: list[str]) -> dict[str, Any]:
     """Return `window` and `windowed` from layer_types, or from the family's pattern `default` if that is absent."""
+    given = options.left.get("layer_types") is not None
     kinds = options.take("layer_types", object, default)
-    named = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
+    named = isinstance(kinds, list) and all(isinstance(kind, str) and kind in LAYER_TYPES for kind in kinds)
     if not named or len(kinds) != len(default):
         raise BadInput(
             f"{options.path}: layer_types must name {FULL} or {SLIDING} for each of {len(default)} layers"
         )
-    windowed = tuple(kind == SLIDING for kind in kinds)
+    windowed = tuple(LAYER_TYPES[kind] == SLIDING for kind in kinds)
+    if given and window is None and any(windowed):
+        raise BadInput(f"{options.path}: layer_types names {SLIDING}, but no sliding_window is in use")
     if window is None or not any(windowed):
         return {"window": None}
     return {"window": window, "windowed": () if all(windowed) else windowed}
@@ -253,12 +221,31 @@ def _windows(options: Options, window: int | None, default: list[str]) -> dict[s
 def _rope(options: Options, max_positions: int) -> Rope:
     """Return the rotary embedding. Raises BadInput for a kind that is not supported."""
     theta = options.take("rope_theta", float, 10_000.0)
-    before, raw = (options.take(key, object, {}) for key in ("rope_scaling", "rope_parameters"))
-    if before and raw and before != raw:
-        raise BadInput(f"{options.path}: rope_scaling and rope_parameters differ; keep the right one")
-    raw = raw or before  # transformers 5 writes rope_parameters
+    # transformers reads it also here, and prefers it to the one among the parameters.
+    original = options.take("original_max_position_embeddings", default=None)
+    # transformers 5 writes rope_parameters, and prefers rope_scaling. Empty ones count as absent.
+    given = {key: options.take(key, object, None) for key in ("rope_scaling", "rope_parameters")}
+    ropes = {
+        key: _rope_of(options, key, raw, theta, original, max_positions) for key, raw in given.items() if raw
+    }
+    before, now = (ropes.get(key) for key in given)
+    if before and now and before.meant != now.meant:
+        raise BadInput(
+            f"{options.path}: rope_scaling and rope_parameters differ: {before.meant} and {now.meant}; keep the right one"
+        )
+    rope = before or now or Rope(theta)
+    options.ignored += (
+        [] if original is None or rope.kind == "llama3" else ["original_max_position_embeddings"]
+    )
+    return rope
+
+
+def _rope_of(
+    options: Options, key: str, raw: Any, theta: float, original: int | None, max_positions: int
+) -> Rope:
+    """Return what one object of rotary parameters means. Raises BadInput for a kind that is not supported."""
     if not isinstance(raw, dict):
-        raise BadInput(f"{options.path}: rope parameters are {raw!r}, needed an object")
+        raise BadInput(f"{options.path}: {key} is {shown(raw)}, needed an object")
     inner = Options(options.path, raw)
     kind = inner.take("rope_type", object, inner.left.get("type") or "default")
     inner.left.pop("type", None)  # its name before transformers 4.43
@@ -268,17 +255,24 @@ def _rope(options: Options, max_positions: int) -> Rope:
     elif kind == "linear":
         rope = Rope(theta, "linear", inner.take("factor", float))
     elif kind == "llama3":
+        named = inner.take("original_max_position_embeddings", default=max_positions)
         rope = Rope(
             theta,
             "llama3",
             inner.take("factor", float),
             inner.take("low_freq_factor", float),
             inner.take("high_freq_factor", float),
-            inner.take("original_max_position_embeddings", default=max_positions),
+            original or named,
         )
         if rope.high <= rope.low:
             raise BadInput(f"{options.path}: high_freq_factor must exceed low_freq_factor")
     else:
-        raise BadInput(f"{options.path}: rope type is {kind!r}; computed here: default, linear, llama3")
-    inner.finish()
+        raise BadInput(f"{options.path}: rope type is {shown(kind)}; computed here: default, linear, llama3")
+    for name, value in sorted(inner.left.items()):
+        if isinstance(value, dict):
+            raise BadInput(f"{options.path}: {key} of layers of one kind ({name}) are not computed here")
+        if name == "partial_rotary_factor" and value not in (None, 1.0):
+            raise options.refusal(name, value, 1.0)
+        # Other types' parameters are left over where a type was changed; transformers warns and goes on.
+        options.ignored += [] if value is None else [f"{name} (of rope type {kind})"]
     return rope

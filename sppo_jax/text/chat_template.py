@@ -33,8 +33,12 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer  # here, because it takes a second to import
 
+    from sppo_jax.models import config_json  # and this imports jax
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **config_json.for_tokenizer(directory)
+        )
     except Exception as error:  # transformers raises many kinds here
         raise BadInput(f"{directory}: no usable tokenizer: {one_line(error)[:SHOWN]}") from None
     if not tokenizer.is_fast:
