@@ -359,13 +359,13 @@ def test_ends_that_the_model_does_not_have_are_refused_by_name(policy, tokenizer
 def test_numbers_and_ids_that_are_not_integers_are_refused_by_name(value):
     with pytest.raises(BadInput, match=r"^responses .* must be a whole number in \[1, 2\*\*31\)"):
         engine._check_number("responses", value, 1, 2**31)
-    with pytest.raises(BadInput, match="^a prompt holds token id "):
+    with pytest.raises(BadInput, match=r"^a prompt holds token id "):
         engine._check_ids("a prompt", [1, value], 768)
 
 
 def test_integers_of_numpy_are_as_good_as_pythons(sampler):
     engine._check_number("responses", np.int32(2), 1, 2**31)
-    engine._check_ids("a prompt", np.array([1, 767]), 768)
+    engine._check_ids("a prompt", list(np.array([1, 767])), 768)
     assert sampler.generate([], seed=0) == []
 
 
