@@ -121,9 +121,21 @@ def test_temperature_zero_takes_the_first_of_the_largest(vocab):
     assert found[0] == 130
 
 
-def test_a_temperature_below_what_floats_hold_is_nearly_zero():
-    found, _ = draw(random_logits(), keys(64), temperature=1e-45, top_p=1.0)
+@pytest.mark.parametrize("setting", [{"temperature": 1e-45}, {"temperature": 5e-324}, {"top_p": 1e-45}, {"top_p": 1e-39}, {"top_p": 5e-324}])  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_setting_that_is_zero_in_float32_is_nearly_zero(setting):
+    """With a nucleus of no mass the draw would look for a better token for ever."""
+    found, _ = draw(random_logits(), keys(64), **({"temperature": 1.0, "top_p": 1.0} | setting))
     np.testing.assert_array_equal(found, random_logits().argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e300])
+def test_a_temperature_that_is_infinite_in_float32_makes_all_possible_tokens_equal(temperature):
+    logits_BV = np.where(np.arange(768) % 2, random_logits(), -np.inf).astype(np.float32)
+    found, logprob_B = draw(logits_BV, keys(64), temperature=temperature, top_p=1.0)
+    flat, _ = draw(np.where(np.isfinite(logits_BV), 0.0, -np.inf), keys(64), temperature=1.0, top_p=1.0)
+    np.testing.assert_array_equal(found, flat)
+    assert np.isfinite(logprob_B).all()
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (0.9, 20)])

@@ -15,7 +15,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import Sampler
+from sppo_jax.sampler import Sampler, engine
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.sampler.stream import Stream
 from sppo_jax.text import chat_template
@@ -303,11 +303,69 @@ def test_limits_that_ask_for_nothing_are_refused(sampler, asked, limits):
         sampler.stream(asked[:1], seed=0, limits=limits)
 
 
-def test_an_empty_prompt_and_an_impossible_seed_are_refused(sampler):
-    with pytest.raises(BadInput, match="has no tokens"):
-        sampler.generate([Prompt("nothing", [])], seed=0)
-    with pytest.raises(BadInput, match="seed -1"):
-        sampler.generate(["a"], seed=-1)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"responses": 0}, r"responses 0 must be a whole number in \[1, 2\*\*31\)"),
+        ({"responses": -1}, "responses -1"),
+        ({"responses": True}, "responses True"),
+        ({"iteration": -1}, r"iteration -1 must be a whole number in \[0, 2\*\*32\)"),
+        ({"iteration": 2**32}, "iteration 4294967296"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**32}, "seed 4294967296"),
+        ({"prompts": [Prompt("x", [])]}, "'x' has no tokens"),
+        ({"prompts": [Prompt("x", [1, -1])]}, "holds token id -1, and the model has 768 tokens"),
+        ({"prompts": [Prompt("x", [768, 1])]}, "token id 768, .* whole numbers from 0 to 767"),
+        ({"prompts": [Prompt("x", [2**31])]}, "token id 2147483648"),
+        ({"prompts": [Prompt("x", [1, 2.5])]}, r"token id 2\.5"),
+        ({"prompts": [Prompt("x", [1, None])]}, "token id None"),
+        ({"prompts": [Prompt("x", [1] * 489)]}, "489 tokens and sampling.max_new_tokens=24 exceed the model's 512"),
+        ({"prompts": "a text"}, r"prompts is one text, 'a text'; give a list"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sampled_is_refused_by_name_before_the_devices_work(
+    sampler, monkeypatch, change, said
+):
+    monkeypatch.setattr(Sampler, "warm_up", None)
+    with pytest.raises(BadInput, match=said):
+        sampler.generate(**({"prompts": ["a"], "seed": 0} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": float("nan")}, r"sampling\.temperature=nan must be at least 0"),
+        ({"temperature": -1.0}, r"temperature=-1\.0"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
+        ({"slots": 0}, "slots=0"),
+        ({"responses": 0}, "responses=0"),
+    ],
+)
+def test_a_sampler_with_settings_out_of_their_range_is_refused_by_name(policy, tokenizer, change, said):
+    with pytest.raises(BadInput, match=said):
+        small(policy, tokenizer, **change)
+
+
+@pytest.mark.parametrize("eos", [(-1,), (1, 768)])
+def test_ends_that_the_model_does_not_have_are_refused_by_name(policy, tokenizer, eos):
+    with pytest.raises(BadInput, match=rf"eos holds token id {eos[-1]}"):
+        Sampler(policy, tokenizer, TEMPERATE, eos=eos)
+
+
+@pytest.mark.parametrize("value", [2.0, "2", None, True, float("nan"), [2]])
+def test_numbers_and_ids_that_are_not_integers_are_refused_by_name(value):
+    with pytest.raises(BadInput, match=r"^responses .* must be a whole number in \[1, 2\*\*31\)"):
+        engine._check_number("responses", value, 1, 2**31)
+    with pytest.raises(BadInput, match=r"^a prompt holds token id "):
+        engine._check_ids("a prompt", [1, value], 768)
+
+
+def test_integers_of_numpy_are_as_good_as_pythons(sampler):
+    engine._check_number("responses", np.int32(2), 1, 2**31)
+    engine._check_ids("a prompt", list(np.array([1, 767])), 768)
     assert sampler.generate([], seed=0) == []
 
 

@@ -6,7 +6,9 @@ token folds (seed, iteration, prompt_id, k, position).
 """
 
 import contextlib
+import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,12 +48,16 @@ class Sampler:
     ):
         """Place the weights. `mesh` is the mesh of `model`; its devices decode as replicas (capacity.sampling_mesh).
 
+        Raises BadInput for a setting or an id of `eos` that is out of its range.
+
         `eos`: ids that end a response; default: the ids that the tokenizer and its template define. `longest`: number of
         tokens in the longest prompt to come, if known; a longer prompt needs new programs.
         """
+        _check_settings(sampling)
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]) if mesh is None else mesh
         self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
-        self.eos = tuple(int(i) for i in (own_eos_ids(tokenizer) if eos is None else eos))
+        self.eos = tuple(own_eos_ids(tokenizer) if eos is None else eos)
+        _check_ids("eos", self.eos, model.architecture.vocab)
         whole = capacity.choose(model, mesh, sampling, sharding.memory_limit(mesh))
         self.capacity = whole.own()
         self._whole, self.mesh, self.replicas = whole.mesh, self.capacity.mesh, self.capacity.replicas
@@ -113,17 +119,21 @@ class Sampler:
     ) -> Iterator[tuple[int, Responses]]:
         """Iterate over (index, K responses), each prompt as soon as its last response has ended: roughly in the order given.
 
-        `limits[i][k]` caps single responses below max_new_tokens, to replay recorded lengths. Raises BadInput, before
-        anything is sampled, for a prompt that leaves no room for max_new_tokens in the model's context.
+        `limits[i][k]` caps single responses below max_new_tokens, to replay recorded lengths. `seed` and `iteration` lie in
+        [0, 2**32). Raises BadInput, before anything is sampled, for a number out of its range, an id that the model does
+        not have, and a prompt that is empty or leaves no room for max_new_tokens in the model's context.
         """
         self._check_idle()
-        if not 0 <= seed < 2**32:
-            raise BadInput(f"seed {seed} must lie in [0, 2**32)")
-        records = [chat_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
-        self._check(records)
-        count, most = responses or self.sampling.responses, self.sampling.max_new_tokens
-        rows = limits or [[most] * count] * len(records)
-        if len(rows) != len(records) or not all(row and min(row) >= 1 for row in rows):
+        _check_number("seed", seed, 0, 2**32)
+        _check_number("iteration", iteration, 0, 2**32)
+        count, most = (
+            self.sampling.responses if responses is None else responses,
+            self.sampling.max_new_tokens,
+        )
+        _check_number("responses", count, 1, 2**31)
+        records = self._records(prompts)
+        rows = [[most] * count] * len(records) if limits is None else limits
+        if len(rows) != len(records) or not all(row and all(_fits(n, 1, 2**31) for n in row) for row in rows):
             raise BadInput("limits need a row for each prompt, and in it a number above 0 for each response")
         asked = [{k: min(limit, most) for k, limit in enumerate(row)} for row in rows]
         if not records:
@@ -206,20 +216,28 @@ class Sampler:
         if self._streaming:
             raise RuntimeError("this sampler is in the middle of a stream: finish or close that one first")
 
-    def _check(self, prompts: Sequence[Prompt]) -> None:
-        a, new = self.architecture, self.sampling.max_new_tokens
+    def _records(self, prompts: Sequence[Prompt | str]) -> list[Prompt]:
+        """Return the prompts with their ids. Raises BadInput for one that the model cannot read."""
+        if isinstance(prompts, str):
+            raise BadInput(f"prompts is one text, {prompts[:80]!r}; give a list: [text]")
+        found = []
         for prompt in prompts:
-            if not prompt.ids:
-                raise BadInput(f"the prompt {prompt.text[:80]!r} has no tokens")
-            if len(prompt.ids) + new > a.max_positions:
-                raise BadInput(
-                    f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens={new} exceed the model's "
-                    f"{a.max_positions} positions"
-                )
-            if max(prompt.ids) >= a.vocab:
-                raise BadInput(
-                    f"a prompt holds token id {max(prompt.ids)}, and the model has {a.vocab} tokens"
-                )
+            if not isinstance(prompt, str | Prompt):
+                raise BadInput(f"a prompt is a {type(prompt).__name__}; needed texts or Prompts")
+            found.append(chat_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
+            self._check(found[-1])
+        return found
+
+    def _check(self, prompt: Prompt) -> None:
+        a, new = self.architecture, self.sampling.max_new_tokens
+        if not len(prompt.ids):
+            raise BadInput(f"the prompt {prompt.text[:80]!r} has no tokens")
+        if len(prompt.ids) + new > a.max_positions:
+            raise BadInput(
+                f"a prompt of {len(prompt.ids)} tokens and sampling.max_new_tokens={new} exceed the model's "
+                f"{a.max_positions} positions"
+            )
+        _check_ids("a prompt", prompt.ids, a.vocab)
 
     def _record(self, prompt: Prompt, found: dict[int, Response]) -> Responses:
         rows = [found[k] for k in sorted(found)]
@@ -232,3 +250,35 @@ class Sampler:
             finish_reason=["stop" if row.tokens[-1] in self.eos else "length" for row in rows],
             logprobs=[math.fsum(row.logprobs) for row in rows],
         )
+
+
+def _fits(value: Any, low: int, below: int) -> bool:
+    """Return whether `value` is an integer, of Python or NumPy, in [low, below). True and False are not integers."""
+    try:
+        return not isinstance(value, bool) and low <= operator.index(value) < below
+    except TypeError:
+        return False
+
+
+def _check_number(name: str, value: Any, low: int, below: int) -> None:
+    if not _fits(value, low, below):
+        raise BadInput(f"{name} {value!r} must be a whole number in [{low}, 2**{below.bit_length() - 1})")
+
+
+def _check_ids(holder: str, ids: Sequence[Any], vocab: int) -> None:
+    for i in ids:
+        if not _fits(i, 0, vocab):
+            raise BadInput(
+                f"{holder} holds token id {i!r}, and the model has {vocab} tokens; ids are whole numbers from 0 to {vocab - 1}"
+            )
+
+
+def _check_settings(sampling: Sampling) -> None:
+    """Raise BadInput for a setting out of its knob's range. One response, from which no pair can come, is allowed here."""
+    for field in dataclasses.fields(sampling):
+        value, accepted = getattr(sampling, field.name), field.metadata["range"]
+        if accepted is None or (field.name == "responses" and _fits(value, 1, 2**31)):
+            continue
+        whole = field.type is not int or _fits(value, 0, 2**31)
+        if not whole or not isinstance(value, int | float) or value not in accepted:
+            raise BadInput(f"sampling.{field.name}={value!r} must be {accepted}")

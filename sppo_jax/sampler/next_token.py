@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+# Temperature and top_p as float32 can compute with them: beyond, they would be 0 or infinite there.
+SMALLEST, LARGEST = 1e-30, 1e30
+
 
 def next_token(
     logits_BV: Float[Array, "B V"],
@@ -30,14 +33,16 @@ def next_token(
     """The tokens drawn, and their log-probabilities (nats) at temperature 1 over the whole vocabulary, in float32.
 
     In Hugging Face's order: temperature, then the `top_k` largest logits (ties with the last included; 0: all), then the
-    nucleus of `top_p` among these. Temperature 0 takes the largest logit, the first among equals.
+    nucleus of `top_p` among these. Temperature 0 takes the largest logit, the first among equals. A temperature or top_p
+    that float32 cannot hold is the nearest one that it can compute with.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     highest_B = jnp.max(logits_BV, axis=-1)
     if temperature == 0:
         token_B = _best(logits_BV)
     else:
-        temperature = max(temperature, 1e-30)  # flushed to 0, it would make the largest weight 0 / 0
+        # As 0 it would make the largest weight 0 / 0, as infinity that of a logit of -infinity.
+        temperature = min(max(temperature, SMALLEST), LARGEST)
         weight_BV = jnp.exp((logits_BV - highest_B[:, None]) / temperature)
         if 0 < top_k < logits_BV.shape[1]:
             weight_BV = jnp.where(in_top_k(logits_BV, top_k), weight_BV, 0.0)
@@ -88,7 +93,8 @@ def _race(weight_BV: Float[Array, "B V"], noise_BV: Float[Array, "B V"], top_p: 
     token_B = _best(score_BV)
     if top_p >= 1:
         return token_B
-    needed_B = top_p * jnp.sum(weight_BV, axis=-1)
+    # No token has less than no mass above it: with 0 the loop below would not end.
+    needed_B = max(top_p, SMALLEST) * jnp.sum(weight_BV, axis=-1)
 
     def outside(token_B: Array) -> tuple[Array, Array]:
         bar_B = jnp.take_along_axis(weight_BV, token_B[:, None], axis=1)[:, 0]

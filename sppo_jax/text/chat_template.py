@@ -14,6 +14,14 @@ from sppo_jax.records import Prompt
 
 # A user's message, which every template must render, and a response, which most templates render.
 PROBE, ANSWER = "Is this shown?", "It is shown."
+# The conversations that end with PROBE, for which a template must write its generation header.
+ASKED = {
+    "one message": [("user", PROBE)],
+    "a longer conversation": [("user", "Is it hot?"), ("assistant", "It is cold."), ("user", PROBE)],
+    "a conversation with a system message": [("system", "Be brief."), ("user", PROBE)],
+}
+# A thought that a template adds to an answer without one; the policy samples its own.
+EMPTY_THOUGHT = re.compile(r"[<\[]([^<>\[\]/\s]+)[>\]]\s*[<\[]/\1[>\]]")
 SHOWN = 300  # characters of a library's message
 # Llama 3.2's template writes today's date, but a run that resumes tomorrow must see the same ids. For a template that
 # calls strftime_now, it is always the day that Llama's templates fall back to. The tag removes its own line's end.
@@ -28,8 +36,8 @@ Message = dict[str, str]  # role (system, user or assistant) and content
 def load_tokenizer(directory: Path) -> Any:
     """Return the `transformers` tokenizer of a Hugging Face directory.
 
-    Raises BadInput without a fast tokenizer, without a chat template that shows the user's message, and for a tokenizer
-    whose model would turn text into a control token.
+    Raises BadInput without a fast tokenizer, without a chat template that shows the user's message and writes a generation
+    header, and for a tokenizer whose model would turn text into a control token.
     """
     from transformers import AutoTokenizer  # here, because it takes a second to import
 
@@ -53,6 +61,12 @@ def load_tokenizer(directory: Path) -> Any:
         raise BadInput(f"{directory}: the chat template fails: {one_line(error)[:SHOWN]}") from None
     if PROBE not in shown:
         raise BadInput(f"{directory}: the chat template does not show what the user says")
+    for name, asked in ASKED.items():
+        if missing := _missing_header(tokenizer, asked):
+            raise BadInput(
+                f"{directory}: the chat template ends the prompt of {name} before the place where it puts an answer; end it "
+                f"with {{% if add_generation_prompt %}}{{{{ {missing!r} }}}}{{% endif %}}"
+            )
     if loose := _encoder(tokenizer).inseparable():
         raise BadInput(
             f"{directory}: a text that spells {loose[0]!r} would become that control token; "
@@ -142,6 +156,27 @@ def response_text(tokenizer: Any, ids: list[int]) -> str:
     Ids without a token (embedding rows that only pad the matrix) add nothing.
     """
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _missing_header(tokenizer: Any, asked: list[tuple[str, str]]) -> str:
+    """Return the text that the template writes before an answer to `asked`, if the prompt does not reach the answer's place.
+
+    Returns "" where it does: up to white space and an empty thought, and a prompt may go further, as into a thought. Also
+    for a template that refuses these roles or does not render assistants, where nothing can be compared.
+    """
+    messages = [{"role": role, "content": content} for role, content in asked]
+    try:
+        prompt = _apply(tokenizer, messages, header=True)
+        whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], header=False)
+    except Exception:  # of jinja, or raised by the template itself
+        return ""
+    # Only what follows the last message: what is before it may depend on the number of messages.
+    before, answered, _ = whole.rpartition(ANSWER)
+    (_, asked_there, needed), (_, _, given) = before.rpartition(PROBE), prompt.rpartition(PROBE)
+    if not answered or not asked_there:
+        return ""
+    reached = "".join(given.split()).startswith("".join(EMPTY_THOUGHT.sub("", needed).split()))
+    return "" if reached else needed.removeprefix(given)
 
 
 def _apply(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
