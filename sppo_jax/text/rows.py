@@ -5,22 +5,34 @@ No code of a dataset is run, and only the requested splits and columns are retur
 
 import contextlib
 import dataclasses
-import json
+import difflib
+import functools
+import itertools
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sppo_jax import files
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import environment
 from sppo_jax.hub.names import resolve
+from sppo_jax.text import connection, text_files
+from sppo_jax.text.conversations import instruction
 
 PLACEHOLDER = "{iteration}"
 NO_SPLIT = ("train", "test")  # the knobs' defaults, which a file ignores
 ROWS = 1000  # rows read at a time
 SHOWN = 300  # characters of a library's message
 
+FIRST = 100  # rows whose columns are looked at for advice
+COLUMNS = 20  # names of columns in a message
+SAVED = ("state.json", "dataset_dict.json")  # files of what `datasets` saves to disk
+
 Row = dict[str, Any]
+Columns = Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,8 @@ class Source:
     split: str
 
     def __str__(self) -> str:
-        return f"{self.knob}={self.name}"
+        name = self.name if self.name.isprintable() else repr(self.name)
+        return f"{self.knob}={name if len(name) <= SHOWN else name[: SHOWN // 2] + '…' + name[-SHOWN // 2 :]}"
 
     @property
     def by_iteration(self) -> bool:
@@ -45,11 +58,11 @@ class Source:
         return dataclasses.replace(self, name=name, split=split)
 
 
-def rows(source: Source, columns: Sequence[str]) -> Iterator[Row | None]:
-    """Yield rows in the source's order, None for a line that is not JSON. Values are plain Python; text is str.
+def rows(source: Source, columns: Columns) -> Iterator[Row | str]:
+    """Yield rows in the source's order; for a line that is not an object, the reason: "not_json" or "not_object".
 
-    A row of a jsonl file may lack columns. Raises BadInput, in one line, when the source or its split cannot be read, or
-    when a column is in no row.
+    Values are plain Python; text is str. A row of a jsonl file may lack columns, and may have others. `columns` None: all
+    columns. Raises BadInput, in one line, when the source or its split cannot be read, or when a column is in no row.
     """
     scheme, colon, name = source.name.partition(":")
     if not colon or scheme not in _READERS or not name:
@@ -58,86 +71,112 @@ def rows(source: Source, columns: Sequence[str]) -> Iterator[Row | None]:
     yield from _READERS[scheme](source, name, columns)
 
 
-def messages(value: Any) -> list[tuple[str, str]] | None:
-    """Return (role, content) of each message of a conversation (a list of structs, or a struct of lists), else None."""
-    if isinstance(value, dict):
-        roles, contents = value.get("role"), value.get("content")
-        if not isinstance(roles, list) or not isinstance(contents, list) or len(roles) != len(contents):
-            return None
-        value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-    if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        return None
-    found = [(m.get("role"), m.get("content")) for m in value]
-    return found if all(isinstance(part, str) for m in found for part in m) else None
+def columns_of_text(source: Source) -> list[str]:
+    """Return the names of the columns in which the source's first rows hold a text or a conversation."""
+    names: dict[str, None] = {}
+    with contextlib.suppress(BadInput):
+        for row in itertools.islice(rows(source, None), FIRST):
+            if isinstance(row, dict):
+                names |= {name: None for name, value in row.items() if isinstance(instruction(value), tuple)}
+    return list(names)
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which JSON can spell and no tokenizer accepts."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _embedded(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row | None]:
+def _embedded(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
     return _jsonl(source, str(resolve(f"embedded:{name}")), columns)
 
 
-def _jsonl(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row | None]:
-    """Yield the rows of a jsonl file. Blank lines are skipped; JSON other than an object is a row without columns."""
+def _jsonl(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
+    """Yield the rows of a file of JSON, or of all files of a directory."""
     names: set[str] = set()
-    with _file(source, name).open("rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    yield None
-                    continue
-                row = row if isinstance(row, dict) else {}
+    for path, label in _files(source, name, (".jsonl", ".ndjson"), (".json",)):
+        for row in text_files.rows(path, label):
+            if isinstance(row, dict):
                 names.update(row)
-                yield row
+            yield row
     if names:
         _check_columns(source, columns, sorted(names))
 
 
-def _parquet(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet(source: Source, name: str, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of a parquet file, or of all files of a directory, of which only the columns are read."""
     import pyarrow.parquet as pq
 
-    path = _file(source, name)
-    with _as_bad_input(source, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
-        _check_columns(source, columns, file.schema_arrow.names)
-        for batch in file.iter_batches(ROWS, columns=list(columns)):
-            yield from _plain(batch.to_pylist())
+    for path, label in _files(source, name, (".parquet", ".parq")):
+        start = text_files.head(path, label)
+        if start[:4] != b"PAR1" and (found := text_files.kind(start) or _json(start)):
+            raise BadInput(f"{label}: {found}")
+        with _as_bad_input(label, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
+            _check_columns(label, columns, file.schema_arrow.names)
+            wanted = None if columns is None else list(columns)
+            for batch in file.iter_batches(ROWS, columns=wanted):
+                yield from _plain(batch.to_pylist())
 
 
-def _hf(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
+def _hf(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     """Yield the rows of hf:NAME[:CONFIG][@REVISION]. Downloads go through the library's cache."""
+    with _named(source):
+        local, file = files.is_dir(Path(name)), files.is_file(Path(name))
+    if file:
+        kind = "parquet" if text_files.head(Path(name), str(source))[:4] == b"PAR1" else "jsonl"
+        raise BadInput(f"{source}: a file, not a dataset: give {kind}:PATH")
+    if local and any((Path(name) / file).is_file() for file in SAVED):
+        found = _saved_to_disk(source, name)
+    else:
+        found = _loaded(source, name, local)
+    with _as_bad_input(source, "is the dataset whole?"):
+        _check_columns(source, columns, found.column_names)
+        wanted = found.column_names if columns is None else list(columns)
+        for table in found.select_columns(wanted).with_format("arrow").iter(ROWS):
+            yield from _plain(table.to_pylist())
+
+
+def _loaded(source: Source, name: str, local: bool) -> Any:
+    """Return the split of a dataset of the hub, or of a directory of data files."""
     import datasets
 
     config = revision = ""
-    if Path(name).is_dir():
+    if local:
         name = os.path.abspath(name)  # the library takes "json" and the like as kinds of files
     else:
         name, _, revision = name.partition("@")
         name, _, config = name.partition(":")
         if name.count("/") != 1:  # without an owner, "json" would mean all files below here
             raise BadInput(f"{source}: no such directory; a dataset of the hub is named OWNER/NAME")
-    with _as_bad_input(source, _advice):
-        builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
-        _check_revision(source, revision, builder)
-        builder.download_and_prepare()
+    with contextlib.ExitStack() as stack:
+        unreachable = "" if local else stack.enter_context(connection.asked_once())
+        with _as_bad_input(source, functools.partial(_advice, unreachable), reason=not unreachable):
+            builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
+            _check_revision(source, revision, builder)
+            builder.download_and_prepare()
     splits = ", ".join(builder.info.splits or ())
     with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
-        found = builder.as_dataset(split=source.split)
+        return builder.as_dataset(split=source.split)
+
+
+def _saved_to_disk(source: Source, name: str) -> Any:
+    """Return the split of a directory that `save_to_disk` wrote. One that holds no splits is read whole, as a file is."""
+    import datasets
+
     with _as_bad_input(source, "is the dataset whole?"):
-        _check_columns(source, columns, found.column_names)
-        for table in found.select_columns(list(columns)).with_format("arrow").iter(ROWS):
-            yield from _plain(table.to_pylist())
+        found = datasets.load_from_disk(os.path.abspath(name))
+    if isinstance(found, datasets.Dataset):
+        if source.split not in (*NO_SPLIT, str(found.split)):
+            raise BadInput(f"{source}: it has no splits; leave out the split {source.split!r}")
+        return found
+    with _as_bad_input(
+        source, f"split {source.split!r} cannot be read; there are {', '.join(found)}", reason=False
+    ):
+        lengths = {split: len(rows) for split, rows in found.items()}
+        pieces = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
+        return datasets.concatenate_datasets(
+            [
+                found[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to))
+                for p in pieces
+            ]
+        )
 
 
-def _tfds(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
+def _tfds(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a prepared directory, or of a name in the catalogue or prepared under TFDS_DATA_DIR."""
     import tensorflow_datasets as tfds
 
@@ -147,20 +186,24 @@ def _tfds(source: Source, name: str, columns: Sequence[str]) -> Iterator[Row]:
             builder = tfds.builder_from_directory(name)
         else:
             builder = tfds.builder(name, file_format="array_record")
-            builder.download_and_prepare()
+            if not sys.stderr.isatty():
+                tfds.disable_progress_bar()
+            with connection.few_attempts():
+                builder.download_and_prepare()
     if builder.info.file_format not in tfds.core.FileFormat.with_random_access():
         raise BadInput(f"{source}: its files are {builder.info.file_format.value}; {advice}")
     splits = ", ".join(builder.info.splits)
     with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
         found = builder.as_data_source(split=source.split)
-    _check_columns(source, columns, list(builder.info.features or ()))
+    names = list(builder.info.features or ())
+    _check_columns(source, columns, names)
     with _as_bad_input(source, "is the dataset whole?"):
         for index in range(len(found)):
             row = found[index]
-            yield _plain({column: row[column] for column in columns})
+            yield _plain({column: row[column] for column in columns or names})
 
 
-_READERS: dict[str, Callable[[Source, str, Sequence[str]], Iterator[Any]]] = {
+_READERS: dict[str, Callable[[Source, str, Columns], Iterator[Any]]] = {
     "embedded": _embedded,
     "jsonl": _jsonl,
     "parquet": _parquet,
@@ -169,23 +212,76 @@ _READERS: dict[str, Callable[[Source, str, Sequence[str]], Iterator[Any]]] = {
 }
 
 
-def _file(source: Source, name: str) -> Path:
-    """Return the path of a source that is a file. Raises BadInput unless it can be read and no split is named."""
+def _files(source: Source, name: str, *endings: Sequence[str]) -> list[tuple[Path, str]]:
+    """Return a source's file, or those of a directory by name, each with what messages call it.
+
+    Of a directory these are the files whose names have the first of `endings` that any has, compressed or not.
+    Raises BadInput unless they can be read and no split is named.
+    """
     path = Path(name)
-    if not os.path.isfile(name):  # returns False for impossible names, for which Path.is_file raises
-        raise BadInput(f"{source}: no such file")
-    if not os.access(path, os.R_OK):
-        raise BadInput(f"{source}: cannot be read")
+    with _named(source):
+        directory = files.is_dir(path)
+        if not directory and not files.is_file(path):
+            raise BadInput(f"{path}: {_not_a_file(path)}")
     if source.split not in NO_SPLIT:
         raise BadInput(f"{source}: a file has no splits; leave out the split {source.split!r}")
-    return path
+    if not directory:
+        return [(path, str(source))]
+    try:
+        # Hidden files are the system's; Spark's marks begin with an underscore.
+        inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
+    except OSError as error:
+        raise BadInput(f"{source}: {error.strerror}") from None
+    if saved := _saved(path):
+        raise BadInput(f"{source}: {saved}")
+    for some in endings:
+        packed = tuple(ending + end for ending in some for end in text_files.ENDINGS)
+        if found := [p for p in inside if p.name.lower().endswith(packed) and p.is_file()]:
+            return [(part, f"{source}: {part.name}") for part in found]
+    held = ", ".join(p.name for p in inside[:3]) or "nothing"
+    kinds = " or ".join("*" + ending for ending in itertools.chain(*endings))
+    raise BadInput(
+        f"{source}: no file named {kinds} in this directory, which holds {held}; hf:DIR reads other layouts"
+    )
 
 
-def _check_columns(source: Source, columns: Sequence[str], names: Collection[str]) -> None:
+def _not_a_file(path: Path) -> str:
+    """Return why a name that is neither a file nor a directory cannot be read."""
+    if files.exists(path):
+        return "not a regular file, which is needed because it is read more than once"
+    return "no such file" + ("; patterns are not read: give the directory" if "*" in str(path) else "")
+
+
+def _saved(path: Path) -> str:
+    """Return which notation reads a directory that a library of datasets wrote; "" for another directory."""
+    if any((path / name).is_file() for name in SAVED):
+        return "a dataset that was saved to disk: give hf:DIR"
+    return "a dataset of tensorflow-datasets: give tfds:DIR" if (path / "features.json").is_file() else ""
+
+
+def _json(start: bytes) -> str:
+    """Return the kind of a file that begins with `start` if it seems to be JSON."""
+    return "JSON, not parquet: give jsonl:PATH" if start.lstrip()[:1] in (b"{", b"[") else ""
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Put the source in front of what BadInput says about its path."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{source}: {str(error).rpartition(': ')[2]}") from None
+
+
+def _check_columns(source: Source | str, columns: Columns, names: Collection[str]) -> None:
     """Raise BadInput for a column that is not among `names`."""
-    for column in columns:
+    for column in columns or ():
         if column not in names:
-            raise BadInput(f"{source}: no column {column!r}; there are {', '.join(names)}")
+            near = difflib.get_close_matches(column, names, 1)
+            shown = ", ".join(list(names)[:COLUMNS]) + (", …" if len(names) > COLUMNS else "")
+            advice = "; set prompts.column to one of them" if str(source).startswith("prompts.") else ""
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise BadInput(f"{source}: no column {column!r}; there are {shown}{advice}{meant}")
 
 
 def _check_revision(source: Source, revision: str, builder: Any) -> None:
@@ -200,7 +296,7 @@ def _check_revision(source: Source, revision: str, builder: Any) -> None:
 
 @contextlib.contextmanager
 def _as_bad_input(
-    source: Source, advice: str | Callable[[Exception], str], *, reason: bool = True
+    source: Source | str, advice: str | Callable[[Exception], str], *, reason: bool = True
 ) -> Iterator[None]:
     """Turn any exception of a library into BadInput with one line: its first line (if `reason`) and the advice."""
     try:
@@ -214,13 +310,14 @@ def _as_bad_input(
         raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
 
 
-def _advice(error: Exception) -> str:
-    """Return advice for an error of the `datasets` library."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def _advice(unreachable: str, error: Exception) -> str:
+    """Return advice for an error of the `datasets` library. `unreachable`: why there is no connection to the hub."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if unreachable:
+        return f"{unreachable}, and the dataset is not in the cache; check the network, or give hf:DIR"
     if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
-        if HF_HUB_OFFLINE:
+        if environment.offline():
             return "it is not in the cache: unset HF_HUB_OFFLINE to download it"
         return "check the network; a dataset in the cache loads with HF_HUB_OFFLINE=1"
     if isinstance(error, (FileNotFoundError, HfHubHTTPError)):
