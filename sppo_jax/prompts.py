@@ -97,16 +97,12 @@ def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: Prom
             raise _nothing(source, what, config, tokenizer, sets.counts["train"], distinct)
         if not prompts:
             others = skipped.described(sets.counts["train"], _where(config))
-            enough = len(pool) // config.iterations
+            each, most = max(1, len(pool) // config.iterations), min(config.iterations, len(pool))
             raise BadInput(
                 f"{source} leaves no {what}: the earlier ones take all its {len(pool)} prompts"
                 + (f" ({others})" if others else "")
-                + (
-                    f"; set prompts.per_iteration to {enough}"
-                    if enough
-                    else f"; set iterations to {len(pool)}"
-                )
-                + " or less, or give more prompts"
+                + f"; give more, or set prompts.per_iteration to {each}"
+                + (f" and iterations to {most}" if most < config.iterations else "")
             )
 
 
@@ -235,7 +231,8 @@ def _nothing(
         advice = f"raise prompts.max_length={config.prompts.max_length}: a short one has {shortest} tokens"
     elif reason in ("no_text", "not_only_text", "begins_with_system", "begins_with_assistant", "empty"):
         names = [name for name in rows.columns_of_text(source) if name != config.prompts.column]
-        advice = "no other column holds text: look at its rows"
+        first = reason.startswith("begins_with")
+        advice = "put the user's message first" if first else "no other column holds text: look at its rows"
         if names:
             advice = f"set prompts.column to a column that holds text: {', '.join(names)}"
     elif reason in ("not_json", "not_object"):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo_jax.errors import BadInput
-from sppo_jax.text import rows
+from sppo_jax.text import conversations, rows
 from sppo_jax.text.rows import Source
 from tests import dataset_hub
 from tests.dataset_hub import COMMIT
@@ -106,9 +106,9 @@ def test_a_prepared_directory_is_read_without_tensorflow(prepared, without_tenso
     both = read(f"tfds:{prepared}", "test_1+test_2")
     assert sorted(both) == sorted(f"Où est {i} ?" for i in range(6, 11))
     assert set(read(f"tfds:{prepared}", "train_1", "n")) == set(range(6))
-    assert rows.messages(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
-        ("user", "Hi?"),
-        ("assistant", "Hello."),
+    assert conversations.turns(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
+        ("user", "Hi?", ""),
+        ("assistant", "Hello.", ""),
     ]
 
 
@@ -197,7 +197,7 @@ import json, sys
 from sppo_jax import config_file, prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import path as embedded
-from sppo_jax.text import rows
+from sppo_jax.text import conversations, rows
 from sppo_jax.text.chat_template import load_tokenizer
 found = {}
 for name in json.loads(sys.argv[1]):
@@ -329,7 +329,7 @@ def test_bytes_in_parquet_are_text(tmp_path):
     pq.write_table(table, path)
     good, bad = read(f"parquet:{path}")
     assert good == "où"
-    assert not rows.is_unicode(bad)
+    assert not conversations.is_unicode(bad)
     assert read(f"parquet:{path}", "train", "l") == ["a", "b"]
 
 
@@ -363,7 +363,7 @@ def test_rows_of_a_jsonl_file_may_differ(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{oops\n[1]\n{"text": "b"}\n')
     found = list(rows.rows(Source("prompts.source", f"jsonl:{path}", "train"), ["prompt"]))
-    assert found == [{"prompt": "a"}, None, {}, {"text": "b"}]
+    assert found == [{"prompt": "a"}, "not_json", "not_object", {"text": "b"}]
 
 
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
@@ -371,23 +371,3 @@ def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (TURNS, [("user", "Hi?"), ("assistant", "Hello.")]),
-        ({"role": ["user"], "content": ["Hi?"]}, [("user", "Hi?")]),
-        ([], []),
-        ({"role": ["user"], "content": []}, None),
-        ({"role": "user", "content": "Hi?"}, None),
-        ([{"role": "user"}], None),
-        ([{"role": "user", "content": 3}], None),
-        ([TURNS], None), ("Hi?", None), (None, None),
-    ],
-)  # fmt: skip
-def test_conversations_of_both_layouts_are_read(value, expected):
-    assert rows.messages(value) == expected
-
-
-def test_a_name_that_no_file_can_have_is_no_such_file():
-    with pytest.raises(BadInput, match="no such file"):
-        list(rows.rows(Source("prompts.source", f"jsonl:{'a' * 5000}", "train"), ["prompt"]))

@@ -44,8 +44,7 @@ class Source:
     split: str
 
     def __str__(self) -> str:
-        name = self.name if self.name.isprintable() else repr(self.name)
-        return f"{self.knob}={name if len(name) <= SHOWN else name[: SHOWN // 2] + '…' + name[-SHOWN // 2 :]}"
+        return f"{self.knob}={_shown(self.name)}"
 
     @property
     def by_iteration(self) -> bool:
@@ -119,10 +118,9 @@ def _hf(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     if file:
         kind = "parquet" if text_files.head(Path(name), str(source))[:4] == b"PAR1" else "jsonl"
         raise BadInput(f"{source}: a file, not a dataset: give {kind}:PATH")
-    if local and any((Path(name) / file).is_file() for file in SAVED):
-        found = _saved_to_disk(source, name)
-    else:
-        found = _loaded(source, name, local)
+    with _named(source):
+        saved = local and _is_saved(Path(name))
+    found = _saved_to_disk(source, name) if saved else _loaded(source, name, local)
     with _as_bad_input(source, "is the dataset whole?"):
         _check_columns(source, columns, found.column_names)
         wanted = found.column_names if columns is None else list(columns)
@@ -222,26 +220,31 @@ def _files(source: Source, name: str, *endings: Sequence[str]) -> list[tuple[Pat
     with _named(source):
         directory = files.is_dir(path)
         if not directory and not files.is_file(path):
-            raise BadInput(f"{path}: {_not_a_file(path)}")
+            raise BadInput(_not_a_file(path))
     if source.split not in NO_SPLIT:
         raise BadInput(f"{source}: a file has no splits; leave out the split {source.split!r}")
-    if not directory:
-        return [(path, str(source))]
+    return _parts(source, path, endings) if directory else [(path, str(source))]
+
+
+def _parts(source: Source, path: Path, endings: Sequence[Sequence[str]]) -> list[tuple[Path, str]]:
     try:
         # Hidden files are the system's; Spark's marks begin with an underscore.
         inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
     except OSError as error:
         raise BadInput(f"{source}: {error.strerror}") from None
-    if saved := _saved(path):
-        raise BadInput(f"{source}: {saved}")
-    for some in endings:
-        packed = tuple(ending + end for ending in some for end in text_files.ENDINGS)
-        if found := [p for p in inside if p.name.lower().endswith(packed) and p.is_file()]:
-            return [(part, f"{source}: {part.name}") for part in found]
-    held = ", ".join(p.name for p in inside[:3]) or "nothing"
+    with _named(source):
+        if _is_saved(path):
+            raise BadInput("a dataset that was saved to disk, give hf:DIR")
+        if files.is_file(path / "features.json"):
+            raise BadInput("a dataset of tensorflow-datasets, give tfds:DIR")
+        for some in endings:
+            packed = tuple(ending + end for ending in some for end in text_files.ENDINGS)
+            if found := [p for p in inside if p.name.lower().endswith(packed) and files.is_file(p)]:
+                return [(part, f"{source}: {_shown(part.name)}") for part in found]
+    held = ", ".join(_shown(p.name) for p in inside[:3]) or "nothing"
     kinds = " or ".join("*" + ending for ending in itertools.chain(*endings))
     raise BadInput(
-        f"{source}: no file named {kinds} in this directory, which holds {held}; hf:DIR reads other layouts"
+        f"{source}: no file {kinds} in this directory, which holds {held}; hf:DIR reads datasets in other layouts"
     )
 
 
@@ -249,14 +252,18 @@ def _not_a_file(path: Path) -> str:
     """Return why a name that is neither a file nor a directory cannot be read."""
     if files.exists(path):
         return "not a regular file, which is needed because it is read more than once"
-    return "no such file" + ("; patterns are not read: give the directory" if "*" in str(path) else "")
+    return "no such file" + ("; patterns are not read, give the directory" if "*" in str(path) else "")
 
 
-def _saved(path: Path) -> str:
-    """Return which notation reads a directory that a library of datasets wrote; "" for another directory."""
-    if any((path / name).is_file() for name in SAVED):
-        return "a dataset that was saved to disk: give hf:DIR"
-    return "a dataset of tensorflow-datasets: give tfds:DIR" if (path / "features.json").is_file() else ""
+def _is_saved(path: Path) -> bool:
+    """Return whether `datasets` saved a directory to disk."""
+    return any(files.is_file(path / name) for name in SAVED)
+
+
+def _shown(name: str) -> str:
+    """Return a name as messages show it: escaped if it cannot be printed, and cut in the middle if it is long."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}…{name[-SHOWN // 2 :]}"
 
 
 def _json(start: bytes) -> str:
