@@ -292,6 +292,38 @@ def test_the_shipped_prompt_sets_are_one_per_iteration_and_apart_from_snorkels_t
     assert [counts[f"iteration {t}"]["rows"] for t in (1, 2, 3)] == [rows] * 3
 
 
+def saved(tmp_path, kind):
+    """Return a directory that `save_to_disk` wrote, with splits or without."""
+    splits = {"train_1": prompts_of(5), "train_2": prompts_of(4, 5)}
+    found = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()})
+    (found if kind == "splits" else found["train_1"]).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_dataset_that_was_saved_to_disk_is_read_with_its_splits(tmp_path):
+    path = saved(tmp_path, "splits")
+    assert read(f"hf:{path}", "train_1[1:3]+train_2[3:]", "n") == [1, 2, 8]
+    assert "split 'train' cannot be read; there are train_1, train_2" in refused(f"hf:{path}")
+    assert "no column 'text'; there are prompt, n" in refused(f"hf:{path}", "train_1", "text")
+    assert "give hf:DIR" in refused(f"parquet:{path}")
+
+
+def test_a_dataset_that_was_saved_without_splits_is_read_whole(tmp_path):
+    path = saved(tmp_path, "one")
+    assert read(f"hf:{path}", "test", "n") == list(range(5))
+    assert "leave out the split 'train_1'" in refused(f"hf:{path}", "train_1")
+    for file in path.glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "is the dataset whole?" in refused(f"hf:{path}")
+
+
+def test_a_file_is_not_taken_for_a_dataset_of_the_hub(tmp_path):
+    pq.write_table(pa.Table.from_pylist(prompts_of(2)), tmp_path / "p")
+    (tmp_path / "j").write_text("{}")
+    assert "give parquet:PATH" in refused(f"hf:{tmp_path}/p")
+    assert "give jsonl:PATH" in refused(f"hf:{tmp_path}/j")
+
+
 # files
 
 
@@ -359,15 +391,6 @@ def test_a_damaged_parquet_file_is_reported(tmp_path):
     assert "whole parquet file" in refused(f"parquet:{path}")
 
 
-def test_rows_of_a_jsonl_file_may_differ(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{oops\n[1]\n{"text": "b"}\n')
-    found = list(rows.rows(Source("prompts.source", f"jsonl:{path}", "train"), ["prompt"]))
-    assert found == [{"prompt": "a"}, "not_json", "not_object", {"text": "b"}]
-
-
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
 def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
-
-

@@ -51,8 +51,12 @@ def described(counts: Mapping[str, int], where: str = "") -> str:
 
 
 def commonest(counts: Mapping[str, int]) -> str:
-    """Return the name of the count of most skipped rows; "" if none was skipped."""
-    return max((name for name in counts if _meaning(name)), key=lambda name: counts[name], default="")
+    """Return the name of the count of most skipped rows; "" if none was skipped.
+
+    Repeated rows come last: what happened to the first of them is the reason.
+    """
+    names = (name for name in counts if _meaning(name))
+    return max(names, key=lambda name: (name != "repeated", counts[name]), default="")
 
 
 def _meaning(name: str) -> str:
