@@ -36,7 +36,7 @@ def test_without_a_network_the_hub_is_asked_once_and_the_error_is_one_line(onlin
     server, address = closed_port(listening)
     online.setenv("HF_ENDPOINT", address)
     begun = time.monotonic()
-    with server, pytest.raises(BadInput, match="^prompts.source=hf:some/thing: ") as caught:
+    with server, pytest.raises(BadInput, match=r"^prompts.source=hf:some/thing: ") as caught:
         list(rows.rows(Source("prompts.source", "hf:some/thing", "train"), ["prompt"]))
     assert time.monotonic() - begun < 5
     assert f"no connection to {address}" in str(caught.value)

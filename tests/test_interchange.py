@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -300,7 +301,7 @@ def test_a_bad_flag_is_one_line():
 
 
 PATHS = {
-    "--to a device": (["--to", "/dev/null"], "/dev/null: not a regular file"),
+    "--to a pipe": (["--to", "RUN/pipe"], "pipe: not a regular file"),
     "--to with NUL": (["--to", "a\0b"], "not a possible name of a file"),
     "--to too long": (["--to", "a" * 300], "File name too long"),
     "--to below a file": (["--to", "RUN/iter_2/pairs.parquet/x"], "cannot be written"),
@@ -323,13 +324,15 @@ def test_odd_paths_of_the_command_are_one_line_and_nothing_is_lost(
     run = tmp_path / "run"
     own(tokenizer, official, run)
     (run / "loop").symlink_to(run / "loop")
+    os.mkfifo(run / "pipe")  # stands for devices, which no test may risk
     before = (run / "iter_2" / "pairs.parquet").read_bytes()
     words = [word.replace("RUN", str(run)) for word in words]
     with pytest.raises(BadInput, match=said) as caught:
         interchange.main(["--run", str(run), "--iteration", "2", *words])
     assert "\n" not in str(caught.value)
     assert (run / "iter_2" / "pairs.parquet").read_bytes() == before
-    assert sorted(p.name for p in run.rglob("*")) == ["iter_2", "loop", "pairs.parquet"]
+    assert sorted(p.name for p in run.rglob("*")) == ["iter_2", "loop", "pairs.parquet", "pipe"]
+    assert (run / "pipe").is_fifo()
 
 
 def test_pairs_that_leave_nothing_say_why_in_words(tmp_path, tokenizer):
