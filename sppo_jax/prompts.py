@@ -149,8 +149,8 @@ def _hold_out(
     count["in_heldout"] = number
     seen |= dict.fromkeys(sets.heldout_ids, "heldout")
     sets.notes.append(
-        f"prompts.heldout is empty: {number} of the {len(texts)} prompts of {source} are held out for evaluation, and not "
-        "trained on"
+        f"prompts.heldout is empty: {number} of the {len(texts)} prompts of {source} {'is' if number == 1 else 'are'} held out "
+        "for evaluation, and not trained on"
     )
     return [text for text in texts if prompt_id(text) not in sets.heldout_ids]
 
@@ -223,7 +223,8 @@ def _nothing(
     source: Source, what: str, config: Config, tokenizer: Any, count: dict[str, int], texts: Sequence[str]
 ) -> BadInput:
     """The line about a source that leaves no `what`, with the knob that helps. `texts`: its distinct texts."""
-    reason, advice = skipped.commonest(count), "give other prompts"
+    reason = skipped.commonest(count)
+    advice = "give other prompts" if reason else "is it empty?"
     if source.knob == "pairs.source":
         return skipped.nothing(source, what, count, where=" in 'chosen' or 'rejected'")
     if reason == "too_long":

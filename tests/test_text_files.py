@@ -140,6 +140,20 @@ def test_a_broken_line_costs_no_other_line_its_row(tmp_path, first):
     assert read(tmp_path / "rows.jsonl") == ["not_json", *ROWS]
 
 
+HOLDING_ALL = {
+    "a list of rows": ({"version": 1, "data": ROWS[:2]}, "one JSON object, whose list 'data' holds the rows"),
+    "columns as lists": ({"prompt": ["a", "b"]}, "one JSON object that holds whole columns"),
+    "columns by index": ({"prompt": {"0": "a", "1": "b"}}, "one JSON object that holds whole columns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "said"), HOLDING_ALL.values(), ids=HOLDING_ALL.keys())
+def test_one_object_that_holds_all_rows_is_not_taken_for_a_row(tmp_path, value, said):
+    for indent in (None, 1):
+        (tmp_path / "rows.json").write_text(json.dumps(value, indent=indent))
+        assert said in refused(tmp_path / "rows.json")
+
+
 def test_lines_that_are_not_objects_are_counted_as_such(tmp_path):
     (tmp_path / "rows.jsonl").write_text('"a"\n[1]\n3\nnull\n{"prompt": "b"}\n')
     assert read(tmp_path / "rows.jsonl") == ["not_object"] * 4 + [{"prompt": "b"}]
@@ -164,6 +178,7 @@ OTHERS = {
     "an HTML page": b"\n<!DOCTYPE html><title>x</title>",
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     "A csv file? hf:DIR reads": b'prompt,answer\n"a, b",c\n',
+    "No comma stands between lines": b'{"prompt": "a"},\n{"prompt": "b"},\n',
     "the first is 'Tell me": b"Tell me a story.\nAnd another.\n",
 }
 
@@ -257,3 +272,10 @@ COLUMNS = {
 def test_texts_of_any_arrow_type_are_texts(tmp_path, column):
     pq.write_table(pa.table({"prompt": column}), tmp_path / "rows.parquet")
     assert [row["prompt"] for row in read(tmp_path / "rows.parquet", "parquet")] == ["a", "b", None]
+
+
+def test_a_text_column_of_parquet_that_is_not_utf8_is_refused_by_name(tmp_path):
+    ends = np.array([0, 1, 3], np.int32)
+    column = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), pa.py_buffer(b"a\xff\xfe")])
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "rows.parquet")
+    assert "a text in it is not UTF-8" in refused(tmp_path / "rows.parquet", "parquet")

@@ -87,13 +87,39 @@ def _embedded(source: Source, name: str, columns: Columns) -> Iterator[Row | str
 def _jsonl(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
     """Yield the rows of a file of JSON, or of all files of a directory."""
     names: set[str] = set()
+    number, last = 0, {}
     for path, label in _files(source, name, (".jsonl", ".ndjson"), (".json",)):
         for row in text_files.rows(path, label):
+            number += 1
             if isinstance(row, dict):
                 names.update(row)
+                last = row
             yield row
+    if number == 1 and last:
+        _check_object(source, columns, last)
     if names:
         _check_columns(source, columns, sorted(names))
+
+
+def _check_object(source: Source, columns: Columns, row: Row) -> None:
+    """Raise BadInput if the only row of a file is an object that holds all rows in a list, or whole columns."""
+    for column in columns or ():
+        value = row.get(column)
+        holding = [name for name, other in row.items() if _holds_rows(other, column)]
+        if column not in row and holding:
+            raise BadInput(
+                f"{source}: one JSON object, whose list {holding[0]!r} holds the rows; give that list alone as a JSON array"
+            )
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if texts or (isinstance(value, dict) and value and all(map(str.isdigit, value))):
+            raise BadInput(
+                f"{source}: one JSON object that holds whole columns; write one object per row (pandas: "
+                "to_json(orient='records', lines=True))"
+            )
+
+
+def _holds_rows(value: Any, column: str) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) and column in item for item in value)
 
 
 def _parquet(source: Source, name: str, columns: Columns) -> Iterator[Row]:
@@ -313,6 +339,8 @@ def _as_bad_input(
     except Exception as error:
         wrapped = type(error).__name__ == "DatasetGenerationError" and error.__cause__
         first, *_ = str(wrapped or error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, UnicodeDecodeError):
+            advice = "a text in it is not UTF-8: write it anew"
         cause = f"{first[:SHOWN].rstrip('.')}; " if reason else ""
         raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
 

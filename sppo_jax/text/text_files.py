@@ -112,10 +112,14 @@ def _of_lines(lines: Iterable[str], label: str) -> Iterator[dict[str, Any] | str
         any_json = any_json or row != "not_json"
         yield row
     if first and not any_json:
-        table = " A csv file? hf:DIR reads a directory of them." if re.match(r"[^{\[]*[,;\t]", first) else ""
+        hint = ""
+        if first.endswith(","):
+            hint = " No comma stands between lines."
+        elif re.match(r"[^{\[]*[,;\t]", first):
+            hint = " A csv file? hf:DIR reads a directory of them."
         raise BadInput(
             f"{label}: no line is JSON; the first is {first[:SHOWN]!r}. Write one object per line, such as "
-            f'{{"prompt": "..."}}.{table}'
+            f'{{"prompt": "..."}}.{hint}'
         )
 
 
