@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sppo_jax import files
-from sppo_jax.config import Config
+from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
 from sppo_jax.text import conversations, rows, skipped
@@ -53,6 +53,11 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
         sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
         if not sets.heldout:
             raise _nothing(source, "held-out prompts", config, tokenizer, sets.counts["heldout"], texts)
+    elif config.prompts.heldout_split != Prompts.heldout_split:
+        raise BadInput(
+            f"prompts.heldout_split={config.prompts.heldout_split} is read with prompts.heldout only, which is empty: set "
+            "that to the held-out prompts' source, or leave out the split"
+        )
     if not config.pairs.source:
         _load_train(config, tokenizer, seen, sets)
     elif not config.prompts.heldout:

@@ -130,3 +130,9 @@ def test_one_given_pair_cannot_be_shared(tmp_path, tokenizer):
     words = [f"--pairs.source=jsonl:{tmp_path}/1.jsonl", "--iterations=1", "--prompts.heldout="]
     with pytest.raises(BadInput, match=r"pairs.source=.* one distinct prompt.*prompts.heldout"):
         prompts.load(config_file.load([], words), tokenizer)
+
+
+def test_a_split_of_no_source_is_not_ignored(tmp_path, tokenizer):
+    write(tmp_path / "own.jsonl", TEXTS)
+    with pytest.raises(BadInput, match=r"prompts.heldout_split=validation is read with prompts.heldout only"):
+        load(tokenizer, tmp_path / "own.jsonl", "--prompts.heldout_split=validation")

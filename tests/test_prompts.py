@@ -187,7 +187,9 @@ def test_splits_name_the_sets_and_a_text_is_in_the_first_that_has_it(tmp_path, t
 
 @pytest.mark.parametrize("knob", ["heldout", "heldout_split"])
 def test_the_held_out_set_is_one_for_all_iterations(tokenizer, knob):
-    settings = dataclasses.replace(Config(), prompts=Prompts(**{knob: "jsonl:{iteration}"}))
+    settings = dataclasses.replace(
+        Config(), prompts=Prompts(**{"heldout": "jsonl:x", knob: "jsonl:{iteration}"})
+    )
     with pytest.raises(BadInput, match=r"same for every iteration.*join splits with \+"):
         prompts.load(settings, tokenizer)
 

@@ -339,7 +339,7 @@ def _as_bad_input(
     except Exception as error:
         wrapped = type(error).__name__ == "DatasetGenerationError" and error.__cause__
         first, *_ = str(wrapped or error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, UnicodeDecodeError):
+        if isinstance(wrapped or error, UnicodeDecodeError):
             advice = "a text in it is not UTF-8: write it anew"
         cause = f"{first[:SHOWN].rstrip('.')}; " if reason else ""
         raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
