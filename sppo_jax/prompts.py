@@ -56,7 +56,7 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
     elif config.prompts.heldout_split != Prompts.heldout_split:
         raise BadInput(
             f"prompts.heldout_split={config.prompts.heldout_split} is read with prompts.heldout only, which is empty: set "
-            "that to the held-out prompts' source, or leave out the split"
+            "that to the held-out prompts' source, or the split to its default, test"
         )
     if not config.pairs.source:
         _load_train(config, tokenizer, seen, sets)
@@ -236,7 +236,7 @@ def _nothing(
         shortest = len(chat_prompt(tokenizer, min(texts, key=len)).ids)
         advice = f"raise prompts.max_length={config.prompts.max_length}: a short one has {shortest} tokens"
     elif reason in ("no_text", "not_only_text", "begins_with_system", "begins_with_assistant", "empty"):
-        names = [name for name in rows.columns_of_text(source) if name != config.prompts.column]
+        names = [rows.shown_name(n) for n in rows.columns_of_text(source) if n != config.prompts.column]
         first = reason.startswith("begins_with")
         advice = "put the user's message first" if first else "no other column holds text: look at its rows"
         if names:

@@ -279,3 +279,11 @@ def test_a_text_column_of_parquet_that_is_not_utf8_is_refused_by_name(tmp_path):
     column = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), pa.py_buffer(b"a\xff\xfe")])
     pq.write_table(pa.table({"prompt": column}), tmp_path / "rows.parquet")
     assert "a text in it is not UTF-8" in refused(tmp_path / "rows.parquet", "parquet")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\ud800", "\x1b[31m", "a" * 5000])
+def test_names_of_columns_are_shown_on_one_line_that_can_be_printed(tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({name: "x"}))
+    message = refused(tmp_path / "rows.jsonl")
+    assert message.isprintable()
+    assert len(message) < 1000

@@ -28,6 +28,11 @@ ROWS = 1000  # rows read at a time
 SHOWN = 300  # characters of a library's message
 
 FIRST = 100  # rows whose columns are looked at for advice
+# What to do about a column that is not there, by the knob that named the source.
+COLUMN_ADVICE = {
+    "prompts.source": "; set prompts.column to one of them",
+    "prompts.heldout": "; set prompts.column to one of them, which names the column of both sources",
+}
 COLUMNS = 20  # names of columns in a message
 SAVED = ("state.json", "dataset_dict.json")  # files of what `datasets` saves to disk
 
@@ -44,7 +49,7 @@ class Source:
     split: str
 
     def __str__(self) -> str:
-        return f"{self.knob}={_shown(self.name)}"
+        return f"{self.knob}={shown_name(self.name)}"
 
     @property
     def by_iteration(self) -> bool:
@@ -266,8 +271,8 @@ def _parts(source: Source, path: Path, endings: Sequence[Sequence[str]]) -> list
         for some in endings:
             packed = tuple(ending + end for ending in some for end in text_files.ENDINGS)
             if found := [p for p in inside if p.name.lower().endswith(packed) and files.is_file(p)]:
-                return [(part, f"{source}: {_shown(part.name)}") for part in found]
-    held = ", ".join(_shown(p.name) for p in inside[:3]) or "nothing"
+                return [(part, f"{source}: {shown_name(part.name)}") for part in found]
+    held = ", ".join(shown_name(p.name) for p in inside[:3]) or "nothing"
     kinds = " or ".join("*" + ending for ending in itertools.chain(*endings))
     raise BadInput(
         f"{source}: no file {kinds} in this directory, which holds {held}; hf:DIR reads datasets in other layouts"
@@ -286,7 +291,7 @@ def _is_saved(path: Path) -> bool:
     return any(files.is_file(path / name) for name in SAVED)
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """Return a name as messages show it: escaped if it cannot be printed, and cut in the middle if it is long."""
     name = name if name.isprintable() else repr(name)
     return name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}…{name[-SHOWN // 2 :]}"
@@ -311,8 +316,10 @@ def _check_columns(source: Source | str, columns: Columns, names: Collection[str
     for column in columns or ():
         if column not in names:
             near = difflib.get_close_matches(column, names, 1)
-            shown = ", ".join(list(names)[:COLUMNS]) + (", …" if len(names) > COLUMNS else "")
-            advice = "; set prompts.column to one of them" if str(source).startswith("prompts.") else ""
+            shown = ", ".join(map(shown_name, list(names)[:COLUMNS])) + (
+                ", …" if len(names) > COLUMNS else ""
+            )
+            advice = next((text for knob, text in COLUMN_ADVICE.items() if str(source).startswith(knob)), "")
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise BadInput(f"{source}: no column {column!r}; there are {shown}{advice}{meant}")
 

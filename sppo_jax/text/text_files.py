@@ -25,7 +25,7 @@ SPACE = " \t\n\r\v\f"
 BLANK = re.compile(r"\s*")
 SHOWN = 60  # characters of a line in a message
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded
-ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".lz4")  # of compressed parts
+ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")  # of compressed parts
 CONVERT = "convert it to JSON lines or parquet"
 # What a file is that begins, at an offset, with these bytes, and what to do.
 KINDS = (
