@@ -394,3 +394,10 @@ def test_a_damaged_parquet_file_is_reported(tmp_path):
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
 def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
+
+
+def test_a_path_without_its_kind_gets_one_by_what_lies_there(tmp_path):
+    pq.write_table(pa.Table.from_pylist(prompts_of(2)), tmp_path / "p")
+    (tmp_path / "j").write_text("{}")
+    for name, meant in ((f"{tmp_path}/p", "parquet"), (f"{tmp_path}/j", "jsonl"), (str(tmp_path), "hf")):
+        assert f"did you mean {meant}:{name}?" in refused(name)

@@ -26,7 +26,6 @@ PLACEHOLDER = "{iteration}"
 NO_SPLIT = ("train", "test")  # the knobs' defaults, which a file ignores
 ROWS = 1000  # rows read at a time
 SHOWN = 300  # characters of a library's message
-
 FIRST = 100  # rows whose columns are looked at for advice
 # What to do about a column that is not there, by the knob that named the source.
 COLUMN_ADVICE = {
@@ -71,8 +70,25 @@ def rows(source: Source, columns: Columns) -> Iterator[Row | str]:
     scheme, colon, name = source.name.partition(":")
     if not colon or scheme not in _READERS or not name:
         kinds = "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH"
-        raise BadInput(f"{source}: give {kinds}, NAME being a dataset's name or local directory")
+        raise BadInput(
+            f"{source}: give {kinds}, NAME being a dataset's name or local directory{_meant(source.name)}"
+        )
     yield from _READERS[scheme](source, name, columns)
+
+
+def _meant(name: str) -> str:
+    """Return the end of the line about a source without a kind, where it is a path."""
+    with contextlib.suppress(BadInput):
+        if files.is_file(Path(name)):
+            return f"; did you mean {_kind(Path(name), name)}:{shown_name(name)}?"
+        if files.is_dir(Path(name)):
+            return f"; did you mean hf:{shown_name(name)}?"
+    return ""
+
+
+def _kind(path: Path, label: str) -> str:
+    """Return the notation of a file: "parquet" or "jsonl"."""
+    return "parquet" if text_files.head(path, label)[:4] == b"PAR1" else "jsonl"
 
 
 def columns_of_text(source: Source) -> list[str]:
@@ -116,7 +132,7 @@ def _check_object(source: Source, columns: Columns, row: Row) -> None:
                 f"{source}: one JSON object, whose list {holding[0]!r} holds the rows; give that list alone as a JSON array"
             )
         texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if texts or (isinstance(value, dict) and value and all(map(str.isdigit, value))):
+        if value and (texts or (isinstance(value, dict) and all(map(str.isdigit, value)))):
             raise BadInput(
                 f"{source}: one JSON object that holds whole columns; write one object per row (pandas: "
                 "to_json(orient='records', lines=True))"
@@ -147,8 +163,7 @@ def _hf(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     with _named(source):
         local, file = files.is_dir(Path(name)), files.is_file(Path(name))
     if file:
-        kind = "parquet" if text_files.head(Path(name), str(source))[:4] == b"PAR1" else "jsonl"
-        raise BadInput(f"{source}: a file, not a dataset: give {kind}:PATH")
+        raise BadInput(f"{source}: a file, not a dataset: give {_kind(Path(name), str(source))}:PATH")
     with _named(source):
         saved = local and _is_saved(Path(name))
     found = _saved_to_disk(source, name) if saved else _loaded(source, name, local)
@@ -348,7 +363,8 @@ def _as_bad_input(
         first, *_ = str(wrapped or error).strip().splitlines() or [type(error).__name__]
         if isinstance(wrapped or error, UnicodeDecodeError):
             advice = "a text in it is not UTF-8: write it anew"
-        cause = f"{first[:SHOWN].rstrip('.')}; " if reason else ""
+        first = "".join(c if c.isprintable() else "?" for c in first[:SHOWN])
+        cause = f"{first.rstrip('.')}; " if reason else ""
         raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
 
 
