@@ -20,7 +20,7 @@ from sppo_jax.records import Pair, prompt_id
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt, written_ids
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
 SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])

@@ -14,7 +14,7 @@ from sppo_jax.records import Prompt, prompt_id
 from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt
 from sppo_jax.text.conversations import is_unicode
-from sppo_jax.text.rows import Row, Source
+from sppo_jax.text.source import PLACEHOLDER, Row, Source, shown_name
 
 CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too long without being tokenised
 SHARE = 10  # one prompt in so many is held out where prompts.heldout is empty
@@ -116,7 +116,7 @@ def heldout_source(config: Config) -> Source:
     source = Source("prompts.heldout", config.prompts.heldout, config.prompts.heldout_split)
     if source.by_iteration:
         raise BadInput(
-            f"{source}: the held-out prompts are the same for every iteration, so {rows.PLACEHOLDER} cannot be in "
+            f"{source}: the held-out prompts are the same for every iteration, so {PLACEHOLDER} cannot be in "
             "their name or split; join splits with +"
         )
     return source
@@ -236,7 +236,7 @@ def _nothing(
         shortest = len(chat_prompt(tokenizer, min(texts, key=len)).ids)
         advice = f"raise prompts.max_length={config.prompts.max_length}: a short one has {shortest} tokens"
     elif reason in ("no_text", "not_only_text", "begins_with_system", "begins_with_assistant", "empty"):
-        names = [rows.shown_name(n) for n in rows.columns_of_text(source) if n != config.prompts.column]
+        names = [shown_name(n) for n in rows.columns_of_text(source) if n != config.prompts.column]
         first = reason.startswith("begins_with")
         advice = "put the user's message first" if first else "no other column holds text: look at its rows"
         if names:

@@ -9,7 +9,7 @@ import pytest
 
 from sppo_jax.errors import BadInput
 from sppo_jax.text import connection, rows
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 from tests import dataset_hub
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo_jax.text import conversations, rows
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 
 USER, REPLY = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}

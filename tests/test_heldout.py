@@ -9,6 +9,7 @@ from sppo_jax import config_file, interchange, prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.interchange import COLUMNS
 from sppo_jax.records import prompt_id
+from sppo_jax.session import Session
 
 TEXTS = [f"Question number {i}, please." for i in range(60)]
 
@@ -48,7 +49,13 @@ def test_the_share_is_counted_and_said(tmp_path, tokenizer):
         "heldout": {"held_out_of_prompts_source": 6, "kept": 6},
         "train": {"rows": 60, "in_heldout": 6, "kept": 54},
     }
-    (note,) = found.notes
+    session = object.__new__(Session)
+    session.config, session.sets = config_file.load(), found
+    *counted, note = session.notes()
+    assert counted == [
+        "prompts, train: in_heldout 6, kept 54, rows 60",
+        "prompts, heldout: held_out_of_prompts_source 6, kept 6",
+    ]
     assert note.startswith("prompts.heldout is empty: 6 of the 60 prompts of prompts.source=jsonl:")
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from sppo_jax.errors import BadInput
 from sppo_jax.text import conversations, rows
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 from tests import dataset_hub
 from tests.dataset_hub import COMMIT
 
@@ -199,10 +199,11 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import path as embedded
 from sppo_jax.text import conversations, rows
 from sppo_jax.text.chat_template import load_tokenizer
+from sppo_jax.text.source import Source
 found = {}
 for name in json.loads(sys.argv[1]):
     try:
-        found[name] = len(list(rows.rows(rows.Source("x", name, "train_1+test_1"), ["prompt"])))
+        found[name] = len(list(rows.rows(Source("x", name, "train_1+test_1"), ["prompt"])))
     except BadInput as error:
         found[name] = str(error)
 for path in sys.argv[2:]:
@@ -332,7 +333,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
     written = [row | {"large": "x" * 100} for row in prompts_of(2500)]
     pq.write_table(pa.Table.from_pylist(written), path, row_group_size=900)
     sizes, asked = [], []
-    plain, batches = rows._plain, pq.ParquetFile.iter_batches
+    plain, batches = rows.plain, pq.ParquetFile.iter_batches
 
     def counted(value):
         sizes.append(len(value)) if isinstance(value, list) else None
@@ -343,7 +344,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
         asked.append(options["columns"])
         return batches(self, *args, **options)
 
-    monkeypatch.setattr(rows, "_plain", counted)
+    monkeypatch.setattr(rows, "plain", counted)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     assert read(f"parquet:{path}") == [row["prompt"] for row in written]
     assert max(sizes) <= 1000
@@ -394,10 +395,3 @@ def test_a_damaged_parquet_file_is_reported(tmp_path):
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
 def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
-
-
-def test_a_path_without_its_kind_gets_one_by_what_lies_there(tmp_path):
-    pq.write_table(pa.Table.from_pylist(prompts_of(2)), tmp_path / "p")
-    (tmp_path / "j").write_text("{}")
-    for name, meant in ((f"{tmp_path}/p", "parquet"), (f"{tmp_path}/j", "jsonl"), (str(tmp_path), "hf")):
-        assert f"did you mean {meant}:{name}?" in refused(name)

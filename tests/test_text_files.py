@@ -17,7 +17,7 @@ import torch
 
 from sppo_jax.errors import BadInput
 from sppo_jax.text import rows
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 
 # Characters whose bytes in UTF-16 hold a line feed, separators that are not ends of lines, and one outside of Unicode's first plane.
 ROWS = [{"prompt": f"Row {i}: 上 Ċ \u2028 \x85 é 🦊?", "n": i} for i in range(700)]
@@ -287,3 +287,12 @@ def test_names_of_columns_are_shown_on_one_line_that_can_be_printed(tmp_path, na
     message = refused(tmp_path / "rows.jsonl")
     assert message.isprintable()
     assert len(message) < 1000
+
+
+def test_a_path_without_its_kind_gets_one_by_what_lies_there(tmp_path):
+    pq.write_table(TABLE, tmp_path / "p")
+    (tmp_path / "j").write_bytes(PLAIN)
+    for name, meant in ((f"{tmp_path}/p", "parquet"), (f"{tmp_path}/j", "jsonl"), (str(tmp_path), "hf")):
+        with pytest.raises(BadInput, match="give tfds:NAME") as caught:
+            list(rows.rows(Source("prompts.source", name, "train"), ["prompt"]))
+        assert f"did you mean {meant}:{name}?" in str(caught.value)

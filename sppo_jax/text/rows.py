@@ -1,64 +1,30 @@
-"""Rows for stages 0 and 3 from a file, a Hugging Face dataset or a tfds dataset.
-
-No code of a dataset is run, and only the requested splits and columns are returned.
-"""
+"""Rows for stages 0 and 3 from a file, a directory of files, a Hugging Face dataset or a tfds dataset."""
 
 import contextlib
-import dataclasses
-import difflib
-import functools
 import itertools
-import os
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import environment
 from sppo_jax.hub.names import resolve
-from sppo_jax.text import connection, text_files
+from sppo_jax.text import libraries, text_files
 from sppo_jax.text.conversations import instruction
+from sppo_jax.text.source import (
+    NO_SPLIT,
+    ROWS,
+    Columns,
+    Row,
+    Source,
+    as_bad_input,
+    check_columns,
+    named,
+    plain,
+    shown_name,
+)
 
-PLACEHOLDER = "{iteration}"
-NO_SPLIT = ("train", "test")  # the knobs' defaults, which a file ignores
-ROWS = 1000  # rows read at a time
-SHOWN = 300  # characters of a library's message
 FIRST = 100  # rows whose columns are looked at for advice
-# What to do about a column that is not there, by the knob that named the source.
-COLUMN_ADVICE = {
-    "prompts.source": "; set prompts.column to one of them",
-    "prompts.heldout": "; set prompts.column to one of them, which names the column of both sources",
-}
-COLUMNS = 20  # names of columns in a message
-SAVED = ("state.json", "dataset_dict.json")  # files of what `datasets` saves to disk
-
-Row = dict[str, Any]
-Columns = Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of rows as the user named it, and the knob that named it, for messages."""
-
-    knob: str
-    name: str
-    split: str
-
-    def __str__(self) -> str:
-        return f"{self.knob}={shown_name(self.name)}"
-
-    @property
-    def by_iteration(self) -> bool:
-        """Whether the name or split depends on the iteration."""
-        return PLACEHOLDER in self.name + self.split
-
-    def at(self, iteration: int) -> "Source":
-        """Return the source with the number of the iteration filled in."""
-        name, split = (text.replace(PLACEHOLDER, str(iteration)) for text in (self.name, self.split))
-        return dataclasses.replace(self, name=name, split=split)
 
 
 def rows(source: Source, columns: Columns) -> Iterator[Row | str]:
@@ -80,15 +46,10 @@ def _meant(name: str) -> str:
     """Return the end of the line about a source without a kind, where it is a path."""
     with contextlib.suppress(BadInput):
         if files.is_file(Path(name)):
-            return f"; did you mean {_kind(Path(name), name)}:{shown_name(name)}?"
+            return f"; did you mean {text_files.notation(Path(name), name)}:{shown_name(name)}?"
         if files.is_dir(Path(name)):
             return f"; did you mean hf:{shown_name(name)}?"
     return ""
-
-
-def _kind(path: Path, label: str) -> str:
-    """Return the notation of a file: "parquet" or "jsonl"."""
-    return "parquet" if text_files.head(path, label)[:4] == b"PAR1" else "jsonl"
 
 
 def columns_of_text(source: Source) -> list[str]:
@@ -119,7 +80,7 @@ def _jsonl(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
     if number == 1 and last:
         _check_object(source, columns, last)
     if names:
-        _check_columns(source, columns, sorted(names))
+        check_columns(source, columns, sorted(names))
 
 
 def _check_object(source: Source, columns: Columns, row: Row) -> None:
@@ -151,108 +112,19 @@ def _parquet(source: Source, name: str, columns: Columns) -> Iterator[Row]:
         start = text_files.head(path, label)
         if start[:4] != b"PAR1" and (found := text_files.kind(start) or _json(start)):
             raise BadInput(f"{label}: {found}")
-        with _as_bad_input(label, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
-            _check_columns(label, columns, file.schema_arrow.names)
+        with as_bad_input(label, "is it a whole parquet file?"), pq.ParquetFile(path) as file:
+            check_columns(label, columns, file.schema_arrow.names)
             wanted = None if columns is None else list(columns)
             for batch in file.iter_batches(ROWS, columns=wanted):
-                yield from _plain(batch.to_pylist())
-
-
-def _hf(source: Source, name: str, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of hf:NAME[:CONFIG][@REVISION]. Downloads go through the library's cache."""
-    with _named(source):
-        local, file = files.is_dir(Path(name)), files.is_file(Path(name))
-    if file:
-        raise BadInput(f"{source}: a file, not a dataset: give {_kind(Path(name), str(source))}:PATH")
-    with _named(source):
-        saved = local and _is_saved(Path(name))
-    found = _saved_to_disk(source, name) if saved else _loaded(source, name, local)
-    with _as_bad_input(source, "is the dataset whole?"):
-        _check_columns(source, columns, found.column_names)
-        wanted = found.column_names if columns is None else list(columns)
-        for table in found.select_columns(wanted).with_format("arrow").iter(ROWS):
-            yield from _plain(table.to_pylist())
-
-
-def _loaded(source: Source, name: str, local: bool) -> Any:
-    """Return the split of a dataset of the hub, or of a directory of data files."""
-    import datasets
-
-    config = revision = ""
-    if local:
-        name = os.path.abspath(name)  # the library takes "json" and the like as kinds of files
-    else:
-        name, _, revision = name.partition("@")
-        name, _, config = name.partition(":")
-        if name.count("/") != 1:  # without an owner, "json" would mean all files below here
-            raise BadInput(f"{source}: no such directory; a dataset of the hub is named OWNER/NAME")
-    with contextlib.ExitStack() as stack:
-        unreachable = "" if local else stack.enter_context(connection.asked_once())
-        with _as_bad_input(source, functools.partial(_advice, unreachable), reason=not unreachable):
-            builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
-            _check_revision(source, revision, builder)
-            builder.download_and_prepare()
-    splits = ", ".join(builder.info.splits or ())
-    with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
-        return builder.as_dataset(split=source.split)
-
-
-def _saved_to_disk(source: Source, name: str) -> Any:
-    """Return the split of a directory that `save_to_disk` wrote. One that holds no splits is read whole, as a file is."""
-    import datasets
-
-    with _as_bad_input(source, "is the dataset whole?"):
-        found = datasets.load_from_disk(os.path.abspath(name))
-    if isinstance(found, datasets.Dataset):
-        if source.split not in (*NO_SPLIT, str(found.split)):
-            raise BadInput(f"{source}: it has no splits; leave out the split {source.split!r}")
-        return found
-    with _as_bad_input(
-        source, f"split {source.split!r} cannot be read; there are {', '.join(found)}", reason=False
-    ):
-        lengths = {split: len(rows) for split, rows in found.items()}
-        pieces = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
-        return datasets.concatenate_datasets(
-            [
-                found[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to))
-                for p in pieces
-            ]
-        )
-
-
-def _tfds(source: Source, name: str, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a prepared directory, or of a name in the catalogue or prepared under TFDS_DATA_DIR."""
-    import tensorflow_datasets as tfds
-
-    advice = "give a directory that was prepared with file_format=array_record, or a name of its catalogue"
-    with _as_bad_input(source, advice):
-        if Path(name).is_dir():
-            builder = tfds.builder_from_directory(name)
-        else:
-            builder = tfds.builder(name, file_format="array_record")
-            if not sys.stderr.isatty():
-                tfds.disable_progress_bar()
-            with connection.few_attempts():
-                builder.download_and_prepare()
-    if builder.info.file_format not in tfds.core.FileFormat.with_random_access():
-        raise BadInput(f"{source}: its files are {builder.info.file_format.value}; {advice}")
-    splits = ", ".join(builder.info.splits)
-    with _as_bad_input(source, f"split {source.split!r} cannot be read; there are {splits}", reason=False):
-        found = builder.as_data_source(split=source.split)
-    names = list(builder.info.features or ())
-    _check_columns(source, columns, names)
-    with _as_bad_input(source, "is the dataset whole?"):
-        for index in range(len(found)):
-            row = found[index]
-            yield _plain({column: row[column] for column in columns or names})
+                yield from plain(batch.to_pylist())
 
 
 _READERS: dict[str, Callable[[Source, str, Columns], Iterator[Any]]] = {
     "embedded": _embedded,
     "jsonl": _jsonl,
     "parquet": _parquet,
-    "hf": _hf,
-    "tfds": _tfds,
+    "hf": libraries.hf,
+    "tfds": libraries.tfds,
 }
 
 
@@ -263,7 +135,7 @@ def _files(source: Source, name: str, *endings: Sequence[str]) -> list[tuple[Pat
     Raises BadInput unless they can be read and no split is named.
     """
     path = Path(name)
-    with _named(source):
+    with named(source):
         directory = files.is_dir(path)
         if not directory and not files.is_file(path):
             raise BadInput(_not_a_file(path))
@@ -278,8 +150,8 @@ def _parts(source: Source, path: Path, endings: Sequence[Sequence[str]]) -> list
         inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
     except OSError as error:
         raise BadInput(f"{source}: {error.strerror}") from None
-    with _named(source):
-        if _is_saved(path):
+    with named(source):
+        if libraries.is_saved(path):
             raise BadInput("a dataset that was saved to disk, give hf:DIR")
         if files.is_file(path / "features.json"):
             raise BadInput("a dataset of tensorflow-datasets, give tfds:DIR")
@@ -301,94 +173,6 @@ def _not_a_file(path: Path) -> str:
     return "no such file" + ("; patterns are not read, give the directory" if "*" in str(path) else "")
 
 
-def _is_saved(path: Path) -> bool:
-    """Return whether `datasets` saved a directory to disk."""
-    return any(files.is_file(path / name) for name in SAVED)
-
-
-def shown_name(name: str) -> str:
-    """Return a name as messages show it: escaped if it cannot be printed, and cut in the middle if it is long."""
-    name = name if name.isprintable() else repr(name)
-    return name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}…{name[-SHOWN // 2 :]}"
-
-
 def _json(start: bytes) -> str:
     """Return the kind of a file that begins with `start` if it seems to be JSON."""
     return "JSON, not parquet: give jsonl:PATH" if start.lstrip()[:1] in (b"{", b"[") else ""
-
-
-@contextlib.contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """Put the source in front of what BadInput says about its path."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{source}: {str(error).rpartition(': ')[2]}") from None
-
-
-def _check_columns(source: Source | str, columns: Columns, names: Collection[str]) -> None:
-    """Raise BadInput for a column that is not among `names`."""
-    for column in columns or ():
-        if column not in names:
-            near = difflib.get_close_matches(column, names, 1)
-            shown = ", ".join(map(shown_name, list(names)[:COLUMNS])) + (
-                ", …" if len(names) > COLUMNS else ""
-            )
-            advice = next((text for knob, text in COLUMN_ADVICE.items() if str(source).startswith(knob)), "")
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"{source}: no column {column!r}; there are {shown}{advice}{meant}")
-
-
-def _check_revision(source: Source, revision: str, builder: Any) -> None:
-    """Raise BadInput if the library returned another revision, as it does for a cached dataset without a network."""
-    if not revision or not type(builder).__module__.endswith(".cache.cache") or builder.hash == revision:
-        return
-    raise BadInput(
-        f"{source}: the hub cannot be reached and the cache holds revision {builder.hash}; "
-        f"to use that one, put it after the @"
-    )
-
-
-@contextlib.contextmanager
-def _as_bad_input(
-    source: Source | str, advice: str | Callable[[Exception], str], *, reason: bool = True
-) -> Iterator[None]:
-    """Turn any exception of a library into BadInput with one line: its first line (if `reason`) and the advice."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        wrapped = type(error).__name__ == "DatasetGenerationError" and error.__cause__
-        first, *_ = str(wrapped or error).strip().splitlines() or [type(error).__name__]
-        if isinstance(wrapped or error, UnicodeDecodeError):
-            advice = "a text in it is not UTF-8: write it anew"
-        first = "".join(c if c.isprintable() else "?" for c in first[:SHOWN])
-        cause = f"{first.rstrip('.')}; " if reason else ""
-        raise BadInput(f"{source}: {cause}{advice if isinstance(advice, str) else advice(error)}") from None
-
-
-def _advice(unreachable: str, error: Exception) -> str:
-    """Return advice for an error of the `datasets` library. `unreachable`: why there is no connection to the hub."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if unreachable:
-        return f"{unreachable}, and the dataset is not in the cache; check the network, or give hf:DIR"
-    if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
-        if environment.offline():
-            return "it is not in the cache: unset HF_HUB_OFFLINE to download it"
-        return "check the network; a dataset in the cache loads with HF_HUB_OFFLINE=1"
-    if isinstance(error, (FileNotFoundError, HfHubHTTPError)):
-        return "check the name; a private or gated dataset needs its terms accepted and HF_TOKEN set"
-    return "is the dataset whole, and of a kind that needs no code of its own?"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with bytes as text (invalid UTF-8 as lone surrogates, see is_unicode) and arrays as lists."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sppo_jax.errors import BadInput
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 
 # A count of rows, in words that follow their number.
 MEANS = {

@@ -100,6 +100,11 @@ def head(path: Path, label: str) -> bytes:
         return file.read(HEAD)
 
 
+def notation(path: Path, label: str) -> str:
+    """Return the notation for a file: "parquet" or "jsonl". Raises BadInput, which begins with `label`."""
+    return "parquet" if head(path, label)[:4] == b"PAR1" else "jsonl"
+
+
 def _of_lines(lines: Iterable[str], label: str) -> Iterator[dict[str, Any] | str]:
     """Yield a row, or the reason why it is not one, for each line. Raises BadInput if no line is JSON."""
     any_json, first = False, ""
