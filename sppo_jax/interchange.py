@@ -18,9 +18,9 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Pair, prompt_id
 from sppo_jax.run.directory import RunDir
-from sppo_jax.text import rows
+from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt, written_ids
-from sppo_jax.text.rows import Source
+from sppo_jax.text.source import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
 SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
@@ -43,12 +43,15 @@ def read(
     pairs: dict[int, Pair] = {}
     for row in rows.rows(source, COLUMNS):
         counts["rows"] += 1
-        found = _texts(row)
+        if isinstance(row, str):
+            counts[row] += 1
+            continue
+        found = conversations.pair(row.get("chosen"), row.get("rejected"))
         if isinstance(found, str):
             counts[found] += 1
             continue
         text, chosen, rejected = found
-        probabilities: list[Any] = [(row or {}).get(name) for name in COLUMNS[2:]]
+        probabilities: list[Any] = [row.get(name) for name in COLUMNS[2:]]
         if not all(map(_is_probability, probabilities)):
             counts["bad_probability"] += 1
             continue
@@ -67,21 +70,19 @@ def read(
         pairs[identity] = _pair(text, prompt.ids, (chosen, rejected), responses, probabilities, config)
     counts["kept"] = len(pairs)
     if not pairs:
-        raise BadInput(f"{source} leaves no pairs for iteration {t}: {dict(counts)}")
+        raise _no_pairs(source, t, counts, config, positions)
     return list(pairs.values()), dict(counts)
 
 
 def write(pairs: Sequence[Pair], path: Path) -> None:
     """Write the five columns, one row per pair, as `datasets` and the official code read them; whole or not at all."""
-    if path.is_dir():
+    if files.is_dir(path):
         raise BadInput(f"{path}: a directory; name a file in it")
+    if files.exists(path) and not files.is_file(path):  # root could replace a device
+        raise BadInput(f"{path}: not a regular file; name another")
     columns = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as part:
-            pq.write_table(pa.table(columns, schema=SCHEMA), part)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
+    with files.replacing(path) as part:
+        pq.write_table(pa.table(columns, schema=SCHEMA), part)
 
 
 def main(words: Sequence[str]) -> None:
@@ -91,34 +92,27 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--iteration", required=True, type=int, metavar="T", help="iteration, from 1")
     parser.add_argument("--to", required=True, metavar="FILE", help="parquet file to write")
     given = parser.read(words)
-    path = RunDir(given.run).pairs(given.iteration)
-    if not path.is_file():
+    path = RunDir(files.expand(given.run)).pairs(given.iteration)
+    if not files.is_file(path):
         raise BadInput(f"--run {given.run}: iteration {given.iteration} has no pairs ({path} is missing)")
+    to = Path(files.expand(given.to))
+    if files.exists(to) and to.samefile(path):
+        raise BadInput(f"--to {given.to}: the run's own file, which has more columns; name another file")
     pairs = records.read(path, Pair)
-    write(pairs, Path(given.to).absolute())
+    write(pairs, to)
     print(f"{len(pairs)} pairs written to {given.to}")
 
 
-def _texts(row: rows.Row | None) -> tuple[str, str, str] | str:
-    """Return (prompt, chosen, rejected) of a row, or the reason for skipping it, which names a count."""
-    if row is None:
-        return "not_json"
-    chosen, rejected = (rows.messages(row.get(name)) for name in COLUMNS[:2])
-    if chosen is None or rejected is None:
-        return "no_text"
-    if any([role for role, _ in turns] != ["user", "assistant"] for turns in (chosen, rejected)):
-        return "other_turns"
-    (_, text), (_, better) = chosen
-    (_, other), (_, worse) = rejected
-    if text != other:
-        return "other_prompt"
-    if not text.strip():
-        return "empty"
-    if not better.strip():
-        return "empty_chosen"
-    if better == worse:
-        return "identical"
-    return (text, better, worse) if all(map(rows.is_unicode, (text, better, worse))) else "not_unicode"
+def _no_pairs(source: Source, t: int, counts: Counter[str], config: Config, positions: int) -> BadInput:
+    """The line about a source that leaves no pairs, with the knob that helps."""
+    advice = {
+        "too_long": f"raise prompts.max_length={config.prompts.max_length} if the prompts are, or give pairs that fit "
+        f"into the model's {positions} positions",
+        "in_heldout": "name other prompts in prompts.heldout",
+        "no_text": "both columns hold lists of messages",
+    }.get(skipped.commonest(counts), "docs/prompts.md describes the columns")
+    where = " in 'chosen' or 'rejected'"
+    return skipped.nothing(source, f"pairs for iteration {t}", counts, where=where, advice=advice)
 
 
 def _is_probability(value: Any) -> bool:

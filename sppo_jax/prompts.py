@@ -1,19 +1,26 @@
 """Stage 0: rows of a source become Prompts, a disjoint set per iteration and a held-out set apart from all."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sppo_jax.config import Config
+from sppo_jax import files
+from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
-from sppo_jax.text import rows
+from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt
-from sppo_jax.text.rows import Source
+from sppo_jax.text.conversations import is_unicode
+from sppo_jax.text.source import PLACEHOLDER, Row, Source, shown_name
 
 CHARACTERS_PER_TOKEN = 100  # a text longer than max_length times this is too long without being tokenised
+SHARE = 10  # one prompt in so many is held out where prompts.heldout is empty
+
+Counts = dict[str, dict[str, int]]
+Reader = Callable[[Row], tuple[str, bool] | str]
 
 
 @dataclass
@@ -21,45 +28,87 @@ class PromptSets:
     """Prompts by iteration, iteration t's in `train[t - 1]`, and for each set the rows read, kept and skipped by reason.
 
     `heldout` are the first held-out prompts that are short enough; `heldout_ids` are the ids of all held-out texts.
+    `notes` are sentences about the sets for the user.
     """
 
     train: list[list[Prompt]]
     heldout: list[Prompt]
     heldout_ids: frozenset[int] = frozenset()
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def load(config: Config, tokenizer: Any) -> PromptSets:
     """The prompts of all iterations. A prompt is in one set only: the first of held-out, iteration 1, 2, ... that has it.
 
-    A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
-    pairs.source nothing is sampled, and `train` is empty. Raises BadInput if a source cannot be read or leaves no
-    prompts.
+    Without a source of held-out prompts a share of the prompts of iteration 1 (of the whole pool where there is one) is
+    held out. A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
+    pairs.source nothing is sampled, and `train` is empty. Raises BadInput if a source cannot be read or leaves no prompts.
     """
-    p, sets, seen = config.prompts, PromptSets([], []), dict[int, str]()
-    texts = _distinct(heldout_source(config), p.column, "heldout", seen, sets.counts)
-    sets.heldout_ids = frozenset(seen)
-    sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
-    if not sets.heldout:
-        raise BadInput(f"prompts.heldout={p.heldout} leaves no held-out prompts: {sets.counts}")
-    if config.pairs.source:
-        return sets
-    source, limit = Source("prompts.source", p.source, p.split), p.per_iteration
+    sets, seen = PromptSets([], []), dict[int, str]()
+    if config.prompts.heldout:
+        source = heldout_source(config)
+        texts = _distinct(source, config, "heldout", seen, sets)
+        sets.heldout_ids = frozenset(seen)
+        sets.heldout = _tokenised(texts, config, tokenizer, "heldout", sets.counts, config.eval.prompts)
+        if not sets.heldout:
+            raise _nothing(source, "held-out prompts", config, tokenizer, sets.counts["heldout"], texts)
+    elif config.prompts.heldout_split != Prompts.heldout_split:
+        raise BadInput(
+            f"prompts.heldout_split={config.prompts.heldout_split} is read with prompts.heldout only, which is empty: set "
+            "that to the held-out prompts' source, or the split to its default, test"
+        )
+    if not config.pairs.source:
+        _load_train(config, tokenizer, seen, sets)
+    elif not config.prompts.heldout:
+        source = Source("pairs.source", config.pairs.source, config.pairs.split).at(1)
+        texts = _distinct(source, config, "given pairs 1", seen, sets)
+        _hold_out(texts, source, config, tokenizer, "given pairs 1", seen, sets)
+        del sets.counts["given pairs 1"]  # the pairs' own reader counts their rows
+    for name, count in sets.counts.items():
+        if more := count.get("more_turns"):
+            sets.notes.append(
+                f"prompts, {name}: {more} of the prompts begin conversations with more turns of the user: only the first "
+                "turn is used"
+            )
+    return sets
+
+
+def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: PromptSets) -> None:
+    """Fill `sets.train`, and the held-out set where it has no source of its own."""
+    p = config.prompts
+    source, limit, share = Source("prompts.source", p.source, p.split), p.per_iteration, not p.heldout
     if source.by_iteration:
         for t in range(1, config.iterations + 1):
-            name = f"iteration {t}"
-            texts = _distinct(source.at(t), p.column, name, seen, sets.counts)
+            name, own = f"iteration {t}", source.at(t)
+            texts = distinct = _distinct(own, config, name, seen, sets)
+            if share and t == 1:
+                texts = _hold_out(texts, own, config, tokenizer, name, seen, sets)
             order = [texts[i] for i in np.random.default_rng((config.seed, t)).permutation(len(texts))]
             sets.train.append(_tokenised(order, config, tokenizer, name, sets.counts, limit))
-    else:
-        texts = _distinct(source, p.column, "train", seen, sets.counts)
-        order = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
-        pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations)
-        sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
+            if not sets.train[-1]:
+                what = f"prompts for iteration {t}"
+                raise _nothing(own, what, config, tokenizer, sets.counts[name], distinct)
+        return
+    texts = distinct = _distinct(source, config, "train", seen, sets)
+    if share:
+        texts = _hold_out(texts, source, config, tokenizer, "train", seen, sets)
+    order = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
+    pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations)
+    sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
     for t, prompts in enumerate(sets.train, 1):
+        what = f"prompts for iteration {t}"
+        if not pool:
+            raise _nothing(source, what, config, tokenizer, sets.counts["train"], distinct)
         if not prompts:
-            raise BadInput(f"{source} leaves no prompts for iteration {t}: {sets.counts}")
-    return sets
+            others = skipped.described(sets.counts["train"], _where(config))
+            each, most = max(1, len(pool) // config.iterations), min(config.iterations, len(pool))
+            raise BadInput(
+                f"{source} leaves no {what}: the earlier ones take all its {len(pool)} prompts"
+                + (f" ({others})" if others else "")
+                + f"; give more, or set prompts.per_iteration to {each}"
+                + (f" and iterations to {most}" if most < config.iterations else "")
+            )
 
 
 def heldout_source(config: Config) -> Source:
@@ -67,48 +116,90 @@ def heldout_source(config: Config) -> Source:
     source = Source("prompts.heldout", config.prompts.heldout, config.prompts.heldout_split)
     if source.by_iteration:
         raise BadInput(
-            f"{source}: the held-out prompts are the same for every iteration, so {rows.PLACEHOLDER} cannot be in "
+            f"{source}: the held-out prompts are the same for every iteration, so {PLACEHOLDER} cannot be in "
             "their name or split; join splits with +"
         )
     return source
 
 
-def _distinct(
-    source: Source, column: str, name: str, seen: dict[int, str], counts: dict[str, dict[str, int]]
+def _hold_out(
+    texts: list[str],
+    source: Source,
+    config: Config,
+    tokenizer: Any,
+    name: str,
+    seen: dict[int, str],
+    sets: PromptSets,
 ) -> list[str]:
+    """Hold out about a tenth of the set `name`, at most eval.prompts, and return the other texts.
+
+    Which texts are held out depends on the texts alone: not on their order, the seed, or the number of iterations.
+    """
+    count = sets.counts[name]
+    if not texts:
+        raise _nothing(source, "prompts", config, tokenizer, count, texts)
+    if len(texts) == 1:
+        raise BadInput(
+            f"{source} has one distinct prompt, of which none can be held out for evaluation; give more, or name "
+            "other prompts in prompts.heldout (jsonl:PATH)"
+        )
+    order = sorted(texts, key=lambda text: files.sha256_text(str(prompt_id(text))))
+    limit = min(config.eval.prompts, max(1, len(texts) // SHARE))
+    sets.heldout = _tokenised(order, config, tokenizer, "heldout", {"heldout": {}}, limit)
+    if not sets.heldout:
+        raise _nothing(source, "held-out prompts", config, tokenizer, count | {"too_long": len(texts)}, texts)
+    number = len(sets.heldout)
+    sets.heldout_ids = frozenset(prompt.prompt_id for prompt in sets.heldout)
+    sets.counts["heldout"] = {f"held_out_of_{source.knob.replace('.', '_')}": number, "kept": number}
+    count["in_heldout"] = number
+    seen |= dict.fromkeys(sets.heldout_ids, "heldout")
+    sets.notes.append(
+        f"prompts.heldout is empty: {number} of the {len(texts)} prompts of {source} {'is' if number == 1 else 'are'} held out "
+        "for evaluation, and not trained on"
+    )
+    return [text for text in texts if prompt_id(text) not in sets.heldout_ids]
+
+
+def _distinct(source: Source, config: Config, name: str, seen: dict[int, str], sets: PromptSets) -> list[str]:
     """The texts of a source that no earlier set has, in the source's order."""
+    columns, read = _reader(source, config)
     count: Counter[str] = Counter()
     texts = []
-    for row in rows.rows(source, [column]):
-        text = None if row is None else _instruction(row.get(column))
-        if row is None:
-            count["not_json"] += 1
-        elif text is None:
-            count["no_text"] += 1
+    for row in rows.rows(source, columns):
+        found = row if isinstance(row, str) else read(row)
+        text, more = ("", False) if isinstance(found, str) else found
+        if isinstance(found, str):
+            count[found] += 1
         elif not text.strip():
             count["empty"] += 1
-        elif not rows.is_unicode(text):
+        elif not is_unicode(text):
             count["not_unicode"] += 1
         elif (identity := prompt_id(text)) in seen:
             count["repeated" if seen[identity] == name else f"in_{seen[identity].replace(' ', '_')}"] += 1
         else:
             seen[identity] = name
             texts.append(text)
+            count["more_turns"] += more
         count["rows"] += 1
-    counts[name] = dict(count)
+    sets.counts[name] = {reason: number for reason, number in count.items() if number}
     return texts
 
 
-def _instruction(value: Any) -> str | None:
-    """The instruction in a column's value: a text itself, or a conversation's first message if it is the user's."""
-    if isinstance(value, str):
-        return value
-    conversation = rows.messages(value)
-    return conversation[0][1] if conversation and conversation[0][0] == "user" else None
+def _reader(source: Source, config: Config) -> tuple[list[str], Reader]:
+    """The columns of a source in which the prompts are, and the function that finds a row's, or why there is none."""
+    if source.knob != "pairs.source":
+        column = config.prompts.column
+        return [column], lambda row: conversations.instruction(row.get(column))
+
+    def of_pair(row: Row) -> tuple[str, bool] | str:
+        found = conversations.pair(row.get("chosen"), row.get("rejected"))
+        return found if isinstance(found, str) else (found[0], False)
+
+    return ["chosen", "rejected"], of_pair
 
 
 def _tokenised(
-    texts: list[str], config: Config, tokenizer: Any, name: str, counts: dict[str, dict[str, int]], limit: int
+    texts: list[str], config: Config, tokenizer: Any, name: str, counts: Counts, limit: int
 ) -> list[Prompt]:
     """The first `limit` prompts that have at most prompts.max_length tokens; longer ones are counted as too_long."""
     prompts: list[Prompt] = []
@@ -127,3 +218,29 @@ def _tokenised(
     counts[name] |= {"too_long": too_long} if too_long else {}
     counts[name]["kept"] = len(prompts)
     return prompts
+
+
+def _where(config: Config) -> str:
+    return f" in column {config.prompts.column!r}"
+
+
+def _nothing(
+    source: Source, what: str, config: Config, tokenizer: Any, count: dict[str, int], texts: Sequence[str]
+) -> BadInput:
+    """The line about a source that leaves no `what`, with the knob that helps. `texts`: its distinct texts."""
+    reason = skipped.commonest(count)
+    advice = "give other prompts" if reason else "is it empty?"
+    if source.knob == "pairs.source":
+        return skipped.nothing(source, what, count, where=" in 'chosen' or 'rejected'")
+    if reason == "too_long":
+        shortest = len(chat_prompt(tokenizer, min(texts, key=len)).ids)
+        advice = f"raise prompts.max_length={config.prompts.max_length}: a short one has {shortest} tokens"
+    elif reason in ("no_text", "not_only_text", "begins_with_system", "begins_with_assistant", "empty"):
+        names = [shown_name(n) for n in rows.columns_of_text(source) if n != config.prompts.column]
+        first = reason.startswith("begins_with")
+        advice = "put the user's message first" if first else "no other column holds text: look at its rows"
+        if names:
+            advice = f"set prompts.column to a column that holds text: {', '.join(names)}"
+    elif reason in ("not_json", "not_object"):
+        advice = f'write one object per line, such as {{"{config.prompts.column}": "..."}}'
+    return skipped.nothing(source, what, count, where=_where(config), advice=advice)

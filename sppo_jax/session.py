@@ -88,7 +88,7 @@ class Session:
         lines += [
             f"prompts, {name}: " + ", ".join(f"{key} {n}" for key, n in sorted(count.items()))
             for name, count in self.sets.counts.items()
-        ]
+        ] + self.sets.notes
         fit = self.config.fit
         if fit.baseline == "log_partition" and fit.eta > LARGE_ETA:
             lines.append(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -192,7 +193,9 @@ def test_a_pair_may_fill_the_models_positions_and_no_more(tmp_path, tokenizer):
     (pair,), _ = from_rows(tmp_path, tokenizer, [row()])
     length = len(pair.prompt_ids) + max(map(len, pair.response_ids))
     assert from_rows(tmp_path, tokenizer, [row()], positions=length)[1]["kept"] == 1
-    with pytest.raises(BadInput, match=r"leaves no pairs for iteration 1: .*'too_long': 1"):
+    with pytest.raises(
+        BadInput, match=r"leaves no pairs for iteration 1: of 1 row 1 is too long .*positions"
+    ):
         from_rows(tmp_path, tokenizer, [row()], positions=length - 1)
 
 
@@ -200,7 +203,7 @@ def test_a_prompt_may_have_max_length_tokens_and_no_more(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row()))
     length = len(chat_template.chat_prompt(tokenizer, "Q?").ids)
     assert read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length}")[1]["kept"] == 1
-    with pytest.raises(BadInput, match="'too_long': 1"):
+    with pytest.raises(BadInput, match=r"too long \(too_long\); raise prompts.max_length"):
         read(tokenizer, f"jsonl:{tmp_path}/rows.jsonl", f"--prompts.max_length={length - 1}")
 
 
@@ -295,3 +298,48 @@ def test_a_directory_is_not_replaced_by_a_file(official, tokenizer, tmp_path):
 def test_a_bad_flag_is_one_line():
     with pytest.raises(BadInput, match="--run"):
         interchange.main(["--iteration", "1"])
+
+
+PATHS = {
+    "--to a pipe": (["--to", "RUN/pipe"], "pipe: not a regular file"),
+    "--to with NUL": (["--to", "a\0b"], "not a possible name of a file"),
+    "--to too long": (["--to", "a" * 300], "File name too long"),
+    "--to below a file": (["--to", "RUN/iter_2/pairs.parquet/x"], "cannot be written"),
+    "--to a directory": (["--to", "RUN"], "a directory; name a file in it"),
+    "--to the run's own file": (["--to", "RUN/iter_2/../iter_2/pairs.parquet"], "the run's own file"),
+    "--run with NUL": (["--to", "RUN/x", "--run", "a\0b"], "not a possible name of a file"),
+    "--run too long": (["--to", "RUN/x", "--run", "a" * 300], "File name too long"),
+    "--run a loop of links": (["--to", "RUN/x", "--run", "RUN/loop"], "symbolic links"),
+    "--run without a home": (
+        ["--to", "RUN/x", "--run", "~nobody-has-this-name/run"],
+        "no home directory is known",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), PATHS.values(), ids=PATHS.keys())
+def test_odd_paths_of_the_command_are_one_line_and_nothing_is_lost(
+    official, tokenizer, tmp_path, words, said
+):
+    run = tmp_path / "run"
+    own(tokenizer, official, run)
+    (run / "loop").symlink_to(run / "loop")
+    os.mkfifo(run / "pipe")  # stands for devices, which no test may risk
+    before = (run / "iter_2" / "pairs.parquet").read_bytes()
+    words = [word.replace("RUN", str(run)) for word in words]
+    with pytest.raises(BadInput, match=said) as caught:
+        interchange.main(["--run", str(run), "--iteration", "2", *words])
+    assert "\n" not in str(caught.value)
+    assert (run / "iter_2" / "pairs.parquet").read_bytes() == before
+    assert sorted(p.name for p in run.rglob("*")) == ["iter_2", "loop", "pairs.parquet", "pipe"]
+    assert (run / "pipe").is_fifo()
+
+
+def test_pairs_that_leave_nothing_say_why_in_words(tmp_path, tokenizer):
+    rows = [row(chosen="yes"), row(chosen="no"), row(won=2.0)]
+    said = (
+        r"of 3 rows 2 have no text in 'chosen' or 'rejected' \(no_text\), 1 has a probability that is missing or outside "
+        r"\[0, 1\] \(bad_probability\); both columns hold lists of messages$"
+    )
+    with pytest.raises(BadInput, match=said):
+        from_rows(tmp_path, tokenizer, rows)

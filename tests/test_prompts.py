@@ -100,11 +100,12 @@ def test_T04_an_over_long_prompt_is_skipped_and_counted_never_cut(tmp_path, toke
 def test_odd_rows_are_skipped_and_counted_by_reason(tmp_path, tokenizer):
     rows = [
         *texts(3), {"prompt": ""}, {"prompt": " \n"}, {"prompt": None}, {"prompt": 7}, {"text": "x"}, b"{not json",
-        b"[1, 2]", b"\xff\xfe", b'{"prompt": "\\ud800"}', *texts(2), {"prompt": HELDOUT[0]}, b"", b"[" * 100_000,
+        b"[1, 2]", b'{"prompt": "\\ud800"}', *texts(2), {"prompt": HELDOUT[0]}, b"", b"[" * 100_000,
     ]  # fmt: skip
     found = load(tmp_path, tokenizer, rows, per_iteration=3, iterations=1)
     assert found.counts["train"] == {
-        "rows": 16, "empty": 2, "no_text": 4, "not_json": 3, "not_unicode": 1, "repeated": 2, "in_heldout": 1, "kept": 3,
+        "rows": 15, "empty": 2, "no_text": 3, "not_json": 2, "not_object": 1, "not_unicode": 1, "repeated": 2,
+        "in_heldout": 1, "kept": 3,
     }  # fmt: skip
 
 
@@ -186,7 +187,9 @@ def test_splits_name_the_sets_and_a_text_is_in_the_first_that_has_it(tmp_path, t
 
 @pytest.mark.parametrize("knob", ["heldout", "heldout_split"])
 def test_the_held_out_set_is_one_for_all_iterations(tokenizer, knob):
-    settings = dataclasses.replace(Config(), prompts=Prompts(**{knob: "jsonl:{iteration}"}))
+    settings = dataclasses.replace(
+        Config(), prompts=Prompts(**{"heldout": "jsonl:x", knob: "jsonl:{iteration}"})
+    )
     with pytest.raises(BadInput, match=r"same for every iteration.*join splits with \+"):
         prompts.load(settings, tokenizer)
 
@@ -197,7 +200,9 @@ def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, token
     rows = [[user, assistant, more], [assistant], [system, user], [], [[user]], "as it is", ["user"]]
     found = load(tmp_path, tokenizer, [{"prompt": row} for row in rows], iterations=1)
     assert {p.text for p in found.train[0]} == {"user!", "as it is"}
-    assert found.counts["train"] == {"rows": 7, "no_text": 5, "kept": 2}
+    assert found.counts["train"] == {
+        "rows": 7, "no_text": 3, "begins_with_assistant": 1, "begins_with_system": 1, "more_turns": 1, "kept": 2,
+    }  # fmt: skip
 
 
 def test_held_out_texts_beyond_those_that_are_asked_stay_held_out(tmp_path, tokenizer):
@@ -232,3 +237,76 @@ def test_too_few_prompts_for_an_iteration_is_named(tmp_path, tokenizer):
 def test_prompt_ids_depend_on_the_text_alone():
     assert prompt_id("None") == prompt_id("None") != prompt_id("none")
     assert 0 <= prompt_id("x") < 2**63
+
+
+NOTHING = {
+    "a column without text": (
+        [{"prompt": None, "q": "a", "chat": [{"role": "user", "content": "b"}], "n": 3}] * 3, [],
+        "of 3 rows 3 have no text in column 'prompt' (no_text); set prompts.column to a column that holds text: q, chat",
+    ),
+    "system messages": (
+        [{"prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]}], [],
+        "of 1 row 1 has a system message first, which is not supported (begins_with_system); put the user's message first",
+    ),
+    "over-long prompts": (
+        [{"prompt": "fox " * 40}] * 2, ["--prompts.max_length=30"],
+        "of 2 rows 1 is repeated (repeated), 1 is too long (too_long); raise prompts.max_length=30: a short one has",
+    ),
+    "rows that are not objects": (
+        [b'"a"', b'"b"'], [], "of 2 rows 2 are JSON, but not objects with columns (not_object); write one object per line",
+    ),
+    "an empty file": ([], [], "it has no rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heldout", ["", "own"])
+@pytest.mark.parametrize(("rows", "words", "said"), NOTHING.values(), ids=NOTHING.keys())
+def test_a_source_that_leaves_nothing_says_why_and_names_the_knob_that_helps(
+    tmp_path, tokenizer, rows, words, said, heldout
+):
+    """The same sentence for the training prompts and for the held-out ones."""
+    write(tmp_path / "bad.jsonl", rows)
+    write(tmp_path / "good.jsonl", texts(2))
+    source, other = ("heldout", "source") if heldout else ("source", "heldout")
+    flags = [
+        f"--prompts.{source}=jsonl:{tmp_path}/bad.jsonl",
+        f"--prompts.{other}=jsonl:{tmp_path}/good.jsonl",
+    ]
+    with pytest.raises(BadInput) as caught:
+        prompts.load(config_file.load([], [*flags, "--iterations=1", *words]), tokenizer)
+    assert str(caught.value).startswith(f"prompts.{source}=jsonl:{tmp_path}/bad.jsonl leaves no ")
+    assert ("held-out prompts" in str(caught.value)) == bool(heldout)
+    assert said in str(caught.value)
+    assert "{" not in str(caught.value).replace('{"prompt": "..."}', "")
+
+
+@pytest.mark.parametrize(
+    ("number", "iterations", "said"),
+    [(5, 2, "set prompts.per_iteration to 2"), (2, 4, "set prompts.per_iteration to 1 and iterations to 2")],
+)
+def test_a_pool_that_is_used_up_names_values_that_work(tmp_path, tokenizer, number, iterations, said):
+    with pytest.raises(BadInput, match=f"take all its {number} prompts.*{said}$"):
+        load(tmp_path, tokenizer, texts(number), per_iteration=5, iterations=iterations)
+    each, count = (2, 2) if number == 5 else (1, 2)
+    assert all(load(tmp_path, tokenizer, texts(number), per_iteration=each, iterations=count).train)
+
+
+@pytest.mark.parametrize(
+    ("column", "near"), [("promt", "prompt"), ("Prompt", "prompt"), ("conversation", "conversations")]
+)
+def test_a_column_that_is_mistyped_lists_the_columns_and_the_nearest(tmp_path, tokenizer, column, near):
+    write(tmp_path / "own.jsonl", [{"prompt": "a", "conversations": [], "n": 1}])
+    words = [f"--prompts.source=jsonl:{tmp_path}/own.jsonl", f"--prompts.column={column}"]
+    said = rf"no column '{column}'; there are conversations, n, prompt; set prompts.column .*mean '{near}'"
+    with pytest.raises(BadInput, match=said):
+        prompts.load(config_file.load([], [*words, "--prompts.heldout="]), tokenizer)
+
+
+def test_conversations_that_go_on_are_counted_and_said(tmp_path, tokenizer):
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Hello."), ("user", "And?"))
+    ]
+    found = load(tmp_path, tokenizer, [{"prompt": talk}, {"prompt": talk[:2]}, *texts(2)], iterations=1)
+    assert found.counts["train"] == {"rows": 4, "more_turns": 1, "repeated": 1, "kept": 3}
+    (note,) = found.notes
+    assert "1 of the prompts begin conversations with more turns of the user" in note

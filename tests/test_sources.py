@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo_jax.errors import BadInput
-from sppo_jax.text import rows
-from sppo_jax.text.rows import Source
+from sppo_jax.text import conversations, rows
+from sppo_jax.text.source import Source
 from tests import dataset_hub
 from tests.dataset_hub import COMMIT
 
@@ -106,9 +106,9 @@ def test_a_prepared_directory_is_read_without_tensorflow(prepared, without_tenso
     both = read(f"tfds:{prepared}", "test_1+test_2")
     assert sorted(both) == sorted(f"Où est {i} ?" for i in range(6, 11))
     assert set(read(f"tfds:{prepared}", "train_1", "n")) == set(range(6))
-    assert rows.messages(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
-        ("user", "Hi?"),
-        ("assistant", "Hello."),
+    assert conversations.turns(read(f"tfds:{prepared}", "train_1", "turns")[0]) == [
+        ("user", "Hi?", ""),
+        ("assistant", "Hello.", ""),
     ]
 
 
@@ -197,12 +197,13 @@ import json, sys
 from sppo_jax import config_file, prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import path as embedded
-from sppo_jax.text import rows
+from sppo_jax.text import conversations, rows
 from sppo_jax.text.chat_template import load_tokenizer
+from sppo_jax.text.source import Source
 found = {}
 for name in json.loads(sys.argv[1]):
     try:
-        found[name] = len(list(rows.rows(rows.Source("x", name, "train_1+test_1"), ["prompt"])))
+        found[name] = len(list(rows.rows(Source("x", name, "train_1+test_1"), ["prompt"])))
     except BadInput as error:
         found[name] = str(error)
 for path in sys.argv[2:]:
@@ -292,6 +293,38 @@ def test_the_shipped_prompt_sets_are_one_per_iteration_and_apart_from_snorkels_t
     assert [counts[f"iteration {t}"]["rows"] for t in (1, 2, 3)] == [rows] * 3
 
 
+def saved(tmp_path, kind):
+    """Return a directory that `save_to_disk` wrote, with splits or without."""
+    splits = {"train_1": prompts_of(5), "train_2": prompts_of(4, 5)}
+    found = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()})
+    (found if kind == "splits" else found["train_1"]).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_dataset_that_was_saved_to_disk_is_read_with_its_splits(tmp_path):
+    path = saved(tmp_path, "splits")
+    assert read(f"hf:{path}", "train_1[1:3]+train_2[3:]", "n") == [1, 2, 8]
+    assert "split 'train' cannot be read; there are train_1, train_2" in refused(f"hf:{path}")
+    assert "no column 'text'; there are prompt, n" in refused(f"hf:{path}", "train_1", "text")
+    assert "give hf:DIR" in refused(f"parquet:{path}")
+
+
+def test_a_dataset_that_was_saved_without_splits_is_read_whole(tmp_path):
+    path = saved(tmp_path, "one")
+    assert read(f"hf:{path}", "test", "n") == list(range(5))
+    assert "leave out the split 'train_1'" in refused(f"hf:{path}", "train_1")
+    for file in path.glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "is the dataset whole?" in refused(f"hf:{path}")
+
+
+def test_a_file_is_not_taken_for_a_dataset_of_the_hub(tmp_path):
+    pq.write_table(pa.Table.from_pylist(prompts_of(2)), tmp_path / "p")
+    (tmp_path / "j").write_text("{}")
+    assert "give parquet:PATH" in refused(f"hf:{tmp_path}/p")
+    assert "give jsonl:PATH" in refused(f"hf:{tmp_path}/j")
+
+
 # files
 
 
@@ -300,7 +333,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
     written = [row | {"large": "x" * 100} for row in prompts_of(2500)]
     pq.write_table(pa.Table.from_pylist(written), path, row_group_size=900)
     sizes, asked = [], []
-    plain, batches = rows._plain, pq.ParquetFile.iter_batches
+    plain, batches = rows.plain, pq.ParquetFile.iter_batches
 
     def counted(value):
         sizes.append(len(value)) if isinstance(value, list) else None
@@ -311,7 +344,7 @@ def test_parquet_gives_the_wanted_column_piece_by_piece(tmp_path, monkeypatch):
         asked.append(options["columns"])
         return batches(self, *args, **options)
 
-    monkeypatch.setattr(rows, "_plain", counted)
+    monkeypatch.setattr(rows, "plain", counted)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     assert read(f"parquet:{path}") == [row["prompt"] for row in written]
     assert max(sizes) <= 1000
@@ -329,7 +362,7 @@ def test_bytes_in_parquet_are_text(tmp_path):
     pq.write_table(table, path)
     good, bad = read(f"parquet:{path}")
     assert good == "où"
-    assert not rows.is_unicode(bad)
+    assert not conversations.is_unicode(bad)
     assert read(f"parquet:{path}", "train", "l") == ["a", "b"]
 
 
@@ -359,35 +392,6 @@ def test_a_damaged_parquet_file_is_reported(tmp_path):
     assert "whole parquet file" in refused(f"parquet:{path}")
 
 
-def test_rows_of_a_jsonl_file_may_differ(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{oops\n[1]\n{"text": "b"}\n')
-    found = list(rows.rows(Source("prompts.source", f"jsonl:{path}", "train"), ["prompt"]))
-    assert found == [{"prompt": "a"}, None, {}, {"text": "b"}]
-
-
 @pytest.mark.parametrize("name", ["csv:x", "nowhere", "hf:", ":x", "", "HF:x/y"])
 def test_unknown_kinds_of_source_are_reported(name):
     assert "tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH" in refused(name)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (TURNS, [("user", "Hi?"), ("assistant", "Hello.")]),
-        ({"role": ["user"], "content": ["Hi?"]}, [("user", "Hi?")]),
-        ([], []),
-        ({"role": ["user"], "content": []}, None),
-        ({"role": "user", "content": "Hi?"}, None),
-        ([{"role": "user"}], None),
-        ([{"role": "user", "content": 3}], None),
-        ([TURNS], None), ("Hi?", None), (None, None),
-    ],
-)  # fmt: skip
-def test_conversations_of_both_layouts_are_read(value, expected):
-    assert rows.messages(value) == expected
-
-
-def test_a_name_that_no_file_can_have_is_no_such_file():
-    with pytest.raises(BadInput, match="no such file"):
-        list(rows.rows(Source("prompts.source", f"jsonl:{'a' * 5000}", "train"), ["prompt"]))

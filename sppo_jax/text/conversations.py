@@ -1,0 +1,126 @@
+"""Conversations in rows: the usual spellings of a list of messages become turns, and turns a prompt or a pair.
+
+Only the turns that are used are looked at: what a later message holds, or lacks, does not matter.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+ROLE_KEYS = ("role", "from")
+TEXT_KEYS = ("content", "value", "text")
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "developer": "system",
+}
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's parts that are text
+
+
+class Turn(NamedTuple):
+    """A message: its role and its text. Where `text` is None, `reason` is the name of the count for its row."""
+
+    role: str
+    text: str | None
+    reason: str = ""
+
+
+def turns(value: Any) -> list[Turn] | None:
+    """Return the turns of a conversation: a list of messages, or a struct of lists; None for anything else.
+
+    A message has `role` and `content`, or `from` and `value` (ShareGPT). Its content is a text, or a list of parts, whose
+    texts are joined; with a part that is not text, such as an image, it has no text.
+    """
+    messages = _structs(value, (*ROLE_KEYS, *TEXT_KEYS))
+    if messages is None:
+        return None
+    return [Turn(_role(message), *_content(_first(message, TEXT_KEYS))) for message in messages]
+
+
+def instruction(value: Any) -> tuple[str, bool] | str:
+    """Return the prompt in a column's value, and whether the user says more later, which is left out; or a reason.
+
+    The value is the text itself, or a conversation that begins with the user's message. The reason, for which the row
+    is skipped, is the name of a count.
+    """
+    if isinstance(value, str):
+        return value, False
+    found = turns(value)
+    if not found:
+        return "no_text"
+    first, *later = found
+    if first.role in ("system", "assistant"):
+        return f"begins_with_{first.role}"
+    if first.role != "user":
+        return "no_text"
+    return first.reason if first.text is None else (first.text, any(turn.role == "user" for turn in later))
+
+
+def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
+    """Return (prompt, chosen, rejected) of the two conversations of a pair, or the reason for skipping it."""
+    found = [turns(value) for value in (chosen, rejected)]
+    if any(conversation is None for conversation in found):
+        return "no_text"
+    conversations = [conversation or [] for conversation in found]
+    if reasons := [turn.reason for turns in conversations for turn in turns[:2] if turn.text is None]:
+        return reasons[0]
+    if any([turn.role for turn in turns] != ["user", "assistant"] for turns in conversations):
+        return "other_turns"
+    (text, better), (other, worse) = ([str(turn.text) for turn in turns] for turns in conversations)
+    if text != other:
+        return "other_prompt"
+    if not text.strip():
+        return "empty"
+    if not better.strip():
+        return "empty_chosen"
+    if better == worse:
+        return "identical"
+    return (text, better, worse) if all(map(is_unicode, (text, better, worse))) else "not_unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which JSON can spell and no tokenizer accepts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _structs(value: Any, keys: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Return a list of structs, also from a struct of lists, of which those at `keys` are read; else None."""
+    if isinstance(value, dict):
+        columns = {key: value[key] for key in keys if isinstance(value.get(key), list)}
+        if len({len(column) for column in columns.values()}) != 1:
+            return None
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+    return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else None
+
+
+def _first(message: dict[str, Any], keys: Sequence[str]) -> Any:
+    """Return the first value at `keys` that is not null: files of mixed rows fill the other spellings with nulls."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
+def _role(message: dict[str, Any]) -> str:
+    role = _first(message, ROLE_KEYS)
+    return ROLES.get(role, role) if isinstance(role, str) else ""
+
+
+def _content(value: Any) -> tuple[str | None, str]:
+    """Return (text, "") of a message's content, or (None, reason)."""
+    if isinstance(value, str):
+        return value, ""
+    parts = (
+        [{"text": part} if isinstance(part, str) else part for part in value]
+        if isinstance(value, list)
+        else value
+    )
+    found = _structs(parts, ("type", *TEXT_KEYS))
+    if not found:
+        return None, "no_text"
+    texts = [_first(part, TEXT_KEYS) if part.get("type") in TEXT_PARTS else None for part in found]
+    known = [text for text in texts if isinstance(text, str)]
+    return ("".join(known), "") if len(known) == len(texts) else (None, "not_only_text")
