@@ -132,7 +132,7 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
     cells = re.findall(r"<td>(.*?)</td>", row[0])
     assert cells[:4] == ["1", "100.0%", "0.0%", "+1.33"]
     assert cells[-2:] == ["7", "14"]
-    assert made[0].released == 2  # after responses and probe, and after the measurement
+    assert made[0].released == 3  # after the trial, after responses and probe, and after the measurement
     written = json.loads((tmp_path / "run/manifest.json").read_text())
     assert written["judge"] == {"sources": {"owner/judge": "c" * 40}}
 
