@@ -179,6 +179,15 @@ def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -
                 )
 
 
+def check_finite(checkpoint: Checkpoint, name: str, finite: bool, dtype: object) -> None:
+    """Raise BadInput unless tensor `name` is finite in the dtype in which it is kept."""
+    if not finite:
+        raise BadInput(
+            f"PairRM: {str(checkpoint.weights)!r} has numbers in {name} that are not finite in {dtype}; "
+            "the file is damaged, or was never a judge's: take another copy"
+        )
+
+
 def farthest(config: Mapping[str, Any]) -> int:
     """Return the largest distance, in tokens, that the network distinguishes; larger ones count as this."""
     relative = int(config["max_relative_positions"])
