@@ -266,10 +266,8 @@ def numbers(value: Any) -> np.ndarray:
     """
     if inspect.iscoroutine(value):
         value.close()  # else Python warns that it was never awaited
-    if np.ma.isMaskedArray(value):
-        value = value.astype(np.float64).filled(np.nan)
     try:
-        array = np.asarray(_without_tensors(value))
+        array = np.asarray(_arrays(value))
     except ValueError as error:
         if "inhomogeneous" not in str(error):
             raise
@@ -279,16 +277,17 @@ def numbers(value: Any) -> np.ndarray:
         of = "texts" if array.dtype.kind in "SU" else array.dtype.name
         kind = _kind(value) if array.ndim == 0 else f"an array of {of}"
         raise BadInput(f"compare gave {kind}, needed numbers [n, K, K]; {_MEND}")
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # a long double may be infinite now, which its check refuses
+    # A long double may be infinite now, which the check of finite numbers refuses.
+    with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float64)
 
 
-def _without_tensors(value: Any) -> Any:
-    """`value` with arrays for tensors of torch, wherever in its lists, whatever their device, dtype and gradient."""
+def _arrays(value: Any) -> Any:
+    """`value` with arrays for tensors of torch, whatever their device, dtype and gradient, and NaN for masked numbers."""
     if isinstance(value, list | tuple):
-        return [_without_tensors(one) for one in value]
+        return [_arrays(one) for one in value]
+    if np.ma.isMaskedArray(value) and value.dtype.kind in "biuf":
+        return value.astype(np.longdouble).filled(np.nan)
     if hasattr(value, "detach") and hasattr(value, "is_complex"):  # torch's, without importing torch here
         if value.is_complex():
             raise BadInput(f"compare gave complex numbers, needed real ones [n, K, K]; {_MEND}")
@@ -303,7 +302,8 @@ def _run(name: str, what: str, module: str, call: Callable[[], Any], mend: str) 
     request to stop is passed on.
     """
     try:
-        return call()
+        with np.errstate():  # undoes a np.seterr of the user's
+            return call()
     except (KeyboardInterrupt, Terminated):
         raise
     except BadInput as error:
@@ -331,13 +331,15 @@ def _place(error: BaseException, module: str) -> str:
 
 def _shown(value: object) -> str:
     """A value in a message: short ones as they are, others by their type."""
-    plain = type(value) in (str, int, float, bool)
-    return repr(value) if plain and len(repr(value)) < 80 else _kind(value)
+    short = type(value) is int and abs(value) < 10**9
+    plain = short or type(value) in (float, bool) or (type(value) is str and len(value) < 80)
+    return repr(value) if plain else _kind(value)
 
 
 def _kind(value: object) -> str:
     """The type of a value as words."""
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def prefer(

@@ -13,6 +13,7 @@ import torch
 
 from sppo_jax import config, judges
 from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.records import Responses
 
 NAME = "judge.backend=mine:judge"
 LOGITS = [[0, 2, -1], [-2, 0, 3], [1, -3, 0]]
@@ -95,7 +96,7 @@ class Hostile:
         (lambda: None, "gave None"),
         (lambda: "0.5", "gave a str"),
         (lambda: [[["0", "1", "2"]] * 3], "an array of texts"),
-        (lambda: object(), "gave a object"),
+        (lambda: object(), "gave an object"),
         (lambda: [[[Fraction(1, 2)] * 3] * 3], "an array of object"),
         (lambda: [[[None] * 3] * 3], "an array of object"),
         (lambda: [[[10**400] * 3] * 3], "an array of object"),
@@ -120,6 +121,9 @@ class Hostile:
         (lambda: np.full((1, 3, 3), -3.5e38), "float32's range"),
         (lambda: np.full((1, 3, 3), np.longdouble("1e4000")), "float32's range: inf"),
         (lambda: np.ma.masked_array(np.zeros((1, 3, 3)), mask=np.ones((1, 3, 3))), "nan for"),
+        (lambda: [[[0, np.ma.masked, 2]] * 3], "nan for"),
+        (lambda: [np.ma.masked_array(LOGITS, mask=np.eye(3)[::-1])], "nan for"),
+        (lambda: np.ma.masked_array(np.zeros((1, 3, 3), complex)), "complex128"),
         (lambda: torch.full((1, 3, 3), torch.nan, dtype=torch.bfloat16), "nan for"),
     ],
 )
@@ -252,6 +256,8 @@ def test_a_judge_that_changes_its_arguments_changes_no_record(own):
         ({"identity": " \n"}, "identity must be a text"),
         ({"identity": 3}, "found 3"),
         ({"identity": None}, "found None"),
+        ({"identity": 10**5000}, "found an int"),
+        ({"identity": ["x"]}, "found a list"),
         ({"identity": b"x"}, "found a bytes"),
         ({"identity": property(lambda self: 1 / 0)}, "identity raised ZeroDivisionError"),
         ({"identity": property(lambda self: sys.exit("bye"))}, "identity raised SystemExit: bye"),
@@ -333,3 +339,13 @@ def test_a_module_or_factory_that_fails_is_one_line(tmp_path, monkeypatch, reque
 def test_a_judge_that_cannot_be_imported_is_one_line_that_says_how_to_name_it(name):
     with pytest.raises(BadInput, match=r"a judge is module:attribute, a function without arguments"):
         judges.open_judge(config.Judge(backend=name))
+
+
+def test_a_judge_that_makes_numpy_strict_makes_only_itself_strict(own):
+    def compare(*_):
+        np.seterr(all="raise")
+        return [[[0, 3e38], [-3e38, 0]]]
+
+    row = Responses(1, "Who?", [1], [[2], [2]], ["a", "b"], ["stop"] * 2, [-1.0] * 2)
+    [found] = judges.prefer([row], own(compare), config.Judge(), str)
+    assert found.win_rate == [0.75, 0.25]
