@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ESTIMATORS = ("pairwise", "pairwise_loo", "score")
+LARGEST = float(np.finfo(np.float32).max)  # of a logit, of either sign
 TIE = 1e-6  # probabilities closer than this to 1/2 count as ties
 
 Matrix = NDArray[np.float64]
@@ -17,11 +18,15 @@ def probability_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpn
 
     pairwise, pairwise_loo: sigmoid( sharpness (L_ij - L_ji) / 2 ), both orders averaged (the paper).
     score: sigmoid( s_i - s_j ), s_i = mean_j (L_ij - L_ji): the official code's projection, in which cycles
-    are lost and probabilities are twice as sharp. Raises ValueError for another name or a non-square input.
+    are lost and probabilities are twice as sharp. Raises ValueError for another name, a non-square input, or logits
+    beyond float32's range, NaN included.
     """
     logits = np.asarray(logits, np.float64)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits must be [..., K, K], found {logits.shape}")
+    logits = np.where(np.eye(logits.shape[-1], dtype=bool), 0, logits)
+    if not (np.abs(logits) <= LARGEST).all():
+        raise ValueError("logits must be finite numbers in float32's range")
     both = logits - np.swapaxes(logits, -1, -2)
     if estimator == "score":
         score = both.mean(axis=-1)
@@ -30,7 +35,10 @@ def probability_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpn
         difference = both / 2
     else:
         raise ValueError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-    upper = np.triu(_sigmoid(sharpness * difference), k=1)
+    with np.errstate(
+        over="ignore"
+    ):  # a product beyond float64 is infinite, and its probability exactly 0 or 1
+        upper = np.triu(_sigmoid(sharpness * difference), k=1)
     k = upper.shape[-1]
     # The lower half is one minus the upper, so that win rates sum to K/2 to the last bit that addition allows.
     return upper + np.tril(1 - np.swapaxes(upper, -1, -2), k=-1) + np.eye(k) / 2

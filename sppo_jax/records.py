@@ -148,13 +148,18 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
     if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
         raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
     if made_from is not None:
-        check_made_from(path, json.loads((table.schema.metadata or {}).get(b"made_from", b"{}")), made_from)
+        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
+        check_made_from(path, kind, found, made_from)
     return [kind(**row) for row in table.to_pylist()]
 
 
-def check_made_from(path: Path, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
-    """Raise BadInput, naming the inputs, where `path` was not made from `made_from`."""
-    if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
+def check_made_from(path: Path, kind: type, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
+    """Raise BadInput, naming the inputs, where records of this kind in `path` were not made from `made_from`.
+
+    Responses are accepted whatever the judge: they do not depend on it, but by the policy that it trained.
+    """
+    matters = [key for key in made_from if not (kind is Responses and key == "judge")]
+    if other := sorted(key for key in matters if found.get(key) != made_from[key]):
         raise BadInput(
             f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
         )

@@ -9,6 +9,7 @@ from sppo_jax import interchange, judges, prompts, sharding
 from sppo_jax.config import Config
 from sppo_jax.devices import Devices
 from sppo_jax.errors import BadInput
+from sppo_jax.files import exists
 from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
@@ -42,9 +43,7 @@ class Session:
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
-        # The oracle may not contain these prompts: better to find that now than after an hour.
-        if self.oracle is not None:
-            self.oracle.compare([self.sets.heldout[0].text], [["one", "another"]])
+        self._try_judges()
         lengths = [len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part]
         self.trainer = Trainer(config, self.architecture, self.mesh, self.compute_dtype)
         self.devices = Devices(
@@ -111,6 +110,15 @@ class Session:
             )
             found.append(pairs)
         return found
+
+    def _try_judges(self) -> None:
+        """Try the judge and the oracle, unless nothing is left to judge: better now than after hours of sampling."""
+        if all(exists(self.paths.evaluation(t)) for t in range(1, self.config.iterations + 1)):
+            return
+        texts = [prompt.text for prompt in self.sets.heldout[:2]]
+        judges.try_out(self.judge, [self.as_judged(text) for text in texts], self.config.sampling.responses)
+        if self.oracle is not None:
+            judges.try_out(self.oracle, texts, 2)
 
     def _check_prompts(self) -> None:
         asked = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]

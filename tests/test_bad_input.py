@@ -73,7 +73,7 @@ def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said,
 def test_an_oracle_without_these_prompts_is_refused_at_once(tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"own {i}"}) + "\n" for i in range(9)))
     own = {"prompts__heldout": f"jsonl:{tmp_path}/own.jsonl", "eval__oracle": ORACLE}
-    with pytest.raises(BadInput, match="does not know the prompt"):
+    with pytest.raises(BadInput, match=r"does not know the prompt 'own \d': .* leave eval\.oracle empty"):
         main.main(words(tmp_path / "run", **own))
     assert not (tmp_path / "run").exists()
 
@@ -109,10 +109,11 @@ def test_a_judge_that_returns_no_finite_scores_or_another_shape_is_refused(tmp_p
             return np.full((len(prompts), k, k), np.nan) if k == 3 else np.zeros((len(prompts), 9))
 
     monkeypatch.setattr(world, "oracle", Nonsense)
-    with pytest.raises(BadInput, match=r"judge\.backend: a score of prompt .* is not a finite number"):
+    with pytest.raises(BadInput, match=r"judge\.backend=.*: a score of prompt .* is not a finite number"):
         main.main(words(tmp_path / "run"))
-    with pytest.raises(BadInput, match=r"judge\.backend: compare gave an array \(1, 9\), needed \(1, 2, 2\)"):
+    with pytest.raises(BadInput, match=r"judge\.backend=.* gave an array \(1, 9\), needed \(1, 2, 2\)"):
         main.main(words(tmp_path / "other", sampling__responses=2))
+    assert not list(tmp_path.iterdir())  # found by the trial, before the run began
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_diagnostics_of_every_shard_and_of_the_run_are_in_metrics_and_report(tmp
     cells = re.findall(r"<td>(.*?)</td>", row[0])
     assert cells[:4] == ["1", "100.0%", "0.0%", "+1.33"]
     assert cells[-2:] == ["7", "14"]
-    assert made[0].released == 2  # after responses and probe, and after the measurement
+    assert made[0].released == 3  # after the trial, after responses and probe, and after the measurement
     written = json.loads((tmp_path / "run/manifest.json").read_text())
     assert written["judge"] == {"sources": {"owner/judge": "c" * 40}}
 
@@ -205,6 +205,7 @@ def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, mon
     assert manifest.pinned_judge(run) == {}
     run.manifest.write_text(json.dumps({"judge": {"sources": {"owner/judge": "c" * 40}}}))
     assert manifest.pinned_judge(run) == {"owner/judge": "c" * 40}
+    run.config.touch()
     run.manifest.write_text(json.dumps({"judge": ["not", "an", "object"]}))
     with pytest.raises(BadInput, match="damaged"):
         manifest.pinned_judge(run)

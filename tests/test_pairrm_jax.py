@@ -310,7 +310,7 @@ def test_bad_weights_and_options_are_reported(tmp_path: Path, one_device: Mesh) 
         JaxJudge(CHECKPOINT, dtype="float16")
     with pytest.raises(BadInput, match=r"head_layer.1.bias as I32; give weights of floating point"):
         JaxJudge(changed(tmp_path, {"head_layer.1.bias": np.zeros(32, np.int32)}))
-    checkpoint = changed(tmp_path, {"head_layer.4.weight": np.full((1, 32), np.nan, np.float32)})
+    checkpoint = changed(tmp_path, {"head_layer.4.weight": np.full((1, 32), 3e38, np.float32)})
     with (
         JaxJudge(checkpoint, mesh=one_device) as opened,
         pytest.raises(BadInput, match=r"responses \d and \d to prompt 'what\?' is not a finite number"),

@@ -118,3 +118,26 @@ def test_diagnostics_tell_cycles_ties_bias_length_and_entropy():
     assert found["length_correlation"] == pytest.approx(1.0, abs=0.01)
     assert 0 < found["entropy"] < np.log(2)
     assert preferences.diagnostics(ties[None], p[1:2], [[1, 2, 3]])["entropy"] == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("sharpness", [5e-324, 1e-320, 1e-300, 1.0, 1e300, 1.7e308])
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1.0, 1e30, 3.4028234e38])
+def test_no_finite_logits_and_no_sharpness_give_nan_or_a_warning(estimator, sharpness, size):
+    logits = np.array([[0, 1, -1], [-1, 0, 0.5], [1, -1, 0]]) * size
+    logits[np.eye(3, dtype=bool)] = np.nan  # nobody reads the diagonal
+    with np.errstate(all="raise", under="ignore"):
+        p = probability_matrix(logits, estimator, sharpness=sharpness)
+        found = win_rates(p, leave_one_out=estimator == "pairwise_loo")
+        facts = diagnostics(logits, p, np.array([[3, 4, 5]]))
+    assert ((p >= 0) & (p <= 1)).all()
+    assert (p + p.T == 1).all()
+    assert p[0, 1] >= 0.5 >= p[0, 2]
+    np.testing.assert_allclose(found.sum(), 1.5)
+    assert all(map(np.isfinite, facts.values()))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e308, 3.5e38])
+def test_logits_beyond_float32_are_refused(value):
+    with pytest.raises(ValueError, match="float32's range"):
+        probability_matrix([[0, value], [1, 0]], "score")

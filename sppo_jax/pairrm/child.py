@@ -42,8 +42,9 @@ class Child:
         # The kernel ends the child when the *thread* that started it ends, so only the main thread may ask for that.
         if threading.current_thread() is threading.main_thread():
             environment[protocol.PARENT] = str(os.getpid())
-        self._stderr = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (lives as long as the process)
+        self._stderr = _hidden_file()
         try:
+            self._selector = selectors.DefaultSelector()
             self._process = subprocess.Popen(
                 list(command),
                 bufsize=0,
@@ -53,11 +54,12 @@ class Child:
                 env=environment,
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: NUL in a name
             self._stderr.close()
-            raise BadInput(f"{command[0]!r} cannot be started: {error.strerror or error}") from None
+            raise BadInput(
+                f"{command[0]!r} cannot be started: {getattr(error, 'strerror', None) or error}"
+            ) from None
         self._received, self._unsent = bytearray(), bytearray()
-        self._selector = selectors.DefaultSelector()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             os.set_blocking(stream.fileno(), False)
@@ -137,6 +139,16 @@ class Child:
         if status < 0:
             return Broken(f"ended by signal {-status}", died=True)
         return Broken(f"ended with exit status {status}")
+
+
+def _hidden_file() -> BinaryIO:
+    """Return a file without a name: on disk, or in memory where no temporary directory can be written."""
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile())  # lives as long as the process
+    except OSError as error:
+        if not hasattr(os, "memfd_create"):
+            raise BadInput(f"no temporary directory: {error.strerror}; set TMPDIR to one") from None
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
 
 
 def _end(process: subprocess.Popen[bytes], stderr: BinaryIO, selector: selectors.BaseSelector) -> None:

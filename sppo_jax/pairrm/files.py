@@ -77,12 +77,18 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """`sha256:` and a hash of all that determines the scores (options, tokenizer, weights), but not of their place."""
+        """`sha256:` and a hash of all that determines the scores (options, tokenizer, weights), but not of their place.
+
+        Raises BadInput for a file that cannot be read.
+        """
         options = {key: self.config[key] for key in sorted(_SCORING) if key in self.config}
         whole = hashlib.sha256(json.dumps(options).encode())
         for file in (self.tokenizer, self.weights):
-            with file.open("rb") as stored:
-                whole.update(file.name.encode() + b"\0" + hashlib.file_digest(stored, "sha256").digest())
+            try:
+                with file.open("rb") as stored:
+                    whole.update(file.name.encode() + b"\0" + hashlib.file_digest(stored, "sha256").digest())
+            except OSError as error:
+                raise BadInput(f"PairRM: {str(file)!r} is unreadable: {error.strerror}") from None
         return f"sha256:{whole.hexdigest()}"
 
 
@@ -119,9 +125,13 @@ def read(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
     the working directory). Raises BadInput, naming what is missing, is not a PairRM's, or is an option that the network
     does not support.
     """
-    directory = _expanded(path).absolute()
+    directory = _expanded(path)
     if not os.path.isdir(directory):  # Path.is_dir raises for what it may not look at
         raise BadInput(f"PairRM: there is no directory {str(path)!r}; {_HOW_TO_GET}")
+    try:
+        directory = directory.absolute()
+    except OSError:
+        raise BadInput("PairRM: the working directory was deleted; start in another one") from None
     named = _backbone_name(directory)
     base = None if named is None else _backbone(directory, named, backbone)
     places = [place for place in (directory, base) if place is not None]
@@ -167,6 +177,15 @@ def check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -
                     f"PairRM: {file!r} has {name} as {header.get_dtype()}; give weights of floating point "
                     f"({', '.join(_FLOATS)})"
                 )
+
+
+def check_finite(checkpoint: Checkpoint, name: str, finite: bool, dtype: object) -> None:
+    """Raise BadInput unless tensor `name` is finite in the dtype in which it is kept."""
+    if not finite:
+        raise BadInput(
+            f"PairRM: {str(checkpoint.weights)!r} has numbers in {name} that are not finite in {dtype}; "
+            "the file is damaged, or was never a judge's: take another copy"
+        )
 
 
 def farthest(config: Mapping[str, Any]) -> int:

@@ -228,7 +228,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
     """Return a checkpoint's network with a copy of the weights on every device of `mesh`, computing in `dtype`.
 
     `form` is that of the attention (default: deberta_attention.form_of). Host memory holds one stacked parameter at a
-    time. Raises BadInput as `check` does.
+    time. Raises BadInput as `check` and `files.check_finite` do.
     """
     d, dtype = check(checkpoint), jnp.dtype(dtype)
     everywhere = sharding.replicated(mesh)
@@ -237,8 +237,10 @@ def load(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, form: str | None = None
         piece = aligned(_stacked(d, t), _kept(t, dtype))
         for layer, name in enumerate(t.names(d.layers)):
             # Opened each time, because the pages read from a mapped file count as memory.
-            with files.opened(checkpoint.weights, "numpy") as stored:
-                piece[layer if t.path.startswith("layers.") else ...] = stored.get_tensor(name)
+            part = piece[layer] if t.path.startswith("layers.") else piece
+            with files.opened(checkpoint.weights, "numpy") as stored, np.errstate(over="ignore"):
+                part[...] = stored.get_tensor(name)
+            files.check_finite(checkpoint, name, bool(np.isfinite(part).all()), part.dtype)
         # On a CPU all devices share this one buffer.
         copies = [jax.device_put(piece, device) for device in everywhere.addressable_devices]
         weights[t.path] = jax.make_array_from_single_device_arrays(piece.shape, everywhere, copies)

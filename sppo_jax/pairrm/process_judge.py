@@ -202,7 +202,7 @@ class SidecarJudge:
         while not self._ready:
             frame = self._child.receive(self._patience.start)
             if "error" in frame:
-                raise BadInput(_one_line(f"{self._name}: {frame['error']}"))
+                raise BadInput(f"{self._name}: {_one_line(frame['error']).removeprefix(f'{self._name}: ')}")
             beats += 1
             self._check_stall(beats)
             if self._is_sign_of_life(frame):
@@ -243,7 +243,9 @@ class SidecarJudge:
                 f"{self._name}: {_named(failed)} cannot be judged: its process {broken}"
                 + ("" if was_ready else " before it was ready")
                 + (f", its last words {last_words!r}" if last_words else "")
-                + f", and {self._patience.restarts} restarts did not help; run the same command again to resume"
+                + f", and {self._patience.restarts} restarts did not help; "
+                + ("" if was_ready else f"repair {self._command[0]!r}, which starts it, and ")
+                + "run the same command again to resume"
             )
         time.sleep(min(self._patience.pause * 2**self._restarts, self._patience.longest_pause))
         self._restarts += 1

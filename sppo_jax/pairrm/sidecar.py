@@ -232,6 +232,11 @@ def main(argv: list[str] | None = None) -> int:
         except BadInput as error:
             replies.send({"error": str(error)})
             return 2
+        except ImportError as error:
+            replies.send(
+                {"error": f"PyTorch cannot be loaded: {error}; install it, or take judge.backend=jax"}
+            )
+            return 2
         tokens = options.batch_tokens or BATCH_TOKENS[device]
         replies.send({"ready": True, "device": device, "tokens": tokens})
         budget = Budget(tokens, memory_freer(device), lambda line: replies.send({"told": line}))

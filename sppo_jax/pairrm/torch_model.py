@@ -220,7 +220,7 @@ def load(
 ) -> PairRM:
     """Return the network of a checkpoint in `dtype` on `device`, in evaluation mode.
 
-    Raises BadInput, naming the tensor that is missing, extra or misshapen.
+    Raises BadInput, naming the tensor that is missing, extra, misshapen or not finite.
     """
     try:
         with torch.device("meta"):  # drawing random parameters would take most of the time
@@ -233,4 +233,8 @@ def load(
     with files.opened(checkpoint.weights, "pt") as stored:
         for name, tensor in wanted.items():
             tensor.copy_(stored.get_tensor(name))
-    return model.to(device, dtype).fix()
+    model = model.to(device, dtype)
+    for name, tensor in model.state_dict().items():
+        kept = str(tensor.dtype).removeprefix("torch.")
+        files.check_finite(checkpoint, name, bool(torch.isfinite(tensor).all()), kept)
+    return model.fix()

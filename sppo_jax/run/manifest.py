@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ PACKAGES = (
 
 
 def read(run: RunDir) -> dict[str, Any]:
-    """The manifest of a run that was begun. Raises BadInput if it is missing, or a section is not an object."""
-    manifest = files.read_json(run.manifest)
+    """The manifest of a run that was begun. Raises BadInput if it is missing, damaged, or another program's."""
+    try:
+        manifest = files.read_json(run.manifest)
+    except BadInput as error:
+        raise _damaged(run, str(error)) from None
     for section in SECTIONS:
         if not isinstance(manifest.setdefault(section, {}), dict):
-            raise BadInput(f"{run.manifest}: damaged: {section} is not an object")
+            raise _damaged(run, f"{run.manifest}: {section} is not an object")
     return manifest
 
 
@@ -52,12 +55,12 @@ def model_revision(manifest: Mapping[str, Any]) -> str | None:
 
 def pinned_model(run: RunDir) -> str | None:
     """`model_revision` of the run's manifest; None before a run was begun."""
-    return model_revision(read(run)) if run.manifest.exists() else None
+    return model_revision(read(run)) if files.exists(run.manifest) else None
 
 
 def pinned_judge(run: RunDir) -> dict[str, str]:
     """{repository: commit} of the hub from which the judge came; empty before a run was begun."""
-    found = read(run)["judge"].get("sources") if run.manifest.exists() else None
+    found = read(run)["judge"].get("sources") if files.exists(run.manifest) else None
     return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
 
 
@@ -119,20 +122,15 @@ def write(
     inputs: Mapping[str, str],
     prompts: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Claim OUT for this configuration and write its manifest. Raises BadInput if OUT was begun with other files.
+    """Claim OUT for this configuration and write its manifest.
 
+    Raises BadInput if OUT was begun with other files. Another judge is none of them as long as nothing was judged there.
     `prompts`: counts of each set of prompts: rows read, left out and kept.
     """
-    if run.manifest.exists():
-        before = files.read_json(run.manifest).get("sha256")
-        if not isinstance(before, dict):
-            raise BadInput(f"{run.manifest}: damaged; delete it and run again")
-        other = sorted(name for name in before if inputs.get(name, before[name]) != before[name])
-        if other:
-            shown = ", ".join(other)
-            raise BadInput(f"--out {config.out}: {shown} differ from when it was begun; choose another --out")
+    if files.exists(run.manifest):
+        _check_inputs(run, inputs)
     manifest = {
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: installed(name) for name in PACKAGES} | {"python": platform.python_version()},
         "devices": {
             "platform": sharding.platform(mesh),
             "names": [str(device) for device in mesh.devices.flat],
@@ -146,3 +144,45 @@ def write(
     }
     directory.claim(run, config)
     files.write_json(run.manifest, manifest)
+
+
+def installed(package: str) -> str:
+    """The version of a package, "unknown" where it is not installed: its source may be on the path all the same."""
+    try:
+        return version(package) or "unknown"
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _check_inputs(run: RunDir, inputs: Mapping[str, str]) -> None:
+    """Raise BadInput unless the run was begun with these inputs, or with another judge that has judged nothing yet."""
+    before = read(run)["sha256"]
+    if not before:
+        raise _damaged(run, f"{run.manifest}: there are no digests in it")
+    other = sorted(name for name in before if inputs.get(name, before[name]) != before[name])
+    judged = _judged(run) if "judge" in other else None
+    if judged is None:
+        other = [name for name in other if name != "judge"]
+    if other:
+        by = f" ({judged.relative_to(run.root)} is by the judge of then)" if judged else ""
+        shown = ", ".join(other)
+        raise BadInput(f"--out {run.root}: {shown} differ from when it was begun{by}; choose another --out")
+
+
+def _judged(run: RunDir) -> Path | None:
+    """The first file of a run that its judge had a part in; None if nothing was judged yet."""
+    for t in run.iterations():
+        shards = sorted((run.iteration(t) / "preferences").glob("*"))  # with the hidden ones of single rows
+        rest = (run.heldout(t, "probe"), run.pairs(t), run.evaluation(t))
+        if found := next((path for path in (*shards, *rest) if files.exists(path)), None):
+            return found
+    return None
+
+
+def _damaged(run: RunDir, what: str) -> BadInput:
+    """The one line about a manifest that is not one: a run's own has its configuration beside it."""
+    if not files.exists(run.manifest):
+        return BadInput(f"{run.manifest}: no such file: no run was begun there")
+    if not files.exists(run.config):
+        return BadInput(f"{what}: not the manifest of a run; choose another directory")
+    return BadInput(f"{what}: damaged; delete it and run the same command again")

@@ -67,7 +67,7 @@ class Shards(Generic[Record]):
         for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
             if (line := _parsed(text)) is None:
                 continue
-            records.check_made_from(path, line["made_from"], self._made_from)
+            records.check_made_from(path, self._kind, line["made_from"], self._made_from)
             found[line["key"]] = self._kind(**line["row"]), line["facts"]
         return found
 

@@ -102,7 +102,8 @@ def question(prompt: str) -> Question:
         return questions()[prompt.strip()]
     except KeyError:
         raise BadInput(
-            f"the tiny world does not know the prompt {prompt[:80]!r}; its prompts are in sppo_jax/tiny/data/prompts"
+            f"the tiny world does not know the prompt {prompt[:80]!r}: for prompts of your own leave eval.oracle empty "
+            "(eval.oracle: '' in YAML, --eval.oracle '' as a flag), and let another judge.backend judge them, such as torch"
         ) from None
 
 
