@@ -84,7 +84,8 @@ def _guard() -> None:
         return
     if not getattr(LRUCache.put, "guarded", False):
         failed: list[bool] = []
-        LRUCache.get, LRUCache.put = _guarded(LRUCache.get, failed), _guarded(LRUCache.put, failed)
+        for name in ("get", "put"):
+            setattr(LRUCache, name, _guarded(getattr(LRUCache, name), failed))
 
 
 def _guarded(use: Callable[..., Any], failed: list[bool]) -> Callable[..., Any]:

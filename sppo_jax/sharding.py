@@ -58,12 +58,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list |
     return jax.make_mesh(sizes, MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
 
 
-def all_devices() -> list:
-    """JAX's devices. Raises BadInput where JAX finds none of the platform that JAX_PLATFORMS names, or cannot start it."""
+def all_devices(*, of_this_process: bool = False) -> list:
+    """JAX's devices, of all processes or of this one. Raises BadInput where JAX cannot start what JAX_PLATFORMS names."""
     try:
-        return jax.devices()
+        return jax.local_devices() if of_this_process else jax.devices()
     except (AssertionError, RuntimeError) as error:
-        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"]
         named = f"JAX_PLATFORMS={asked}" if asked else "the accelerator"
         told = f" ({one_line(error)[:300]})" if str(error) else ""
         raise BadInput(
