@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
@@ -126,6 +127,8 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
     reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
     _open_streams()
+    # Without a home it warns of the folder for its fonts' list, which it then makes anew.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     sys.stdout, sys.stderr = shown(sys.stdout), shown(sys.stderr)
     code, line = _outcome(entry)
     sys.stdout.flush()
@@ -179,13 +182,10 @@ def _short(text: str) -> str:
 def _refused(error: OSError) -> BadInput:
     """Return the line about an error of the system that nothing nearer to its place has reported."""
     path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        if not os.path.isabs(path):
-            return BadInput(
-                "the working directory was deleted; go to another one, and run the same command again"
-            )
+    if files.working_directory_gone() and not os.path.isabs(path):
+        return BadInput(
+            "the working directory was deleted; go to another one, and run the same command again"
+        )
     reason = os.strerror(error.errno or 0) if path else error.strerror or os.strerror(error.errno or 0)
     if "temporary directory" in reason:  # tempfile's own words, with an error number that says less
         return BadInput(f"{reason}; set TMPDIR to a directory that can be written")

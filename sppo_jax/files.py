@@ -68,6 +68,15 @@ def expand(name: str) -> str:
     return expanded
 
 
+def working_directory_gone() -> bool:
+    """Whether the directory that relative paths begin with was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def encoding(head: bytes) -> str:
     """Return the encoding of a text that begins with `head` (4 bytes are enough): by its mark, else UTF-8."""
     return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")

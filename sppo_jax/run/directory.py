@@ -134,7 +134,7 @@ def _make(root: Path, out: str, made: list[Path]) -> None:
             ) from None
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        if not os.path.isabs(out) and not files.exists(Path(".")):
+        if not os.path.isabs(out) and files.working_directory_gone():
             reason = "the working directory was deleted; go to another one"
         raise BadInput(f"--out {out}: cannot be made: {reason}") from None
     except UnicodeEncodeError:
