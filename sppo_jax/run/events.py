@@ -33,8 +33,10 @@ class Events:
             with files.writing(self._directory):
                 self._directory.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{int(wall_time):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+            files.append(
+                self._directory / name, _record(Event(wall_time=wall_time, file_version="brain.Event:2"))
+            )
             self._file = self._directory / name
-            files.append(self._file, _record(Event(wall_time=wall_time, file_version="brain.Event:2")))
         files.append(
             self._file,
             b"".join(_record(_scalar(name, value, step, wall_time)) for name, value in values.items()),
