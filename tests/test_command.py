@@ -181,13 +181,14 @@ def test_a_module_that_is_no_command_says_so(capsys):
 
 
 SCRIPT = """
-import os, sys
+import contextlib, os, sys
 from sppo_jax import command
 
 def entry(words):
     with open(sys.argv[1], "w") as file:
         print("to standard output")
-        os.write(1, b"by a library")
+        with contextlib.suppress(OSError):
+            os.write(1, b"by a library")
         file.write(f"data {file.fileno()} {sys.stdin.read()!r}")
 
 command.call(entry)
@@ -204,13 +205,8 @@ command.call(entry)
     ],
 )
 def test_with_closed_or_full_streams_no_file_gets_their_output(shell, code, said, tmp_path):
-    script = (
-        SCRIPT.replace('os.write(1, b"by a library")', "pass")
-        if ">&-" in shell or "full" in shell
-        else SCRIPT
-    )
     done = subprocess.run(
-        ["bash", "-c", f"exec {sys.executable} -c '{script}' {tmp_path / 'file'} {shell}"],
+        ["bash", "-c", f"exec {sys.executable} -c '{SCRIPT}' {tmp_path / 'file'} {shell}"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == code
