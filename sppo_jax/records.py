@@ -141,7 +141,8 @@ def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: d
 def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
     """Rows of a file. Raises BadInput if it cannot be read, is damaged, or was made from something else than `made_from`."""
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:
+            table = pq.read_table(file)
         if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
             raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
         found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
