@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from sppo_jax import files
@@ -153,7 +155,8 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
     """Run `entry`; returns the exit code, and the line about what ended it."""
     again = "run the same command again to resume"
     try:
-        entry(sys.argv[1:])
+        with _ended_by_sigterm():
+            entry(sys.argv[1:])
     except BadInput as error:
         return BAD_INPUT, f"error: {_short(printable(one_line(error)))}"
     except SystemExit as stop:  # argparse, after --help
@@ -172,6 +175,23 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
         told = f" ({printable(one_line(error))})" if str(error) else ""
         return BAD_INPUT, f"error: out of memory{told}; {SMALLER}"
     return 0, ""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _short(text: str) -> str:
