@@ -25,6 +25,7 @@ SYSTEM = frozenset(
     {*files.MEND, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ETXTBSY}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENODEV, errno.EBUSY}
 )
+NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 SMALLER = (
     "lower sampling.slots, fit.global_batch or eval.prompts, or cut the model over more devices (mesh.fsdp)"
 )
@@ -171,8 +172,13 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
         if error.errno not in SYSTEM:
             raise
         return BAD_INPUT, f"error: {printable(one_line(_refused(error)))}"
-    except MemoryError as error:
-        told = f" ({printable(one_line(error))})" if str(error) else ""
+    except (MemoryError, RuntimeError) as error:
+        # JAX's own class, by its name: most commands do not import jax.
+        if isinstance(error, RuntimeError) and not (
+            type(error).__name__ == "JaxRuntimeError" and NO_MEMORY in str(error)
+        ):
+            raise
+        told = f" ({printable(one_line(error))[:300]})" if str(error) else ""
         return BAD_INPUT, f"error: out of memory{told}; {SMALLER}"
     return 0, ""
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from sppo_jax import command
@@ -118,6 +119,10 @@ ENDS = {
     ),
     "too many files": (OSError(errno.EMFILE, "Too many open files"), 2, "error: Too many open files"),
     "memory": (MemoryError("Unable to allocate 9 GiB"), 2, "error: out of memory (Unable to allocate 9 GiB); lower"),
+    "memory of a device": (
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), 2,
+        "error: out of memory (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes); lower",
+    ),
     "bad input": (BadInput("a\nb"), 2, "error: a b"),
     "long input": (BadInput("x" * 10**6 + " and the advice"), 2, "error: xxx"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
@@ -153,7 +158,12 @@ def test_a_requested_stop_has_the_exit_code_of_its_signal(outcome):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ECONNRESET, "Connection reset by peer"), RuntimeError("a fault"), KeyError("x")]
+    "error",
+    [
+        OSError(errno.ECONNRESET, "Connection reset by peer"),
+        RuntimeError("a fault"),
+        jax.errors.JaxRuntimeError("INTERNAL: x"),
+    ],
 )
 def test_a_fault_of_ours_keeps_its_traceback(error, outcome):
     def entry(words):
