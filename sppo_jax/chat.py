@@ -126,7 +126,6 @@ class Conversation:
 
 def _sampler(args: argparse.Namespace) -> "Sampler":
     """A sampler of the policy that --policy names. Files that are quick to check are read before the weights."""
-    import jax
 
     from sppo_jax import compilation, sharding
     from sppo_jax.models import hf
@@ -143,7 +142,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
             f"--max-new-tokens {longest}: the policy has {architecture.max_positions} positions in all; give at most "
             f"{max(1, architecture.max_positions // 2)}, which leaves as many for the conversation"
         )
-    mesh = sharding.make_mesh(1, 1, -1, devices=jax.local_devices())
+    mesh = sharding.make_mesh(1, 1, -1, devices=sharding.all_devices(of_this_process=True))
     dtype = sharding.compute_dtype("auto", mesh)
     model = hf.load(directory, mesh=mesh, dtype=dtype, param_dtype=dtype)
     sampling = dataclasses.replace(

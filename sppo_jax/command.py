@@ -1,17 +1,34 @@
 """What every `python -m sppo_jax.NAME` shares: flags, exit codes, and lines for people on standard error."""
 
 import argparse
+import contextlib
+import errno
+import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn, TextIO, cast
 
-from sppo_jax.errors import BadInput, Terminated
+from sppo_jax import files
+from sppo_jax.errors import BadInput, Terminated, one_line
 
 # Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes
+BAD_INPUT, SIGNALLED = 2, 128  # exit codes; the second has the signal's number added
+LONGEST = 6000  # characters of an error line, more than the longest path
+# Errors of the disk, the limits and the places that the user chose; any other error of the system is a fault of ours.
+SYSTEM = frozenset(
+    {*files.MEND, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ETXTBSY}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENODEV, errno.EBUSY}
+)
+NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
+SMALLER = (
+    "lower sampling.slots, fit.global_batch or eval.prompts, or cut the model over more devices (mesh.fsdp)"
+)
 
 
 class Flags(argparse.ArgumentParser):
@@ -38,6 +55,62 @@ class Flags(argparse.ArgumentParser):
         return self.parse_args(list(words))
 
 
+class Shown:
+    """A text stream whose writes never raise: what cannot be shown must not cost work.
+
+    A character that its encoding lacks is escaped. After the first error of the system the rest is dropped; `failed`
+    keeps that error. All else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.failed: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write `text`, as far as the stream can show it, and return its length."""
+        if self.failed is None:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+                self._guarded(lambda: self._stream.write(plain))
+            except (OSError, ValueError) as error:
+                self._fail(error)
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        """Write each of `lines`."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        if self.failed is None:
+            self._guarded(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _guarded(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError | ValueError) -> None:
+        """Keep the error, and let the stream's buffer run into nothing: Python writes it out at the end of the process."""
+        self.failed = error if isinstance(error, OSError) else OSError(errno.EBADF, "closed")
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+
+def shown(stream: TextIO) -> TextIO:
+    """Return `stream` with writes that never raise."""
+    return stream if isinstance(stream, Shown) else cast(TextIO, Shown(stream))
+
+
 def printable(text: str) -> str:
     """Text from outside, safe for a terminal: control characters are escaped; line breaks and tabs stay."""
     return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -45,26 +118,122 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a line for people on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        print(text, file=shown(sys.stderr), flush=True)
 
 
 def call(entry: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point with the command line's words.
 
-    Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM. Output that cannot
+    be shown ends nothing: the command does all its work, and then exits with 2 and a line on standard error. Where the
+    reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
+    _open_streams()
+    # Without a home it warns of the folder for its fonts' list, which it then makes anew.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    sys.stdout, sys.stderr = shown(sys.stdout), shown(sys.stderr)
+    code, line = _outcome(entry)
+    sys.stdout.flush()
+    failed = cast(Shown, sys.stdout).failed
+    if code == 0 and failed is not None and failed.errno not in (errno.EPIPE, errno.ECONNRESET):
+        reason = os.strerror(failed.errno or errno.EIO)
+        code, line = BAD_INPUT, f"error: all is done, but standard output cannot be written: {reason}"
+    if line:
+        say(line)
+    if code:
+        sys.exit(code)
+
+
+def not_a_command(module: str) -> NoReturn:
+    """Print that `module`, which `python -m` runs, is not a command, and exit with 2."""
+    _open_streams()
+    say(f"{module} is not a command; commands are main, plan, export, report, chat, interchange, config")
+    sys.exit(BAD_INPUT)
+
+
+def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
+    """Run `entry`; returns the exit code, and the line about what ended it."""
+    again = "run the same command again to resume"
     try:
-        entry(sys.argv[1:])
+        with _ended_by_sigterm():
+            entry(sys.argv[1:])
     except BadInput as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BAD_INPUT, f"error: {_short(printable(one_line(error)))}"
+    except SystemExit as stop:  # argparse, after --help
+        if stop.code:
+            raise
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Terminated:
-        print(
-            "stopped by SIGTERM with all work on disk; run the same command again to resume", file=sys.stderr
+        return SIGNALLED + signal.SIGINT, f"interrupted; {again}"
+    except Terminated as stop:
+        name = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
+        return SIGNALLED + stop.number, f"stopped by {name} with all work on disk; {again}"
+    except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
+        return BAD_INPUT, f"error: {printable(one_line(_refused(error)))}"
+    except (MemoryError, RuntimeError) as error:
+        # JAX's own class, by its name: most commands do not import jax.
+        if isinstance(error, RuntimeError) and not (
+            type(error).__name__ == "JaxRuntimeError" and NO_MEMORY in str(error)
+        ):
+            raise
+        told = f" ({printable(one_line(error))[:300]})" if str(error) else ""
+        return BAD_INPUT, f"error: out of memory{told}; {SMALLER}"
+    return 0, ""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _short(text: str) -> str:
+    """`text`, or its beginning and its end, where something from outside has made it longer than any screen."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1000]} … {text[-900:]}"
+
+
+def _refused(error: OSError) -> BadInput:
+    """Return the line about an error of the system that nothing nearer to its place has reported."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if files.working_directory_gone() and not os.path.isabs(path):
+        return BadInput(
+            "the working directory was deleted; go to another one, and run the same command again"
         )
-        sys.exit(TERMINATED)
+    reason = os.strerror(error.errno or 0) if path else error.strerror or os.strerror(error.errno or 0)
+    if "temporary directory" in reason:  # tempfile's own words, with an error number that says less
+        return BadInput(f"{reason}; set TMPDIR to a directory that can be written")
+    advice = files.MEND.get(error.errno or 0)
+    return BadInput(
+        ": ".join(filter(None, [path, reason]))
+        + (f"; {advice}, and run the same command again" if advice else "")
+    )
+
+
+def _open_streams() -> None:
+    """Give standard input, output and error a stream where the caller has closed them.
+
+    Otherwise the next file that is opened gets the number of a closed one, and what a library prints goes into it.
+    A closed input is at its end; a closed output refuses the first line.
+    """
+    for number, mode, name in ((0, "r", "stdin"), (1, "w", "stdout"), (2, "w", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # open after all: something else has got the number already
+                os.fstat(number)
+                number = null
+            if null != number:
+                os.dup2(null, number)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))

@@ -1,5 +1,7 @@
 """How commands fail: bad input from the user, and a request to stop."""
 
+import signal
+
 
 class BadInput(Exception):
     """Input from outside (file, flag, checkpoint, prompt set) that cannot be used.
@@ -9,7 +11,9 @@ class BadInput(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM has arrived. This is raised only where all finished work is on disk."""
+    """SIGTERM or Ctrl-C has arrived. This is raised only where all finished work is on disk."""
+
+    number: int = signal.SIGTERM  # of the signal
 
 
 def one_line(error: BaseException) -> str:

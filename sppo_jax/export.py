@@ -112,7 +112,6 @@ def main(words: Sequence[str]) -> None:
 
 def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     """Write the policy after iteration t of the run at `root`, with its model card."""
-    import jax
 
     from sppo_jax import sharding
     from sppo_jax.models import hf
@@ -130,7 +129,7 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
         raise BadInput(f"--iteration {t}: {root} has no policy of it; there are {shown} ({BASE}: the base)")
     base = names.fetch(config.model.path, manifest.pinned_model(run)).directory
 
-    mesh = sharding.make_mesh(1, -1, 1, devices=jax.local_devices())
+    mesh = sharding.make_mesh(1, -1, 1, devices=sharding.all_devices(of_this_process=True))
     model = hf.load(base, mesh=mesh) if t == BASE else _policy(run, config, t, base, mesh)
     described = None if t == BASE else model_card.text(run, t)
     export(model, base, to.absolute(), dtype=dtype or own_dtype(base), card=described)

@@ -35,7 +35,12 @@ MEND = {
     errno.EPERM: "change its permissions, or choose another place",
     errno.EIO: "check the disk",
 }
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a directory
+NO_SYNC = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EBADF,
+    errno.ENOSYS,
+)  # of file systems that cannot sync a directory
 
 
 def exists(path: Path) -> bool:
@@ -61,6 +66,15 @@ def expand(name: str) -> str:
     if name.startswith("~") and expanded == name:
         raise BadInput(f"{name}: no home directory is known; write the path without ~")
     return expanded
+
+
+def working_directory_gone() -> bool:
+    """Whether the directory that relative paths begin with was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def encoding(head: bytes) -> str:
@@ -92,10 +106,11 @@ def decode(data: bytes, path: Path) -> str:
 
 def unwritten(path: Path, error: OSError) -> BadInput:
     """Return the one line about a write below `path` that failed."""
-    reason = error.strerror or one_line(error)
-    number = error.errno
-    if number is None and "No space left" in reason:  # pyarrow's and others' messages without a number
-        number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    reason, number = error.strerror or one_line(error), error.errno
+    if number is None:  # a library's message without a number
+        number = next((n for n in MEND if os.strerror(n) in reason), None)
+    if number in MEND:
+        reason = os.strerror(number)
     advice = MEND.get(number or 0)
     return BadInput(
         f"{path}: cannot be written: {reason}"
@@ -120,6 +135,7 @@ def replacing(path: Path) -> Iterator[Path]:
     refuses the write; nothing is left of it then.
     """
     temporary = part_of(path)
+    exists(path)  # raises where the name is not a possible one
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +151,36 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the error that made us clean up is the one to report
             remove(temporary)
         raise
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append `data` to a file, and make it if need be. Raises BadInput where the system refuses; `data` is then absent.
+
+    No buffer lies between, so nothing is left to be written later.
+    """
+    with writing(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            before, written = os.fstat(file).st_size, 0
+            try:
+                while written < len(data):
+                    written += os.write(file, data[written:])
+            except OSError:
+                with contextlib.suppress(OSError):
+                    # Unless another process has appended meanwhile, whose bytes are not ours to cut.
+                    if os.fstat(file).st_size == before + written:
+                        os.ftruncate(file, before)
+                raise
+        finally:
+            os.close(file)
+
+
+def entries(directory: Path) -> list[str]:
+    """Return the names in a directory, in order. Raises BadInput where it cannot be read."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise BadInput(f"{directory}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -138,26 +139,32 @@ def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: d
 
 
 def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
-    """Rows of a file. Raises BadInput if it is damaged, or was made from something else than `made_from`."""
+    """Rows of a file. Raises BadInput if it cannot be read, is damaged, or was made from something else than `made_from`."""
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+        if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
+            raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
+        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
+        rows = [kind(**row) for row in table.to_pylist()]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the content's
+            raise BadInput(f"{path}: cannot be read: {os.strerror(error.errno)}") from None
         raise BadInput(
             f"{path}: damaged ({one_line(error)}); delete it and run again to make it anew"
         ) from None
-    if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
-        raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
     if made_from is not None:
-        found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
         check_made_from(path, kind, found, made_from)
-    return [kind(**row) for row in table.to_pylist()]
+    return rows
 
 
-def check_made_from(path: Path, kind: type, found: Mapping[str, str], made_from: Mapping[str, str]) -> None:
+def check_made_from(path: Path, kind: type, found: Any, made_from: Mapping[str, str]) -> None:
     """Raise BadInput, naming the inputs, where records of this kind in `path` were not made from `made_from`.
 
-    Responses are accepted whatever the judge: they do not depend on it, but by the policy that it trained.
+    `found`: what the file names instead. Responses are accepted whatever the judge: they do not depend on it, but by the
+    policy that it trained.
     """
+    found = found if isinstance(found, dict) else {}
     matters = [key for key in made_from if not (kind is Responses and key == "judge")]
     if other := sorted(key for key in matters if found.get(key) != made_from[key]):
         raise BadInput(

@@ -147,7 +147,6 @@ def opened(config: Config) -> Iterator[Session]:
         run = stack.enter_context(directory.opened(config))
         metrics = stack.enter_context(Metrics(run))
         judge.report_to(metrics.say)
-        stack.enter_context(metrics.stopping_on_sigterm())
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
             stack.callback(session.oracle.close)
@@ -160,4 +159,6 @@ def opened(config: Config) -> Iterator[Session]:
             inputs=session.provenance.inputs,
             prompts=session.sets.counts,
         )
+        # Only now: until here nothing is lost, and a signal ends a download or a long reading at once.
+        stack.enter_context(metrics.stopping_on_signals())
         yield session

@@ -6,6 +6,7 @@ V vocabulary, L layers, R rank of an adapter (in training code: responses of a p
 """
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, one_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
@@ -51,10 +52,23 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: list |
 
     Sizes and errors as in `resolve_sizes`.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes = resolve_sizes(data, fsdp, tensor, len(devices))
     # jax.make_mesh would default to Explicit axes.
     return jax.make_mesh(sizes, MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
+
+
+def all_devices(*, of_this_process: bool = False) -> list:
+    """JAX's devices, of all processes or of this one. Raises BadInput where JAX cannot start what JAX_PLATFORMS names."""
+    try:
+        return jax.local_devices() if of_this_process else jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"]
+        named = f"JAX_PLATFORMS={asked}" if asked else "the accelerator"
+        told = f" ({one_line(error)[:300]})" if str(error) else ""
+        raise BadInput(
+            f"{named}: JAX cannot start it{told}; install JAX for it, or set JAX_PLATFORMS=cpu"
+        ) from None
 
 
 def mesh_in_order(devices: Iterable[Any], data: int, fsdp: int, tensor: int) -> Mesh:

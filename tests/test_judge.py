@@ -33,7 +33,7 @@ def play(tmp_path):
         sampler = sampler or Streaming()
         checked = CheckedJudge(backend, "judge.backend")
         alone = threading.current_thread() is threading.main_thread()
-        with Metrics(run) as metrics, metrics.stopping_on_sigterm() if alone else contextlib.nullcontext():
+        with Metrics(run) as metrics, metrics.stopping_on_signals() if alone else contextlib.nullcontext():
             stage = Stage(run, 1, seed, shard_prompts=3, made_from={"policy": "p"}, metrics=metrics)
             with judge.Judging(stage, checked, config.Judge(), str, len(PROMPTS)) as judging:
                 if beside:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.small_game import ONE_DEVICE, digest, words
 
@@ -53,13 +54,15 @@ def test_T16_killed_in_three_places_and_started_again_gives_the_same_bits(tmp_pa
     assert digest(whole) == digest(killed)
 
 
-def test_sigterm_checkpoints_and_exits_with_143(tmp_path):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_path):
     out = tmp_path / "run"
     options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
     process = start(words(out, **options), tmp_path)
     wait_for(out / "metrics.jsonl", process, '"stage": "fit"')
-    process.send_signal(signal.SIGTERM)
-    assert "run the same command again to resume" in finish(process, tmp_path, code=143)
+    process.send_signal(number)
+    last = finish(process, tmp_path, code=128 + number).splitlines()[-1]
+    assert last == f"stopped by {name} with all work on disk; run the same command again to resume"
     saved = [int(p.name) for p in (out / "iter_1/checkpoints").iterdir() if p.name.isdigit()]
     assert saved
     assert saved[0] < 400

@@ -4,20 +4,24 @@ A file exists under its final name only when it is complete (`sppo_jax.files.rep
 """
 
 import contextlib
+import errno
 import fcntl
+import io
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
+from sppo_jax import command, config_file, files
 from sppo_jax import config as configuration
-from sppo_jax import config_file
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
-from sppo_jax.files import part_of, remove, replacing
+from sppo_jax.files import replacing
 
 LOCK = ".lock"
+FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
+# Errors of a lock that another process holds. Others mean that the file system has no locks.
+IN_USE = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 BASE = 0  # iteration number of the untouched base policy
 
 
@@ -67,8 +71,10 @@ class RunDir:
 
     def iterations(self) -> list[int]:
         """Iterations that have begun, in order."""
-        found = (p.name.removeprefix("iter_") for p in self.root.glob("iter_*"))
-        return sorted(int(name) for name in found if name.isdigit())
+        found = (name.removeprefix("iter_") for name in files.entries(self.root) if name.startswith("iter_"))
+        return sorted(
+            int(name) for name in found if name.isascii() and name.isdigit() and str(int(name)) == name
+        )
 
 
 @contextlib.contextmanager
@@ -76,22 +82,27 @@ def opened(config: Config) -> Iterator[RunDir]:
     """Claim OUT for this process and this configuration.
 
     Raises BadInput if another process holds it, if it was made with a configuration whose results differ, or
-    if it cannot be written.
+    if it cannot be written. A run that does not begin leaves nothing of its own, and everything else.
     """
     run = RunDir(config.out)
+    made: list[Path] = []  # by us, in this order
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
+        _make(run.root, config.out, made)
         _check(run, config)
-        lock = (run.root / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--out {config.out}: {error.strerror}: {error.filename}") from None
-    with _held(lock):
-        try:
+        path = run.root / LOCK
+        new = not files.exists(path)
+        with files.writing(path):
+            lock = path.open("a+b", buffering=0)
+        with _held(lock):
+            made += [path] if new else []
             yield run
-        except BaseException:
-            if [p.name for p in run.root.iterdir()] == [LOCK]:  # the run did not begin: leave no directory
-                remove(run.root)
-            raise
+    except BaseException:
+        # The error goes on, whatever becomes of this. A run that has begun has files of its own in OUT, and stays.
+        with contextlib.suppress(OSError, BadInput):
+            if not set(files.entries(run.root)) - {LOCK, *FOREIGN}:
+                for path in reversed(made):
+                    path.unlink() if path.name == LOCK else path.rmdir()
+        raise
 
 
 def shard_ranges(total: int, size: int) -> list[range]:
@@ -105,8 +116,35 @@ def claim(run: RunDir, config: Config) -> None:
         part.write_text(config_file.dump(config), encoding="utf-8")
 
 
+def _make(root: Path, out: str, made: list[Path]) -> None:
+    """Make a directory and those above it that are missing; the ones made are added to `made`. Raises BadInput."""
+    try:
+        out.encode()  # it goes into config.yaml
+        try:
+            missing = [path for path in (root, *root.parents) if not files.exists(path)]
+        except BadInput as error:
+            raise BadInput(f"--out {error}; choose another directory") from None
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+    except FileExistsError:
+        if not files.is_dir(root):
+            raise BadInput(
+                f"--out {out}: a link to nothing is in the way; choose another directory"
+            ) from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if not os.path.isabs(out) and files.working_directory_gone():
+            reason = "the working directory was deleted; go to another one"
+        raise BadInput(f"--out {out}: cannot be made: {reason}") from None
+    except UnicodeEncodeError:
+        raise BadInput(f"--out {out!r}: not a possible name; choose one that is text") from None
+    if not files.is_dir(root):
+        raise BadInput(f"--out {out}: a file is in the way; choose another directory")
+
+
 def _check(run: RunDir, config: Config) -> None:
-    if run.config.exists():
+    if files.exists(run.config):
         before = config_file.load([run.config])
         if changed := configuration.changed_keys(before, config):
             old, new = configuration.flat(before), configuration.flat(config)
@@ -114,23 +152,31 @@ def _check(run: RunDir, config: Config) -> None:
             raise BadInput(
                 f"--out {config.out} belongs to another configuration: {shown}; choose another --out"
             )
-    elif others := [p.name for p in run.root.iterdir() if p.name not in (LOCK, part_of(run.config).name)]:
+    elif others := set(files.entries(run.root)) - {LOCK, files.part_of(run.config).name, *FOREIGN}:
         raise BadInput(
             f"--out {config.out} holds {min(others)} and is not a run directory; choose another --out"
         )
 
 
 @contextlib.contextmanager
-def _held(file: TextIO) -> Iterator[None]:
+def _held(file: io.FileIO) -> Iterator[None]:
     """Hold the lock on `file` until the process ends, however it ends. The text inside is for people."""
+    path = Path(str(file.name))
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise BadInput(f"{Path(file.name).parent} is in use by {holder}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            if error.errno in IN_USE:
+                with contextlib.suppress(OSError):
+                    file.seek(0)
+                    holder = file.read(200).decode(errors="replace").strip()
+                    raise BadInput(f"{path.parent} is in use by {holder or 'another process'}") from None
+                raise BadInput(f"{path.parent} is in use by another process") from None
+            command.say(
+                f"warning: {path} cannot be locked ({error.strerror}), as on some network file systems: nothing stops a "
+                "second run from writing into the same --out"
+            )
+        with contextlib.suppress(OSError):  # on a full disk a finished run can still be printed
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

@@ -55,13 +55,21 @@ def model_revision(manifest: Mapping[str, Any]) -> str | None:
 
 def pinned_model(run: RunDir) -> str | None:
     """`model_revision` of the run's manifest; None before a run was begun."""
-    return model_revision(read(run)) if files.exists(run.manifest) else None
+    return model_revision(read(run)) if _begun(run) else None
 
 
 def pinned_judge(run: RunDir) -> dict[str, str]:
     """{repository: commit} of the hub from which the judge came; empty before a run was begun."""
-    found = read(run)["judge"].get("sources") if files.exists(run.manifest) else None
+    found = read(run)["judge"].get("sources") if _begun(run) else None
     return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
+
+
+def _begun(run: RunDir) -> bool:
+    """Whether the manifest is there and the run's own: other programs have files of that name, too."""
+    try:
+        return files.exists(run.config) and files.exists(run.manifest)
+    except BadInput as error:
+        raise BadInput(f"--out {error}; choose another directory") from None
 
 
 def digests(

@@ -3,19 +3,20 @@
 import contextlib
 import json
 import math
-import signal
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sppo_jax.errors import Terminated
+from sppo_jax import command, files
 from sppo_jax.run.directory import RunDir
+from sppo_jax.run.events import Events
+from sppo_jax.run.stopping import Stop
 
 PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
 
@@ -28,34 +29,38 @@ class Metrics:
 
     def __init__(self, run: RunDir):
         self._run = run
-        self._file: TextIO | None = None
-        self._events: Any = None
-        # A pipe or file has no width of its own: don't fold log lines at 80 columns.
-        self._console = Console(soft_wrap=True, highlight=False, markup=False)
-        self._stop = False
+        self._begun = False
+        self._events = Events(run.tensorboard)
+        # A pipe or file has no width of its own: don't fold log lines at 80 columns. What cannot be shown is dropped.
+        output = command.shown(sys.stdout) if sys.stdout is not None else None
+        self._console = Console(file=output, soft_wrap=True, highlight=False, markup=False)
+        self._stop = Stop()
         self._writing = threading.Lock()
 
     def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
-        """Write one line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts."""
+        """Write one line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts.
+
+        Raises BadInput where the system refuses the write.
+        """
         now = time.time()
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
         with self._writing:
-            if self._file is None:
-                # Opened with the first scalar, so that a run that cannot begin leaves no files.
-                self._open()
-            assert self._file is not None
-            self._file.write(json.dumps(_finite(line)) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                self._events.add_scalar(f"{stage}/iter_{iteration}/{name}", value, step, wall_time=now)
+            # Made with the first scalar, so that a run that cannot begin leaves no files. A line cut by a crash must not
+            # swallow the next.
+            torn = not self._begun and self._is_torn()
+            files.append(self._run.metrics, b"\n" * torn + json.dumps(_finite(line)).encode() + b"\n")
+            self._begun = True
+            named = {f"{stage}/iter_{iteration}/{name}": value for name, value in values.items()}
+            self._events.add(named, step, now)
 
-    def _open(self) -> None:
-        from tensorboard.summary import DirectoryOutput, Writer
-
-        torn = self._run.metrics.exists() and not self._run.metrics.read_bytes().endswith(b"\n")
-        self._file = self._run.metrics.open("a", encoding="utf-8")
-        self._file.write("\n" if torn else "")  # a line cut by a crash must not swallow the next
-        self._events = Writer(DirectoryOutput(str(self._run.tensorboard)))
+    def _is_torn(self) -> bool:
+        """Whether metrics.jsonl ends in the middle of a line."""
+        if not files.exists(self._run.metrics):
+            return False
+        with files.writing(self._run.metrics), self._run.metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read(1) not in (b"", b"\n")
 
     def say(self, text: str) -> None:
         """Print a line for people."""
@@ -124,28 +129,18 @@ class Metrics:
 
             yield advance
 
-    @contextlib.contextmanager
-    def stopping_on_sigterm(self) -> Iterator[None]:
-        """Turn SIGTERM into a request; `poll` raises Terminated at the next safe place."""
-
-        def request(_signal: int, _frame: FrameType | None) -> None:
-            self._stop = True
-
-        before = signal.signal(signal.SIGTERM, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def stopping_on_signals(self) -> contextlib.AbstractContextManager[None]:
+        """Turn Ctrl-C and SIGTERM into a request; `poll` raises Terminated at the next safe place (`Stop.on_signals`)."""
+        return self._stop.on_signals()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether SIGTERM has arrived."""
-        return self._stop
+        """Whether SIGTERM or Ctrl-C has arrived."""
+        return self._stop.requested is not None
 
     def poll(self) -> None:
-        """Raise Terminated if SIGTERM has arrived."""
-        if self._stop:
-            raise Terminated
+        """Raise Terminated if SIGTERM or Ctrl-C has arrived."""
+        self._stop.check()
 
     def chunks(
         self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
@@ -166,11 +161,8 @@ class Metrics:
         return on_progress
 
     def close(self) -> None:
-        """Close metrics.jsonl and the TensorBoard file."""
-        if self._file is not None:
-            self._file.close()
-            self._events.close()
-        sys.stdout.flush()
+        """Pass on what was printed; scalars are on disk already."""
+        self._console.file.flush()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -9,9 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
-from sppo_jax import records
+from sppo_jax import files, records
+from sppo_jax.errors import BadInput
 from sppo_jax.records import Record
 from sppo_jax.run.directory import shard_ranges
 from sppo_jax.run.stage import Stage
@@ -29,12 +30,12 @@ class Shards(Generic[Record]):
         self.paths = [
             stage.run.shard(stage.iteration, name, i, len(self.ranges)) for i in range(len(self.ranges))
         ]
-        self.missing = [i for i, path in enumerate(self.paths) if not path.exists()]
+        self.missing = [i for i, path in enumerate(self.paths) if not files.exists(path)]
         self._kind: type[Record] = kind
         self._size, self._made_from = stage.shard_prompts, stage.made_from
         for i in set(range(len(self.ranges))) - set(self.missing):
             # A crash after the shard was written and before its rows' file was deleted leaves both.
-            self._lines(i).unlink(missing_ok=True)
+            self._forget(i)
 
     def holding(self, n: int) -> int:
         """Index of the shard that holds prompt n."""
@@ -47,16 +48,16 @@ class Shards(Generic[Record]):
     def write(self, i: int, rows: Sequence[Record], also_from: Mapping[str, str] = {}) -> None:
         """Write shard i, whole, and delete the lines of its single rows."""
         records.replace(self.paths[i], self._kind, rows, {**self._made_from, **also_from})
-        self._lines(i).unlink(missing_ok=True)
+        self._forget(i)
 
     def keep(self, i: int, key: str, row: Record, facts: Mapping[str, float] = {}) -> None:
         """Append a row of shard i to its hidden file, from which `kept` reads it back, floats to the last bit."""
         path = self._lines(i)
-        path.parent.mkdir(parents=True, exist_ok=True)
         line = {"key": key, "made_from": self._made_from, "facts": dict(facts), "row": asdict(row)}
-        text = json.dumps(line)  # ASCII
-        with path.open("a") as file:
-            file.write(f"\n{text}\n")  # on a line of its own: a crash may have cut the line before
+        with files.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # On a line of its own: a crash may have cut the line before.
+        files.append(path, f"\n{json.dumps(line)}\n".encode())
 
     def kept(self, i: int) -> dict[str, KeptRow[Record]]:
         """{key: row and facts} of a shard that is not complete; lines cut by a crash are left out.
@@ -64,19 +65,33 @@ class Shards(Generic[Record]):
         Raises BadInput if they were made from something else.
         """
         path, found = self._lines(i), dict[str, KeptRow[Record]]()
-        for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
-            if (line := _parsed(text)) is None:
+        try:
+            text = path.read_text(errors="replace") if files.exists(path) else ""
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}; delete it and run again") from None
+        for line in text.split("\n"):
+            try:
+                match json.loads(line):
+                    case {
+                        "key": str(key),
+                        "made_from": dict(made_from),
+                        "row": dict(row),
+                        "facts": dict(facts),
+                    }:
+                        kept = self._kind(**row), facts
+                    case _:
+                        continue
+            except (ValueError, TypeError, RecursionError):  # not JSON, or a row with other columns
                 continue
-            records.check_made_from(path, self._kind, line["made_from"], self._made_from)
-            found[line["key"]] = self._kind(**line["row"]), line["facts"]
+            records.check_made_from(path, self._kind, made_from, self._made_from)
+            found[key] = kept
         return found
+
+    def _forget(self, i: int) -> None:
+        """Delete the lines of a shard that is complete."""
+        path = self._lines(i)
+        with files.writing(path):
+            path.unlink(missing_ok=True)
 
     def _lines(self, i: int) -> Path:
         return self.paths[i].with_name(f".{self.paths[i].stem}.partial.jsonl")
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo_jax import records
+from sppo_jax import files, records
 from sppo_jax.records import Record
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
@@ -53,7 +53,7 @@ class Stage:
         They are read back either way: a resumed run trains on the same bits. Raises BadInput if the file is damaged
         or was made from something else.
         """
-        if not path.exists():
+        if not files.exists(path):
             self.metrics.poll()
             records.replace(path, kind, make(), self.made_from)
         return records.read(path, kind, self.made_from)
