@@ -68,9 +68,8 @@ def train(
     total = len(batches)
     _, params, frozen = split(model)
     state = programs.first_state(params)
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    resumed = checkpoints.resume(state, last=total, say=lambda line: stage.say("fit", line))
+    start, state = resumed or (0, state)
     _announce(batches, config.fit, start, stage)
     with stage.progress("fit", total - start, "updates") as advance:
         log = _Log(stage, advance, config, batches)
