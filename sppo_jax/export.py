@@ -160,9 +160,9 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
         architecture = hf.read_architecture(base)
         graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
     with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
-        found = saved.newest_params(trained, command.say)
-    if found is None and finished:
-        command.say(f"iteration {t}: this is the policy in {run.export(t)}, since no checkpoint is whole")
+        found, last = saved.newest_params(trained, command.say), saved.latest()
+    if finished and (found is None or found[0] != last):
+        command.say(f"iteration {t}: its policy is read from {run.export(t)} instead")
         return hf.load(run.export(t), mesh=mesh)
     if found is None:
         raise BadInput(

@@ -36,7 +36,8 @@ def iterate(run: Session, t: int) -> None:
                 # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
                 run.devices.put(t, fit.fit(hand_over, trained_on, run.trainer, stage))
         except NoneWhole:  # training begins again, with the log-probs of this machine's own forward pass
-            return iterate(run, t)
+            iterate(run, t)
+            return
         export.export_policy(run.devices.policy(t), run.source, run.paths, t)
 
     evaluate.measure(run, t, probe)

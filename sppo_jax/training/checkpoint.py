@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
-            self._silence.close()
+            with (
+                self._silence,
+                contextlib.suppress(Exception),
+            ):  # it raises a second time what `wait` has raised
+                self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -190,14 +194,23 @@ class Checkpoints:
             except Exception as error:
                 reason = orbax_faults.of_system(error)
                 self._writing = None
-                with contextlib.suppress(OSError):
-                    self._remove(UNFINISHED)
+                orbax_faults.join_threads()  # they may be writing yet, and complain later
+                self._tidy()
                 if reason is None:
                     raise
             if reason is not None:
                 free()
         if reason is not None:
             raise files.unwritten(self._shown / str(step), reason)
+
+    def _tidy(self) -> None:
+        """Delete what a failed write has left, as well as can be: tensorstore's own threads may still add to it."""
+        for _ in range(10):
+            try:
+                self._remove(UNFINISHED)
+                return
+            except OSError:
+                time.sleep(0.1)
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
         """Read a checkpoint, and compare its step and its bits with what was written."""

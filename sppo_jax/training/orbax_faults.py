@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 CODE = re.compile(r"os_error_code='(\d+)'")  # as tensorstore writes it
 STATUS = re.compile("[A-Z]+(_[A-Z]+)*: ")  # how tensorstore's other messages begin
+PATIENCE = 5.0  # seconds
 LOGGERS = ("absl", "asyncio")
 
 
@@ -42,6 +44,14 @@ def of_system(error: BaseException) -> OSError | None:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the host or of a device, did not suffice."""
     return isinstance(error, MemoryError) or bool(re.search("[Oo]ut of memory", str(error)))
+
+
+def join_threads() -> None:
+    """Wait for orbax's threads, which go on for a moment where one of them has failed."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # what it has raised
+                thread.join(timeout=PATIENCE)
 
 
 @contextlib.contextmanager
