@@ -86,7 +86,7 @@ class Checkpoints:
             self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}),
-                custom_metadata={"sums": _sums(vars(state))},
+                custom_metadata={"sums": sums(vars(state))},
                 force=True,
             )
         self._writing = step
@@ -221,7 +221,7 @@ class Checkpoints:
                 read = self._orbax.restore(
                     self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
                 )[ITEM]
-                if written and any(written.get(k) != v for k, v in _sums(fields(read)).items()):
+                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
                     reason = "its numbers are not those that were written"
                 elif int(fields(read).get("step", step)) != step:
                     reason = f"it holds update {int(fields(read)['step'])}"
@@ -295,7 +295,7 @@ def _abstract(like: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
 
 
-def _sums(fields: dict[str, Any]) -> dict[str, int]:
+def sums(fields: dict[str, Any]) -> dict[str, int]:
     """The sum of each field's bits, modulo 2^32. Integers add up to the same on every mesh.
 
     Nothing else would notice a changed bit: the compressed numbers on disk have no checksum of their own.
