@@ -159,11 +159,19 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
         architecture = hf.read_architecture(base)
         graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
     with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
-        step = saved.latest()
-        assert step is not None
-        if not finished:
-            command.say(f"iteration {t} is unfinished: this is its policy after update {step}")
-        return nnx.merge(graph, saved.restore_params(step, trained), *frozen)
+        found, last = saved.newest_params(trained, command.say), saved.latest()
+    if finished and (found is None or found[0] != last):
+        command.say(f"iteration {t}: its policy is read from {run.export(t)} instead")
+        return hf.load(run.export(t), mesh=mesh)
+    if found is None:
+        raise BadInput(
+            f"--iteration {t}: no checkpoint of it is whole; run the game's command again, which trains it again, or choose "
+            "an iteration before"
+        )
+    step, params = found
+    if not finished:
+        command.say(f"iteration {t} is unfinished: this is its policy after update {step}")
+    return nnx.merge(graph, params, *frozen)
 
 
 def own_dtype(directory: Path) -> str:

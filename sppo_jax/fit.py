@@ -15,8 +15,9 @@ from sppo_jax.losses import LOSSES
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Pair
 from sppo_jax.run.stage import Stage
+from sppo_jax.training import effect
 from sppo_jax.training.batches import Batches
-from sppo_jax.training.checkpoint import Checkpoints
+from sppo_jax.training.checkpoint import Checkpoints, sums
 from sppo_jax.training.optimizer import schedule
 from sppo_jax.training.profiling import Profiler
 from sppo_jax.training.trainer import Trainer
@@ -32,6 +33,9 @@ def fit(
     run's directory. Raises as `train`.
     """
     run, t, profiled = stage.run, stage.iteration, trainer.config.log.profile
+    effect.check(trainer.config.fit, len(trained_on), t)
+    if line := effect.warning(trainer.config.fit, len(trained_on)):
+        stage.say("fit", line)
     batches, profiler = trainer.batches(trained_on, t), None
     with Checkpoints(run.checkpoints(t)) as checkpoints, contextlib.ExitStack() as stack:
         if t == 1 and profiled:
@@ -62,15 +66,16 @@ def train(
     """Run the updates over `batches`, from the last checkpoint on if there is one, and return the new policy.
 
     Donates `model`'s arrays to the optimiser. `profiler` records some of the updates.
-    Raises BadInput when the loss stops being finite, before a checkpoint of that update is written; Terminated after
-    SIGTERM, with a checkpoint of the last update.
+    Raises BadInput when the loss stops being finite, before a checkpoint of that update is written, when no weight has
+    changed after the last update, or when a checkpoint cannot be written; NoneWhole when none of the checkpoints can be
+    resumed from; Terminated after a request to stop, with a checkpoint of the last update.
     """
     total = len(batches)
     _, params, frozen = split(model)
+    before = sums({"params": params})
     state = programs.first_state(params)
-    start = checkpoints.latest() or 0
-    if start:
-        state = checkpoints.restore(start, state)
+    resumed = checkpoints.resume(state, last=total, say=lambda line: stage.say("fit", line))
+    start, state = resumed or (0, state)
     _announce(batches, config.fit, start, stage)
     with stage.progress("fit", total - start, "updates") as advance:
         log = _Log(stage, advance, config, batches)
@@ -84,6 +89,8 @@ def train(
             stopping = stage.metrics.stop_requested and step + 1 < total
             if stopping or (step + 1) % config.fit.checkpoint_every == 0 or step + 1 == total:
                 log.flush()  # raises where this update's loss is not finite
+                if step + 1 == total and sums({"params": state.params}) == before:
+                    raise effect.unchanged(config.fit, stage.iteration, total, log.gradient_norm)
                 checkpoints.save(step + 1, state)
             if stopping:
                 checkpoints.wait()
@@ -103,6 +110,7 @@ class _Log:
         self._stage, self._advance, self._every = stage, advance, config.log.every
         self._rate, self._last = schedule(config.fit, batches.steps_per_epoch), len(batches) - 1
         self._unread: tuple[int, Scalars] | None = None
+        self.gradient_norm = 0.0  # of the last update read
 
     def add(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of an update just dispatched, and report the one before."""
@@ -116,6 +124,7 @@ class _Log:
         (step, scalars), self._unread = self._unread, None
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         self._check(step, values)
+        self.gradient_norm = values["grad_norm"]
         if step == 0:
             self._stage.say(
                 "fit", f"step 0 loss {values['loss']:.6g}, largest log-ratio {values['max_log_ratio']:g}"
@@ -138,11 +147,12 @@ class _Log:
 
 
 def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None:
-    """Print where training starts, and the shape of its microbatches."""
+    """Print where training starts, and the shape of its microbatches. Raises BadInput where all targets are 0."""
     if start:
         stage.say("fit", f"resumes at update {start} of {len(batches)}")
     else:
         whole, first = expected_initial_loss(batches, settings)
+        effect.check_targets(settings, whole, stage.iteration)
         stage.say(
             "fit",
             f"expected initial loss {whole:.6g} (mean target^2); first batch {first:.6g}"

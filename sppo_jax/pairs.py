@@ -13,8 +13,9 @@ from sppo_jax.errors import BadInput
 from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run.stage import Stage
-from sppo_jax.training import checkpoint
+from sppo_jax.training import checkpoint, effect
 
+GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal
 # log pi(y|x) [n, R] of every pair's responses, in nats, by the policy that the iteration starts with.
 LogProb = Callable[[Sequence[Pair]], np.ndarray]
 
@@ -26,7 +27,10 @@ def from_preferences(
     stage: Stage,
     config: Config,
 ) -> list[Pair]:
-    """The pairs made of an iteration's responses and preferences. Raises BadInput if no prompt has a preferred response."""
+    """The pairs made of an iteration's responses and preferences.
+
+    Raises BadInput if no prompt has a preferred response, or if there are so few that nothing would be trained.
+    """
 
     def selected() -> list[Pair]:
         found, counts = select(
@@ -39,9 +43,8 @@ def from_preferences(
         stage.say("pairs", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
         stage.scalars("pairs", {name: float(n) for name, n in counts.items()})
         if not found:
-            raise BadInput(
-                f"iteration {stage.iteration}: no prompt has a preferred response; is sampling.temperature 0?"
-            )
+            raise _without_signal(stage.iteration, counts, len(responses), config)
+        effect.check(config.fit, len(found), stage.iteration)
         return found
 
     sources = {"responses": records.digest(responses), "preferences": records.digest(preferences)}
@@ -151,6 +154,26 @@ def log_partition(win_rate: np.ndarray, eta: float) -> float:
     """log Z / eta with log Z ~ log mean_k exp(eta P_k): the baseline in units of a win rate."""
     highest = float(np.max(win_rate))
     return highest + float(np.log(np.mean(np.exp(eta * (win_rate - highest))))) / eta
+
+
+def _without_signal(iteration: int, counts: dict[str, int], prompts: int, config: Config) -> BadInput:
+    """Return the error about an iteration in which no prompt has a pair to train on."""
+    ties, empty = counts.get("no_signal", 0), counts.get("empty_chosen", 0)
+    found = f"iteration {iteration}: no prompt has a preferred response: of {prompts}"
+    if empty > ties:
+        return BadInput(
+            f"{found}, {empty} have an empty response as their best one, and {ties} have equal win rates; look at the texts in "
+            f"OUT/iter_{iteration}/responses, and start in a new --out, with another judge or a model that answers"
+        )
+    advice = (
+        f"sampling.temperature={config.sampling.temperature:g} makes a prompt's responses equal: set it to 1"
+        if config.sampling.temperature < GREEDY
+        else f"use more than sampling.responses={config.sampling.responses}, more prompts, or another judge"
+    )
+    return BadInput(
+        f"{found}, {ties} have equal win rates (the judge prefers none of their responses) and {empty} an empty best one; "
+        f"{advice}, and start in a new --out"
+    )
 
 
 def _conversation(prompt: str, response: str) -> list[dict[str, str]]:

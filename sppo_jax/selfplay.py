@@ -6,6 +6,7 @@ from sppo_jax.records import Pair
 from sppo_jax.report import model_card, page
 from sppo_jax.run.stage import Stage
 from sppo_jax.session import Session
+from sppo_jax.training.checkpoint import NoneWhole
 
 
 def play(run: Session) -> None:
@@ -30,9 +31,13 @@ def iterate(run: Session, t: int) -> None:
     trained_on, probe = _given(run, t, stage) if run.given else _played(run, t, stage)
 
     if not run.paths.export(t).exists():
-        with run.devices.training(t - 1) as hand_over:
-            # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
-            run.devices.put(t, fit.fit(hand_over, trained_on, run.trainer, stage))
+        try:
+            with run.devices.training(t - 1) as hand_over:
+                # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
+                run.devices.put(t, fit.fit(hand_over, trained_on, run.trainer, stage))
+        except NoneWhole:  # training begins again, with the log-probs of this machine's own forward pass
+            iterate(run, t)
+            return
         export.export_policy(run.devices.policy(t), run.source, run.paths, t)
 
     evaluate.measure(run, t, probe)

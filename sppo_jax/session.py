@@ -21,6 +21,7 @@ from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
 from sppo_jax.settings import checks, embedded
 from sppo_jax.text import chat_template
+from sppo_jax.training import effect
 from sppo_jax.training.trainer import Trainer
 
 LARGE_ETA = 20.0  # above it log mean_k exp(eta P_k) of a handful of responses is its largest term
@@ -56,6 +57,10 @@ class Session:
             lengths=lengths,
         )  # fmt: skip
         self.devices.policy(BASE)
+        most = [len(part) for part in self.given] or [len(part) for part in self.sets.train]
+        for t, count in enumerate(most, 1):
+            if not run.evaluation(t).exists():
+                effect.check(config.fit, count, t, at_most=not self.given)
         inputs = manifest.digests(base, judge.identity, self.sets.heldout, self.sets.train, self.given)
         self.provenance = manifest.Provenance(run, config, self.compute_dtype, inputs)
 

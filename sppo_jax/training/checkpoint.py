@@ -1,14 +1,27 @@
-"""What a checkpoint holds, and how it is saved and restored with orbax."""
+"""What a checkpoint holds, and how it is written and read with orbax: whole or not at all, and never in silence."""
 
+import contextlib
 import functools
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from sppo_jax.errors import BadInput
+from sppo_jax import files
+from sppo_jax.errors import BadInput, one_line
+from sppo_jax.training import orbax_faults
+
+ITEM = "default"  # orbax's name of a checkpoint's only item
+KEPT = 2  # checkpoints of a training that goes on
+NUMBER = re.compile("0|[1-9][0-9]*")
+DAMAGED, UNFINISHED = ".damaged", ".orbax-checkpoint-tmp"  # ends of the names beside the checkpoints
 
 
 @functools.partial(
@@ -23,79 +36,285 @@ class TrainState:
     opt_state: Any
 
 
+class Damaged(BadInput):
+    """A checkpoint that is not what was written: parts are missing or changed, or it is another model's."""
+
+
+class NoneWhole(Exception):
+    """An iteration had checkpoints, and none is whole. They have been moved aside, so that its training begins again."""
+
+
 def begun(directory: Path) -> bool:
-    """Whether `directory` has a complete checkpoint to resume from."""
-    if not directory.is_dir():
-        return False
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        return checkpoints.latest() is not None
-
-
-def _abstract(like: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read."""
+    return bool(_steps(directory))
 
 
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
     def __init__(self, directory: Path, *, read_only: bool = False):
-        """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it."""
-        if read_only:
-            options = ocp.CheckpointManagerOptions(create=False)  # its own read_only logs three warnings
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-        self.directory = directory.resolve()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it.
+
+        Raises BadInput where it cannot be made or written.
+        """
+        self._shown, self.directory = directory, Path(os.path.abspath(directory))
+        if not read_only:
+            with files.writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                self._remove(UNFINISHED)
+        # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=at_once)
+        )
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once)
+        self._writing: int | None = None  # the step that is written in the background
+        self._silence = contextlib.ExitStack()
+        self._silence.enter_context(orbax_faults.silent_threads())
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; None where there is none."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint; None where there is none."""
+        return max(_steps(self._shown), default=None)
 
-    def save(self, step: int, state: Any) -> None:
-        """Begin to write `state` in the background. Raises the error of the write before, if it failed."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state: TrainState) -> None:
+        """Begin to write `state` in the background, and delete all but the latest two checkpoints before it.
 
-    def restore(self, step: int, like: Any) -> Any:
+        Raises BadInput if this write cannot begin, or if the one before has failed.
+        """
+        self.wait()
+        with self._reported(step):
+            self._orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}),
+                custom_metadata={"sums": sums(vars(state))},
+                force=True,
+            )
+        self._writing = step
+
+    def resume(
+        self, like: TrainState, *, last: int, say: Callable[[str], None]
+    ) -> tuple[int, TrainState] | None:
+        """Read the newest whole checkpoint: its step and its state, in the shapes and shardings of `like`.
+
+        Returns None where there is no checkpoint. Damaged ones, and those of steps beyond `last`, are moved aside and
+        reported in one line to `say`. Raises NoneWhole if no other is left; BadInput where one cannot be read or moved.
+        """
+        steps = _steps(self._shown)
+        found, damaged = self._newest(steps, lambda step: self.restore(step, like), last)
+        if not damaged:
+            return found
+        for error in damaged:
+            error.add_note(str(self._aside(max(steps))))
+            steps.remove(max(steps))
+        then = (
+            f"training goes on from the checkpoint of update {found[0]}"
+            if found
+            else "no other checkpoint is whole, and the iteration's training begins again"
+        )
+        kept = ", ".join(note for error in damaged for note in error.__notes__)
+        say(f"{'; '.join(map(str, damaged))}: {then} ({kept} may be deleted)")
+        if found is None:
+            raise NoneWhole
+        return found
+
+    def newest_params(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
+        """Read the parameters of the newest whole checkpoint: its step, and they in the shapes of `like`.
+
+        Returns None where no checkpoint is whole; damaged ones are reported to `say`, and stay where they are. Raises
+        BadInput where one cannot be read.
+        """
+        found, damaged = self._newest(_steps(self._shown), lambda step: self.restore_params(step, like))
+        for error in damaged:
+            say(str(error))
+        return found
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
         """Read the state of `step` in the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
 
-        Raises BadInput where it is damaged, or has other shapes.
+        Raises Damaged where it is damaged or has other shapes, BadInput where it cannot be read.
         """
-        return self._restore(step, ocp.args.StandardRestore(_abstract(like)))
+        state: TrainState = self._restore(step, ocp.args.StandardRestore(_abstract(like)), vars)
+        return state
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Read the parameters of the TrainState of `step`, as `restore` does, without the optimiser's state."""
         item = {"params": _abstract(like)}
         as_asked = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=as_asked, partial_restore=True)
-        return self._restore(step, args)["params"]
-
-    def _restore(self, step: int, args: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=args)
-        except Exception as error:  # orbax and tensorstore raise many kinds
-            reason = " ".join(str(error).split())[:300]
-            raise BadInput(
-                f"{self.directory}/{step}: damaged, or not a checkpoint of this model: {reason}"
-            ) from None
+        return self._restore(step, args, dict)["params"]
 
     def keep_only(self, step: int) -> None:
-        """Delete the other checkpoints: a finished iteration is not resumed from its middle."""
-        for other in self._manager.all_steps():
-            if other != step:
-                self._manager.delete(other)
+        """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
+        with files.writing(self._shown):
+            for other in _steps(self._shown):
+                if other != step:
+                    _remove(self.directory / str(other))
+            self._remove(DAMAGED)
 
     def wait(self) -> None:
-        """Wait until all saved states are whole on disk."""
-        self._manager.wait_until_finished()
+        """Wait until all saved states are whole on disk, and delete all but the latest two.
+
+        Raises BadInput if a write has failed.
+        """
+        step, self._writing = self._writing, None
+        if step is None:
+            return
+        with self._reported(step):
+            self._orbax.wait_until_finished()
+        with files.writing(self._shown):
+            for old in _steps(self._shown)[:-KEPT]:
+                _remove(self.directory / str(old))
 
     def close(self) -> None:
-        """Wait for all writes, and free the manager's threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
+        try:
+            self.wait()
+        finally:
+            with (
+                self._silence,
+                contextlib.suppress(Exception),
+            ):  # it raises a second time what `wait` has raised
+                self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # An error that is on its way already is the one to report.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self.close()
+
+    @contextlib.contextmanager
+    def _reported(self, step: int) -> Iterator[None]:
+        """Turn the error of a write into BadInput, and delete what it has written."""
+        reason = None
+        with orbax_faults.silent() as free:
+            try:
+                yield
+            except Exception as error:
+                reason = orbax_faults.of_system(error)
+                self._writing = None
+                orbax_faults.join_threads()  # they may be writing yet, and complain later
+                self._tidy()
+                if reason is None:
+                    raise
+            if reason is not None:
+                free()
+        if reason is not None:
+            raise files.unwritten(self._shown / str(step), reason)
+
+    def _tidy(self) -> None:
+        """Delete what a failed write has left, as well as can be: tensorstore's own threads may still add to it."""
+        for _ in range(10):
+            try:
+                self._remove(UNFINISHED)
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
+        """Read a checkpoint, and compare its step and its bits with what was written."""
+        path, reason, system = self._shown / str(step), None, None
+        with orbax_faults.silent() as free:
+            try:
+                written = _sums_written(self.directory / str(step))
+                read = self._orbax.restore(
+                    self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
+                )[ITEM]
+                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
+                    reason = "its numbers are not those that were written"
+                elif int(fields(read).get("step", step)) != step:
+                    reason = f"it holds update {int(fields(read)['step'])}"
+            except Exception as error:  # orbax and tensorstore raise many kinds
+                if orbax_faults.out_of_memory(error):
+                    raise
+                reason, system = one_line(error)[:120], orbax_faults.of_system(error)
+            if reason is not None:
+                free()
+        if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
+            raise BadInput(
+                f"{path}: cannot be read: {system.strerror}; mend that, and run the same command again, or delete it to go "
+                "on without it"
+            )
+        if reason is not None:
+            raise Damaged(f"{path}: damaged, or not a checkpoint of this model ({reason})")
+        return read
+
+    def _newest(
+        self, steps: list[int], read: Callable[[int], Any], last: int | None = None
+    ) -> tuple[tuple[int, Any] | None, list[Damaged]]:
+        """(The newest whole checkpoint's step and content, the errors of those after it, newest first)."""
+        damaged: list[Damaged] = []
+        for step in reversed(steps):
+            if last is not None and step > last:
+                damaged.append(
+                    Damaged(f"{self._shown / str(step)}: beyond the last update of this training, {last}")
+                )
+                continue
+            try:
+                return (step, read(step)), damaged
+            except Damaged as error:
+                damaged.append(error.with_traceback(None))  # which would hold what was read
+        return None, damaged
+
+    def _aside(self, step: int) -> Path:
+        """Give a checkpoint a name that is not a step's, and return it."""
+        name = f"{step}{DAMAGED}"
+        with files.writing(self._shown / name):
+            _remove(self.directory / name)
+            (self.directory / str(step)).rename(self.directory / name)
+        return self._shown / name
+
+    def _remove(self, end: str) -> None:
+        """Delete what is named like a step with `end`; other names may be anyone's."""
+        for path in self.directory.iterdir():
+            name, found, _ = path.name.partition(end)
+            if found and NUMBER.fullmatch(name):
+                _remove(path)
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps whose checkpoints have their final name, in order."""
+    if not files.is_dir(directory):
+        return []
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise BadInput(f"{directory}: {error.strerror}") from None
+    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        files.remove(path)
+
+
+def _abstract(like: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+
+
+def sums(fields: dict[str, Any]) -> dict[str, int]:
+    """The sum of each field's bits, modulo 2^32. Integers add up to the same on every mesh.
+
+    Nothing else would notice a changed bit: the compressed numbers on disk have no checksum of their own.
+    """
+    return {name: int(total) for name, total in jax.device_get(_added(fields)).items()}
+
+
+@jax.jit
+def _added(fields: dict[str, Any]) -> dict[str, jax.Array]:
+    def bits(x: jax.Array) -> jax.Array:
+        unsigned = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
+
+    zero = jnp.uint32(0)
+    return {name: sum(map(bits, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}
+
+
+def _sums_written(checkpoint: Path) -> dict[str, int] | None:
+    """The sums in a checkpoint's metadata; None in one of a version that wrote none."""
+    custom = files.read_json(checkpoint / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
+    found = custom.get("sums")
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,87 @@
+"""What orbax, tensorstore and their threads raise and print when a checkpoint fails, made into one error of the system."""
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+# Errors that mean that a part is missing or is something else. The others (no permission, a disk that fails) may be mended.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+CODE = re.compile(r"os_error_code='(\d+)'")  # as tensorstore writes it
+STATUS = re.compile("[A-Z]+(_[A-Z]+)*: ")  # how tensorstore's other messages begin
+PATIENCE = 5.0  # seconds
+LOGGERS = ("absl", "asyncio")
+
+
+def of_system(error: BaseException) -> OSError | None:
+    """The error of the system behind an exception, wherever it stands in its chain; None for a fault of another kind."""
+    chain: list[BaseException] = []
+    todo = [error]
+    while todo:
+        one = todo.pop(0)
+        if one in chain:
+            continue
+        chain.append(one)
+        todo += [e for e in (one.__cause__, one.__context__) if e is not None]
+        todo += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+    for one in chain:
+        if isinstance(one, OSError) and one.errno:
+            return OSError(one.errno, one.strerror or os.strerror(one.errno))
+        if found := CODE.search(str(one)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+    for one in chain:
+        if isinstance(one, OSError) or (isinstance(one, ValueError) and STATUS.match(str(one))):
+            return OSError(0, " ".join(str(one).split())[:200])
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the host or of a device, did not suffice."""
+    return isinstance(error, MemoryError) or bool(re.search("[Oo]ut of memory", str(error)))
+
+
+def join_threads() -> None:
+    """Wait for orbax's threads, which go on for a moment where one of them has failed."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # what it has raised
+                thread.join(timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def silent_threads() -> Iterator[None]:
+    """Keep orbax's threads from logging what is raised anyway."""
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return record.name != "asyncio" and "orbax" not in record.pathname
+
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(foreign)
+    try:
+        yield
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeFilter(foreign)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Callable[[], object]]:
+    """Keep one call of orbax, and the handling of what it raises, from printing.
+
+    A failed call leaves coroutines that nothing has awaited, and these print when they are freed. Yields the function
+    that frees them, to be called once the exception is gone.
+    """
+    before = sys.unraisablehook
+    with silent_threads(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda _: None
+        try:
+            yield gc.collect
+        finally:
+            sys.unraisablehook = before
