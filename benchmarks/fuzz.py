@@ -144,7 +144,11 @@ def play(args: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     where = f"--kind {found['kind']} --seed {found['seed']} --first {found['number']} --cases 1"
-    print(f"{where}: {ascii(found['about'])[:300]}\n    {ascii('; '.join(found['faults']))[:600]}", file=sys.stderr, flush=True)
+    print(
+        f"{where}: {ascii(found['about'])[:300]}\n    {ascii('; '.join(found['faults']))[:600]}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _summary(results: Sequence[dict[str, Any]], seconds: float, seed: int) -> dict[str, Any]:
@@ -181,7 +185,9 @@ def main() -> None:
     flags.add_argument("--kind", action="append", choices=list(KINDS), help="kinds of cases (default: all)")
     flags.add_argument("--first", type=int, default=0, help="number of the first case of each kind")
     flags.add_argument("--processes", type=int, default=1)
-    flags.add_argument("--every", type=int, default=100, help="one case in this many also runs as a command; 0: none")
+    flags.add_argument(
+        "--every", type=int, default=100, help="one case in this many also runs as a command; 0: none"
+    )
     flags.add_argument("--json", action="store_true", help="print the counts as JSON")
     args = flags.parse_args()
     found = play(args, args.kind or list(KINDS))

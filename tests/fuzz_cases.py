@@ -4,11 +4,7 @@
 give the same case.
 """
 
-import codecs
-import gzip
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from sppo_jax import records
+from sppo_jax.config import knobs
 from sppo_jax.hub import names
 from tests import run_directory
+from tests.fuzz_damage import VALUES, change, misplace, shown, spoil, spoil_file
 from tests.small_game import SMALL, words
-
-DEEP: Any = "x"
-for _ in range(60):
-    DEEP = [DEEP]
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, 2, -1, -7, 0.5, 1.5, 2**31, 2**32, 2**63, 2**64, 10**30, 1e308, -1e308, 1e-45, 1e-320,
-    float("nan"), float("inf"), float("-inf"), "", " ", "null", "none", "auto", "x" * 3000, "\x00", "\ud800", "\u202eabc",
-    "\x1b[2J", "😀", "é", "a\nb", "\r\n", "2024-31-12", "2024-01-01", "0x10", "010", "1_000", "1e5", "1,5", "5e-7.", "yes",
-    "no", "~", "~/x", "../..", ".", "/dev/null", "a/b", "a/b@c", "a:b", "os:system", "jsonl:", "hf:", "hf:a/b", "tfds:x",
-    "embedded:policy", "embedded:nothing", "{{x}}", "{% if %}", "{iteration}", "%s%n", "NaN", "Infinity", "-0", "+1", "٣", "½",
-    "²", [], [1], [None], ["a", "b"], {}, {"a": 1}, {"": None}, [[]], [{}], DEEP, "9" * 5001, "[" * 2000,
-)  # fmt: skip
-KEYS = ("", "x", "iteration", "path", "content", "role", "prompt", "é", "a.b", "0", "type", "model_type", "quantization_config")
-ENCODINGS = ("utf-16", "utf-16-le", "utf-8-sig", "utf-32", "latin-1", "cp1252")
 
 
 @dataclass(frozen=True)
@@ -55,139 +38,6 @@ def make(kind: str, seed: int, number: int, work: Path) -> Case:
     return KINDS[kind](Random(f"{seed}:{kind}:{number}"), work)
 
 
-# Mutations: each returns what it did in a few words, beside the result.
-
-
-def change(rng: Random, tree: Any) -> tuple[Any, str]:
-    """Change one place of nested dicts and lists: replace, delete, rename, wrap, move, retype or scale."""
-    tree = json.loads(json.dumps(tree))
-    places = list(_places(tree))
-    if not places:
-        value = rng.choice(VALUES)
-        return value, f"all of it is {_shown(value)}"
-    holder, key = rng.choice(places)
-    old, where = holder[key], f"{key}"
-    match rng.randrange(8):
-        case 0 | 1 | 2:
-            holder[key] = rng.choice(VALUES)
-            done = f"{where} = {_shown(holder[key])}"
-        case 3:
-            del holder[key]
-            done = f"without {where}"
-        case 4 if isinstance(holder, dict):
-            new = rng.choice((*KEYS, key[:-1], key + "s", key.upper(), f" {key}"))
-            holder[new] = holder.pop(key)
-            done = f"{where} renamed {new!r}"
-        case 5:
-            holder[key] = rng.choice(([old], {"value": old}, [old, old], {key if isinstance(key, str) else "a": old}))
-            done = f"{where} wrapped: {_shown(holder[key])}"
-        case 6:
-            other, theirs = rng.choice(places)
-            holder[key], other[theirs] = other.get(theirs) if isinstance(other, dict) else None, old
-            done = f"{where} and {theirs} swapped"
-        case _:
-            holder[key] = _retyped(rng, old)
-            done = f"{where} = {_shown(holder[key])}"
-    return tree, done
-
-
-def _places(tree: Any) -> Any:
-    for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
-        yield tree, key
-        yield from _places(tree[key])
-
-
-def _retyped(rng: Random, old: Any) -> Any:
-    if isinstance(old, bool) or old is None:
-        return rng.choice(("true", 1, 0, "null", not old))
-    if isinstance(old, (int, float)):
-        return rng.choice((str(old), -old, old * 1000, old / 7, float(old), old + 0.5, 0, old + 1, [old], f"{old} "))
-    if isinstance(old, str):
-        return rng.choice((old[: len(old) // 2], old + old, old.upper(), f" {old}", old + "\n", f"./{old}", list(old)[:5], len(old)))
-    return rng.choice((json.dumps(old), None, len(old), str(old)))
-
-
-def spoil(rng: Random, data: bytes) -> tuple[bytes, str]:
-    """Damage the bytes of a file as editors, shells, transfers and disks do."""
-    at = rng.randrange(len(data) + 1)
-    lines = data.split(b"\n")
-    line = rng.randrange(len(lines))
-    text = data.decode("utf-8", "replace")
-    code = rng.choice(ENCODINGS)
-    ways: dict[str, Callable[[], bytes]] = {
-        f"cut at byte {at}": lambda: data[:at],
-        f"without its first {at} bytes": lambda: data[at:],
-        "empty": lambda: b"",
-        "blank": lambda: b" \n\n",
-        "random bytes": lambda: rng.randbytes(200),
-        "zeros": lambda: bytes(len(data)),
-        f"random bytes at {at}": lambda: data[:at] + rng.randbytes(rng.randint(1, 9)) + data[at + 4 :],
-        f"NUL at {at}": lambda: data[:at] + b"\0" + data[at:],
-        f"as {code}": lambda: text.encode(code, "replace"),
-        "UTF-16 mark alone": lambda: codecs.BOM_UTF16_LE + data,
-        "gzip": lambda: gzip.compress(data),
-        "CRLF": lambda: data.replace(b"\n", b"\r\n"),
-        "CR": lambda: data.replace(b"\n", b"\r"),
-        "twice": lambda: data + data,
-        f"line {line} twice": lambda: b"\n".join(lines[: line + 1] + lines[line:]),
-        f"without line {line}": lambda: b"\n".join(lines[:line] + lines[line + 1 :]),
-        f"line {line} cut": lambda: b"\n".join([*lines[:line], lines[line][: len(lines[line]) // 2], *lines[line + 1 :]]),
-        "single quotes": lambda: data.replace(b'"', b"'"),
-        "HTML": lambda: b"<!DOCTYPE html><html><body>Not found</body></html>",
-        "git-lfs pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
-        "tabs": lambda: data.replace(b"  ", b"\t"),
-    }  # fmt: skip
-    name = rng.choice(list(ways))
-    return ways[name](), name
-
-
-def misplace(rng: Random, path: Path) -> str:
-    """Put something of another kind where a file is expected."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    kind = rng.choice(("missing", "a directory", "a link to nothing", "a link to itself", "/dev/null", "no permission"))
-    if kind == "a directory":
-        path.mkdir()
-    elif kind == "a link to nothing":
-        path.symlink_to(path.with_name("nowhere"))
-    elif kind == "a link to itself":
-        path.symlink_to(path.name)
-    elif kind == "/dev/null":
-        path.symlink_to("/dev/null")
-    elif kind == "no permission":
-        path.write_bytes(b"")
-        path.chmod(0)
-    return f"{path.name} is {kind}"
-
-
-def spoil_file(rng: Random, path: Path) -> str:
-    """Damage a file: its place, its bytes or, most often, the values in its JSON or JSON lines."""
-    how = rng.randrange(10)
-    if how == 0 or not path.is_file():
-        return misplace(rng, path)
-    data = path.read_bytes()
-    path.unlink()  # it may be a link to the original
-    try:
-        trees = [json.loads(line) for line in data.splitlines()] if path.suffix == ".jsonl" else [json.loads(data)]
-    except ValueError:
-        trees = []
-    if how < 3 or not trees:
-        spoilt, done = spoil(rng, data)
-    else:
-        at = rng.randrange(len(trees))
-        trees[at], done = change(rng, trees[at])
-        spoilt = "\n".join(map(json.dumps, trees)).encode() + b"\n"
-    path.write_bytes(spoilt)
-    return f"{path.name}: {done}"
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) < 80 else f"{text[:40]}… ({len(text)} characters)"
-
-
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in flat.items():
@@ -197,6 +47,11 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 # The kinds of cases.
+
+
+def _word(rng: Random) -> str:
+    """A value as a command line can hold it."""
+    return str(rng.choice(VALUES)).replace("\0", "").encode("utf-8", "replace").decode()[:100_000]
 
 
 def _game(kind: str, about: str, work: Path, **options: Any) -> Case:
@@ -211,7 +66,11 @@ def configuration(rng: Random, work: Path) -> Case:
         tree, what = change(rng, tree)
         done.append(what)
     try:
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=rng.random() < 0.5) if rng.random() < 0.7 else json.dumps(tree)
+        text = (
+            yaml.safe_dump(tree, sort_keys=False, allow_unicode=rng.random() < 0.5)
+            if rng.random() < 0.7
+            else json.dumps(tree)
+        )
         data = text.encode()
     except (yaml.YAMLError, UnicodeEncodeError):
         data = json.dumps(tree).encode()
@@ -223,7 +82,9 @@ def configuration(rng: Random, work: Path) -> Case:
     if rng.random() < 0.05:
         done.append(misplace(rng, path))
     out = work / "run"
-    return Case("configuration", "; ".join(done), "sppo_jax.main", ["--config", str(path), "--out", str(out)], out)
+    return Case(
+        "configuration", "; ".join(done), "sppo_jax.main", ["--config", str(path), "--out", str(out)], out
+    )
 
 
 def flags(rng: Random, work: Path) -> Case:
@@ -233,41 +94,70 @@ def flags(rng: Random, work: Path) -> Case:
     before = list(given)
     for _ in range(rng.randint(1, 2)):
         i = rng.randrange(len(given))
-        value = str(rng.choice(VALUES)).replace("\0", "").encode("utf-8", "replace").decode()[:200_000]
+        value = _word(rng)
         match rng.randrange(8):
             case 0 | 1 | 2:
                 given[i | 1 if (i | 1) < len(given) else i] = value
             case 3:
                 del given[i]
             case 4:
-                given.insert(i, rng.choice((value, "--help", "-h", "--", "-", "--confg", "--config", "--config=", "\N{EM DASH}seed", "--seed=")))
+                given.insert(
+                    i,
+                    rng.choice(
+                        (
+                            value,
+                            "--help",
+                            "-h",
+                            "--",
+                            "-",
+                            "--confg",
+                            "--config",
+                            "--config=",
+                            "\N{EM DASH}seed",
+                            "--seed=",
+                        )
+                    ),
+                )
             case 5:
-                given[i] = rng.choice((given[i][:-1], given[i] + "=", f"-{given[i]}", given[i][1:], given[i].upper(), given[i].replace(".", "-")))
+                given[i] = rng.choice(
+                    (
+                        given[i][:-1],
+                        given[i] + "=",
+                        f"-{given[i]}",
+                        given[i][1:],
+                        given[i].upper(),
+                        given[i].replace(".", "-"),
+                    )
+                )
             case 6:
                 rng.shuffle(given)
             case _:
-                knob = rng.choice([k for k, *_ in _knobs() if k != "out"])
+                knob = rng.choice([k for k, *_ in knobs() if k != "out"])
                 given += [f"--{knob}", value]
     new = [word for word in given if word not in before]
-    return Case("flags", f"{_shown(new)}, {len(given)} words of {len(before)}", "sppo_jax.main", given, out)
-
-
-def _knobs() -> Any:
-    from sppo_jax.config import knobs
-
-    return knobs()
+    return Case("flags", f"{shown(new)}, {len(given)} words of {len(before)}", "sppo_jax.main", given, out)
 
 
 def prompts(rng: Random, work: Path) -> Case:
     """Training or held-out prompts in a damaged or unusual jsonl or parquet file."""
-    texts = [json.loads(line)["prompt"] for line in names.path("prompts/train_1.jsonl").read_text().splitlines()[:12]]
+    texts = [
+        json.loads(line)["prompt"]
+        for line in names.path("prompts/train_1.jsonl").read_text().splitlines()[:12]
+    ]
     rows: list[Any] = [{"prompt": text} for text in texts]
     if rng.random() < 0.5:
-        rows = [{"prompt": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]} for text in texts]
+        rows = [
+            {"prompt": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+            for text in texts
+        ]
     path, done = _table(rng, work, "prompts", rows)
     knob = rng.choice(("prompts__source", "prompts__heldout"))
     scheme = "parquet" if path.suffix == ".parquet" else "jsonl"
-    source = f"{scheme}:{path}" if rng.random() < 0.9 else f"{rng.choice(('', 'JSONL:', 'json:', 'file://', 'csv:', 'jsonl::'))}{path}"
+    source = (
+        f"{scheme}:{path}"
+        if rng.random() < 0.9
+        else f"{rng.choice(('', 'JSONL:', 'json:', 'file://', 'csv:', 'jsonl::'))}{path}"
+    )
     return _game("prompts", f"{knob}: {done}", work, **{knob: source, "eval__oracle": ""})
 
 
@@ -383,13 +273,23 @@ def run(rng: Random, work: Path) -> Case:
     found = run_directory.measured(work)
     files = sorted(p for p in found.root.rglob("*") if p.is_file() and p.name != "config.yaml")
     often = [p for p in files if p.suffix in (".json", ".jsonl")]
-    done = []
-    for _ in range(rng.randint(1, 2)):
-        done.append(spoil_file(rng, rng.choice(files + 4 * often)))
+    done = [spoil_file(rng, rng.choice(files + 4 * often)) for _ in range(rng.randint(1, 2))]
     if rng.random() < 0.15:
         done.append(spoil_file(rng, found.config))
     if rng.random() < 0.2:
-        extra = rng.choice(("iter_²", "iter_01", "iter_x", "iter_", "iter_-1", "iter_99999999999999999999", "iter_٣", "iter_3", "iter_2.part"))
+        extra = rng.choice(
+            (
+                "iter_²",
+                "iter_01",
+                "iter_x",
+                "iter_",
+                "iter_-1",
+                "iter_99999999999999999999",
+                "iter_٣",
+                "iter_3",
+                "iter_2.part",
+            )
+        )
         (found.root / extra).mkdir()
         done.append(extra)
     root = str(found.root)
@@ -405,30 +305,52 @@ def commands(rng: Random, work: Path) -> Case:
     out = run_directory.measured(work).root if rng.random() < 0.5 else work / "nothing"
     commands = {
         "sppo_jax.report": ["--run", str(out)],
-        "sppo_jax.interchange": ["--run", str(out), "--iteration", "1", "--to", str(work / "to" / "pairs.parquet")],
+        "sppo_jax.interchange": [
+            "--run",
+            str(out),
+            "--iteration",
+            "1",
+            "--to",
+            str(work / "to" / "pairs.parquet"),
+        ],
         "sppo_jax.export": ["--run", str(out), "--iteration", "1", "--to", str(work / "export")],
-        "sppo_jax.chat": ["--policy", str(out), "--temperature", "0.5", "--top-p", "0.9", "--max-new-tokens", "9", "--seed", "1"],
+        "sppo_jax.chat": [
+            "--policy",
+            str(out),
+            "--temperature",
+            "0.5",
+            "--top-p",
+            "0.9",
+            "--max-new-tokens",
+            "9",
+            "--seed",
+            "1",
+        ],
     }
     module = rng.choice(list(commands))
     given = commands[module]
     for _ in range(rng.randint(1, 2)):
         i = rng.randrange(len(given) or 1)
-        value = str(rng.choice(VALUES)).replace("\0", "").encode("utf-8", "replace").decode()[:100_000]
+        value = _word(rng)
         match rng.randrange(6):
             case 0 | 1 if given:
                 given[i] = value
             case 2 if given:
                 del given[i]
             case 3:
-                given.insert(i, rng.choice((value, "--help", "-h", "--", "--run", "--x", "--push", "--dtype", "--iteration")))
+                given.insert(
+                    i,
+                    rng.choice(
+                        (value, "--help", "-h", "--", "--run", "--x", "--push", "--dtype", "--iteration")
+                    ),
+                )
             case 4:
                 given += given[:2]
             case _:
                 rng.shuffle(given)
-    return Case("commands", f"{module} {_shown([w.replace(str(work), 'WORK') for w in given])}", module, given)
+    return Case("commands", f"{module} {shown([w.replace(str(work), 'WORK') for w in given])}", module, given)
 
 
 KINDS: dict[str, Callable[[Random, Path], Case]] = {
     f.__name__: f for f in (configuration, flags, prompts, pairs, model, resumed, run, commands)
 }
-assert os.sep == "/" and records.SCHEMAS

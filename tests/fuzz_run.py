@@ -69,7 +69,11 @@ def attempt(case: Case, work: Path) -> Outcome:
     sys.argv, sys.stdin = [case.module, *case.words], io.StringIO("")
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as warned:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(record=True) as warned,
+        ):
             warnings.simplefilter("default")
             command.call(_entry(case.module))
     except SystemExit as end:
@@ -106,10 +110,16 @@ def judged(case: Case, code: int, said: str, work: Path) -> list[str]:
         elif len(lines[0]) < 20:
             faults.append(f"nearly empty: {lines[0]!r}")
         if case.out is not None and os.path.lexists(case.out):
-            faults.append(f"OUT exists: {sorted(os.listdir(case.out)) if case.out.is_dir() else 'no directory'}")
+            faults.append(
+                f"OUT exists: {sorted(os.listdir(case.out)) if case.out.is_dir() else 'no directory'}"
+            )
     if code == 0 and case.module == "sppo_jax.main" and case.out is not None and case.out.is_dir():
         faults += _resumable(case)
-    left = [str(p.relative_to(work)) for p in work.rglob("*") if p.name.endswith(".part") and p.name.startswith(".")]
+    left = [
+        str(p.relative_to(work))
+        for p in work.rglob("*")
+        if p.name.endswith(".part") and p.name.startswith(".")
+    ]
     return faults + ([f"left behind: {left}"] if left else [])
 
 

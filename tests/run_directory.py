@@ -52,7 +52,8 @@ def lines(run: RunDir, *found: dict) -> None:
 def responses(word: str, prompts: int = 6) -> list[Responses]:
     """Held-out responses `word` to `prompts` prompts."""
     return [
-        Responses(i, f"question {i}", [1, 2], [[3, 4]], [f"{word} {i}"], ["stop"], [-1.5]) for i in range(prompts)
+        Responses(i, f"question {i}", [1, 2], [[3, 4]], [f"{word} {i}"], ["stop"], [-1.5])
+        for i in range(prompts)
     ]
 
 

@@ -68,7 +68,9 @@ class RunDir:
     def iterations(self) -> list[int]:
         """Iterations that have begun, in order."""
         found = (p.name.removeprefix("iter_") for p in self.root.glob("iter_*"))
-        return sorted(int(name) for name in found if name.isdigit())
+        return sorted(
+            int(name) for name in found if name.isascii() and name.isdigit() and str(int(name)) == name
+        )
 
 
 @contextlib.contextmanager
