@@ -3,6 +3,7 @@
 `python -m sppo_jax.report --run OUT` writes it again from what is on disk.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +37,9 @@ def write(run: RunDir) -> None:
     if all(e.iteration == BASE for e in found):
         why = "; ".join(notes[:1] if not found else []) or "no iteration is complete yet"
         raise BadInput(f"{run.root}: {why}, so there is nothing to report")
-    if found[0].iteration != BASE:
-        notes.append(f"{run.evaluation(BASE).relative_to(run.root)}: missing")
+    base = f"{run.evaluation(BASE).relative_to(run.root)}"
+    if found[0].iteration != BASE and not any(note.startswith(base) for note in notes):
+        notes.append(f"{base}: missing")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=_printable(run.root.name or "this directory"),
@@ -208,7 +210,7 @@ def main(words: Sequence[str]) -> None:
     if not files.is_dir(run.root):
         what = "not a directory" if files.exists(run.root) else "no such directory"
         raise BadInput(f"--run {given[0]}: {what}; give the directory that --out named")
-    if not files.exists(run.config):
+    if not os.path.lexists(run.config):  # one that cannot be read is noted on the page
         raise BadInput(f"--run {given[0]}: not a run directory (it has no config.yaml)")
     write(run)
     print(run.report)
