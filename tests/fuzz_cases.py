@@ -5,6 +5,7 @@ give the same case.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +224,17 @@ def model(rng: Random, work: Path) -> Case:
     return _game("model", "; ".join(done), work, model__path=directory)
 
 
+def judge(rng: Random, work: Path) -> Case:
+    """A PairRM with a damaged or missing file."""
+    directory = work / "pairrm"
+    shutil.copytree(names.path("pairrm"), directory)
+    found = sorted(p.name for p in directory.iterdir() if p.is_file())
+    name = rng.choice((*found, *["config.json"] * 3))
+    spoilt = directory / name
+    done = _spoil_weights(rng, spoilt) if spoilt.suffix == ".safetensors" else spoil_file(rng, spoilt)
+    return _game("judge", done, work, judge__backend="jax", judge__path=directory, mesh__fsdp=-1)
+
+
 def _as_other_family(rng: Random, path: Path) -> str:
     raw = json.loads(path.read_text())
     family = rng.choice(("Mistral", "Llama", "Gemma2", "Gemma", "Qwen2", "Qwen3", "Phi3", "Mixtral", "GPT2"))
@@ -352,5 +364,5 @@ def commands(rng: Random, work: Path) -> Case:
 
 
 KINDS: dict[str, Callable[[Random, Path], Case]] = {
-    f.__name__: f for f in (configuration, flags, prompts, pairs, model, resumed, run, commands)
+    f.__name__: f for f in (configuration, flags, prompts, pairs, model, judge, resumed, run, commands)
 }
