@@ -188,7 +188,7 @@ def log_ratios(probe: Sequence[Pair], logprob: np.ndarray) -> dict[str, float]:
     """
     ratio = logprob - np.array([pair.ref_logprob for pair in probe])
     tokens = sum(len(ids) for pair in probe for ids in pair.response_ids)
-    moved = {}
+    moved: dict[str, float] = {}
     if ranked := [i for i, pair in enumerate(probe) if pair.win_rate[0] - pair.win_rate[-1] > TIE]:
         for name, column in (("winners", 0), ("losers", -1)):
             values = ratio[ranked][:, column]
