@@ -12,6 +12,7 @@ import argparse
 import collections
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "PYTHONPATH": str(ROOT),
 }
+MEMORY = (
+    16 << 30
+)  # most bytes of a worker's address space: a case that fills the memory is a fault of its own
 SILENCE = 180.0  # seconds without a finished case after which a worker is replaced
 
 
@@ -171,6 +175,7 @@ def main() -> None:
     """Print the counts; the exit code is 1 if a case failed."""
     if sys.argv[1:2] == ["--worker"]:
         kind, seed, every, numbers = sys.argv[2:]
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         # Lines of libraries must not mix with the results.
         results = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)

@@ -94,6 +94,11 @@ def test_the_cards_command_gives_the_runs_configuration(begin):
     assert configuration.changed_keys(config_file.load([run.config]), again) == []
 
 
+def test_a_source_that_is_empty_is_empty_in_the_cards_command(begin):
+    run = begin("--judge.path", "")
+    assert "--judge.path ''" in model_card.text(run, 1)
+
+
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
 def test_names_from_outside_stay_text(begin, name):
     run = begin("--model.path", name, "--prompts.source", f"hf:{name}", versions={name: name})

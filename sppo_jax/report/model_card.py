@@ -181,7 +181,7 @@ def _command(config: Config) -> str:
     words = ["python -m sppo_jax.main"]
     for key, value in chosen.items():
         if value != plain[key] and not key.startswith(NOT_RESULTS):
-            shown = _public(str(value)) if key in PATHS else str(value)
+            shown = _public(str(value)) if value and key in PATHS else str(value)
             words.append(f"--{key} {shlex.quote(_printable(shown))}")
     return " \\\n  ".join(words)
 
