@@ -39,12 +39,8 @@ def from_preferences(
         stage.say("pairs", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
         stage.scalars("pairs", {name: float(n) for name, n in counts.items()})
         if not found:
-            ties, empty = counts.get("no_signal", 0), counts.get("empty_chosen", 0)
             raise BadInput(
-                f"iteration {stage.iteration}: no prompt has a preferred response, so there is nothing to train on: of "
-                f"{len(responses)} prompts the judge gave all {config.sampling.responses} responses equal win rates in "
-                f"{ties}, and preferred an empty response in {empty}; with another --out, raise sampling.temperature "
-                f"(now {config.sampling.temperature:g}), sampling.responses or prompts.per_iteration, or take a finer judge"
+                f"iteration {stage.iteration}: no prompt has a preferred response; is sampling.temperature 0?"
             )
         return found
 
