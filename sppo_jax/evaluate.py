@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from sppo_jax import files, pairs, records
-from sppo_jax.errors import BadInput
 from sppo_jax.judges import Judge, prefer
-from sppo_jax.preferences import probability_matrix
-from sppo_jax.records import Pair, Responses
+from sppo_jax.preferences import TIE, probability_matrix
+from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.metrics import from_totals
 from sppo_jax.sampler import Sampler
@@ -53,25 +52,48 @@ def draw_probe(
 
 
 def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
-    """All drawn responses of each held-out prompt with a signal, best first and worst last, not scored yet."""
+    """All drawn responses of each held-out prompt with a signal, best first and worst last, not scored yet.
+
+    If no prompt has a signal, all prompts, each with its responses in the order drawn: without winners and losers, the
+    policy's divergence is still measured.
+    """
     if not drawn:
         return []
     stage, c = run.heldout_stage(t, policy=t - 1), run.config
     comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
     with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
         judged = prefer(drawn, run.judge, c.judge, run.as_judged, from_totals(advance))
-    return pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
+    ranked = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
+    return ranked or [_unranked(row, found) for row, found in zip(drawn, judged, strict=True)]
+
+
+def _unranked(row: Responses, judged: Preferences) -> Pair:
+    """A prompt's responses as a Pair in which none is better than another, not scored yet."""
+    k = len(row.responses)
+    first, last = (
+        [{"content": row.prompt, "role": "user"}, {"content": response, "role": "assistant"}]
+        for response in (row.responses[0], row.responses[-1])
+    )
+    return Pair(
+        chosen=first,
+        rejected=last,
+        chosen_probs=judged.probability[0][-1],
+        chosen_probs_win=0.5,
+        chosen_probs_lose=0.5,
+        prompt_id=row.prompt_id,
+        prompt_ids=row.prompt_ids,
+        response_ids=row.response_ids,
+        win_rate=[0.5] * k,
+        baseline=0.5,
+        target=[0.0] * k,
+        ref_logprob=[float("nan")] * k,
+    )
 
 
 def score_probe(run: Session, t: int, ranked: list[Pair], logprob: pairs.LogProb) -> list[Pair]:
-    """The probe of iteration t with its reference's log-probs, from disk or from `ranked`.
-
-    Raises BadInput if no held-out prompt has a preferred response.
-    """
+    """The probe of iteration t with its reference's log-probs, from disk or from `ranked`."""
 
     def scored() -> list[Pair]:
-        if not ranked:
-            raise BadInput(f"iteration {t}: no held-out prompt has a preferred response")
         return pairs.with_reference(ranked, logprob(ranked))
 
     return run.heldout_stage(t, policy=t - 1).kept(run.paths.heldout(t, "probe"), Pair, scored)
@@ -109,7 +131,7 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         moved = log_ratios(probe, logprob(probe))
     if t == 1:
         files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base))
-    files.write_json(run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": moved})
+    files.write_json(run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": _finite(moved)})
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     stage.scalars("evaluate", flat | moved | lengths(policy))
     shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())
@@ -117,7 +139,13 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
 
 
 def _evaluation(t: int, policy: Sequence[Responses], rates: dict[str, Any]) -> dict[str, Any]:
+    rates = {judge: {other: _finite(found) for other, found in by.items()} for judge, by in rates.items()}
     return {"iteration": t, "prompts": len(policy), "win_rate": rates, "length": lengths(policy)}
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures with None, which JSON calls null, for those that are not finite."""
+    return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 
 def win_rate(
@@ -129,7 +157,7 @@ def win_rate(
     as_shown: Callable[[str], str] = str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error.
+    """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error (NaN of one prompt).
 
     The policy's first response is compared with the opponent's k-th; prompts are in the same order. `as_shown` maps an
     instruction to the text that the judge reads.
@@ -139,7 +167,7 @@ def win_rate(
     both = [[mine.responses[0], theirs.responses[k]] for mine, theirs in zip(policy, against, strict=True)]
     logits = judge.compare([as_shown(row.prompt) for row in policy], both, on_progress)
     p = probability_matrix(logits)[:, 0, 1]
-    return {"mean": float(p.mean()), "stderr": float(p.std(ddof=1) / np.sqrt(len(p))) if len(p) > 1 else 0.0}
+    return {"mean": float(p.mean()), "stderr": _stderr(p)}
 
 
 def lengths(responses: Sequence[Responses]) -> dict[str, float]:
@@ -155,16 +183,19 @@ def lengths(responses: Sequence[Responses]) -> dict[str, float]:
 def log_ratios(probe: Sequence[Pair], logprob: np.ndarray) -> dict[str, float]:
     """Movement of the policy on held-out responses drawn from its reference pi_t, best first and worst last.
 
-    winners, losers: mean log pi_theta/pi_t of best and worst, nats. kl_per_token: mean of -log-ratio over all
-    responses per token, an estimate of KL(pi_t || pi_theta).
+    winners, losers: mean log pi_theta/pi_t of best and worst, nats, over prompts with a preferred response; absent if
+    there is none. kl_per_token: mean of -log-ratio over all responses per token, an estimate of KL(pi_t || pi_theta).
     """
     ratio = logprob - np.array([pair.ref_logprob for pair in probe])
     tokens = sum(len(ids) for pair in probe for ids in pair.response_ids)
-    n = len(probe)
-    return {
-        "winners": float(ratio[:, 0].mean()),
-        "winners_stderr": float(ratio[:, 0].std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-        "losers": float(ratio[:, -1].mean()),
-        "losers_stderr": float(ratio[:, -1].std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-        "kl_per_token": float(-ratio.sum() / tokens),
-    }
+    moved: dict[str, float] = {}
+    if ranked := [i for i, pair in enumerate(probe) if pair.win_rate[0] - pair.win_rate[-1] > TIE]:
+        for name, column in (("winners", 0), ("losers", -1)):
+            values = ratio[ranked][:, column]
+            moved |= {name: float(values.mean()), f"{name}_stderr": _stderr(values)}
+    return moved | ({"kl_per_token": float(-ratio.sum() / tokens)} if tokens else {})
+
+
+def _stderr(values: np.ndarray) -> float:
+    """Standard error of the mean of values; NaN of a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

@@ -98,6 +98,11 @@ def test_the_cards_command_gives_the_runs_configuration(begin, more):
     assert ("embedded:pairrm" in words) == bool(more)  # the default beside the embedded policy only
 
 
+def test_a_source_that_is_empty_is_empty_in_the_cards_command(begin):
+    run = begin("--prompts.heldout", "")
+    assert "--prompts.heldout ''" in model_card.text(run, 1)
+
+
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
 def test_names_from_outside_stay_text(begin, name):
     run = begin(f"--model.path={name}", "--prompts.source", f"hf:{name}", versions={name: name})

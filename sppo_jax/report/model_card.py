@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from sppo_jax import config as configuration
-from sppo_jax import config_file, files
+from sppo_jax import config_file
 from sppo_jax.config import EMBEDDED, Config
-from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
-from sppo_jax.report.page import rate
+from sppo_jax.report.page import figure, rate
+from sppo_jax.run import evaluations
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.run.evaluations import Evaluation
 from sppo_jax.run.manifest import model_revision
 from sppo_jax.settings import embedded
 
@@ -60,7 +61,7 @@ def text(run: RunDir, t: int) -> str:
         f"{_text(base)} after {t} of {config.iterations} iterations of *{PAPER}* (arXiv:2405.00675), made with "
         f"sppo_jax. {how} to raise each response's log-probability by eta times how much more often it wins than "
         "half the time.",
-        "## Win rates\n\n" + _win_rates(run, t),
+        "## Win rates\n\n" + _win_rates(run, t, manifest),
         "## How it was made\n\n" + _table(_facts(config, manifest, t)),
         f"To make it again:\n\n```sh\n{_command(config)}\n```",
         f"## Use\n\n```python\n{USE}\n```",
@@ -140,35 +141,39 @@ def _given(c: Config, kept: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _win_rates(run: RunDir, t: int) -> str:
+def _win_rates(run: RunDir, t: int, manifest: dict[str, Any]) -> str:
     """A row per measured iteration up to t: win rates with standard errors, and mean length."""
-    paths = [run.evaluation(i) for i in range(BASE, t + 1)]
-    found = [_evaluation(path) for path in paths if path.exists()]
-    measured = bool(found) and found[-1].get("iteration") == t
+    found = [e for i in range(BASE, t + 1) if (e := evaluations.read(run, i)) is not None]
+    measured = bool(found) and found[-1].iteration == t
     note = "" if measured else f"Iteration {t} is not measured yet."
     if not found:
         return note
-    judges = list(dict.fromkeys(name for e in found for name in e["win_rate"]))
+    judges = list(dict.fromkeys(name for e in found for name in e.win_rate))
     columns = [(name, other) for name in judges for other in ("base", "previous")]
     header = ["iteration", *(f"{name}, against {other}" for name, other in columns), "mean tokens"]
     rows = [
-        [str(e["iteration"]), *(rate(e["win_rate"].get(n, {}).get(o), "") for n, o in columns), f"{e['length']['tokens']:.1f}"]
+        [str(e.iteration), *(_rate(e, name, other) for name, other in columns), figure(e.tokens, "{:.1f}")]
         for e in found
-    ]  # fmt: skip
+    ]
+    prompts = "the" if found[-1].prompts is None else f"{found[-1].prompts}"
     about = (
-        f"On {found[-1]['prompts']} held-out prompts: the mean probability that this policy's response is preferred, "
-        "± one standard error; 0.5 is no better than the other. *base* is the model that iteration 1 began with, "
-        "*previous* the policy of the iteration before."
+        f"On {prompts} held-out prompts{_origin(manifest)}: the mean probability that this policy's response is "
+        "preferred, ± one standard error; 0.5 is no better than the other. *base* is the model that iteration 1 began "
+        "with, *previous* the policy of the iteration before."
     )
     lines = [header, ["---:"] * len(header), *rows]
     return about + "\n\n" + "\n".join(f"| {' | '.join(_text(c) for c in row)} |" for row in lines) + note
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    found = files.read_json(path)
-    if not all(isinstance(found.get(section), dict) for section in ("win_rate", "length")):
-        raise BadInput(f"{path}: damaged; delete it and run again")
-    return found
+def _rate(e: Evaluation, judge: str, other: str) -> str:
+    """A cell: empty where nothing was to be compared, `-` where nothing could be measured."""
+    compared = other in e.win_rate.get(judge, {})
+    return rate(e.against(judge, other), "-" if compared else "")
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    """Where the held-out prompts are from, if they were taken from the source of the prompts."""
+    return "" if evaluations.held_out(manifest) is None else ", taken from the source of the prompts"
 
 
 def _command(config: Config) -> str:
@@ -178,7 +183,7 @@ def _command(config: Config) -> str:
     words = ["python -m sppo_jax.main"]
     for key, value in chosen.items():
         if value != plain[key] and key not in unnamed and not key.startswith(NOT_RESULTS):
-            shown = _public(str(value)) if key in PATHS else str(value)
+            shown = _public(str(value)) if value and key in PATHS else str(value)
             between = "=" if shown.startswith("--") else " "  # as a word of its own it would be a flag
             words.append(f"--{key}{between}{shlex.quote(_printable(shown))}")
     return " \\\n  ".join(words)

@@ -1,20 +1,20 @@
 """The pictures of the report, one function each, as inline SVG."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sppo_jax.run.directory import BASE
+from sppo_jax.run.evaluations import Evaluation
 
 INK = {"judge": "#4063d8", "oracle": "#389826", "up": "#389826", "down": "#cb3c33", "plain": "#555555"}
-
-Evaluation = dict[str, Any]  # one eval.json
+LARGEST = 1e12  # a point beyond it would leave nothing to see of the others
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The pictures' data: eval.json of the base and each iteration, and lines of metrics.jsonl."""
+    """The pictures' data: the base's and each iteration's evaluation, and lines of metrics.jsonl."""
 
     evaluations: Sequence[Evaluation]
     judged: Sequence[dict[str, Any]]
@@ -23,15 +23,15 @@ class Facts:
     @property
     def trained(self) -> list[Evaluation]:
         """Evaluations of all policies but the base."""
-        return [e for e in self.evaluations if e["iteration"] != BASE]
+        return [e for e in self.evaluations if e.iteration != BASE]
 
 
 def pictures(evaluations: Sequence[Evaluation], lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """[{title, caption, svg}] from all eval.json and the lines of metrics.jsonl."""
+    """[{title, caption, svg}] from all evaluations and the lines of metrics.jsonl. A figure that is None is left out."""
     facts = Facts(
         evaluations,
         judged=[line for line in lines if line["stage"] == "judge"],
-        fitted=[line for line in lines if line["stage"] == "fit" and line.get("loss") is not None],
+        fitted=[line for line in lines if line["stage"] == "fit"],
     )
     return [
         {"title": title, "caption": caption, "svg": _svg(draw, facts, xlabel)}
@@ -41,61 +41,63 @@ def pictures(evaluations: Sequence[Evaluation], lines: Sequence[dict[str, Any]])
 
 def _win_rates(axes: Any, facts: Facts) -> None:
     for name in ("judge", "oracle"):
-        points = [
-            (e["iteration"], e["win_rate"][name]["base"]) for e in facts.evaluations if name in e["win_rate"]
+        rates = [
+            (e.iteration, rate.mean, rate.stderr)
+            for e in facts.evaluations
+            if (rate := e.against(name, "base"))
         ]
-        if points:
-            x, rates = zip(*points, strict=True)
-            _errorbars(axes, x, [r["mean"] for r in rates], [r["stderr"] for r in rates], INK[name], name)
+        _errorbars(axes, rates, INK[name], name)
     _line_at(axes, 0.5)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _log_ratios(axes: Any, facts: Facts) -> None:
-    t, ratios = _iterations(facts.trained), [e["log_ratio"] for e in facts.trained]
-    for name, ink in (("winners", INK["up"]), ("losers", INK["down"])):
-        _errorbars(axes, t, [r[name] for r in ratios], [r[f"{name}_stderr"] for r in ratios], ink, name)
+    winners = [(e.iteration, e.winners, e.winners_stderr) for e in facts.trained]
+    losers = [(e.iteration, e.losers, e.losers_stderr) for e in facts.trained]
+    _errorbars(axes, winners, INK["up"], "winners")
+    _errorbars(axes, losers, INK["down"], "losers")
     _line_at(axes, 0)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _lengths(axes: Any, facts: Facts) -> None:
-    tokens = [e["length"]["tokens"] for e in facts.evaluations]
-    axes.plot(_iterations(facts.evaluations), tokens, "o-", color=INK["plain"])
-    axes.set_ylim(0, 1.2 * max(tokens))
+    t, tokens = _points((e.iteration, e.tokens) for e in facts.evaluations)
+    axes.plot(t, tokens, "o-", color=INK["plain"])
+    if highest := max(tokens, default=0):
+        axes.set_ylim(0, 1.2 * highest)
 
 
 def _divergence(axes: Any, facts: Facts) -> None:
-    kl = [e["log_ratio"]["kl_per_token"] for e in facts.trained]
-    axes.plot(_iterations(facts.trained), kl, "o-", color=INK["plain"])
+    axes.plot(*_points((e.iteration, e.kl_per_token) for e in facts.trained), "o-", color=INK["plain"])
     _line_at(axes, 0)
 
 
 def _cycles(axes: Any, facts: Facts) -> None:
-    t = _iterations(facts.judged)
-    cycles, ties = ([line[key] for line in facts.judged] for key in ("cycle_share", "tie_share"))
-    axes.plot(t, cycles, "o-", color=INK["judge"], label="prompts with a cycle")
-    axes.plot(t, ties, "s-", color=INK["plain"], label="pairs that tie")
+    for key, label, form, ink in (
+        ("cycle_share", "prompts with a cycle", "o-", INK["judge"]),
+        ("tie_share", "pairs that tie", "s-", INK["plain"]),
+    ):
+        axes.plot(*_judged(facts, key), form, color=ink, label=label)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _leanings(axes: Any, facts: Facts) -> None:
-    t = _iterations(facts.judged)
     for key, label, form, ink in (
         ("length_correlation", "win rate and length, correlation", "o-", INK["judge"]),
         ("position_bias", "position bias, nats", "s-", INK["plain"]),
     ):
-        axes.plot(t, [line[key] for line in facts.judged], form, color=ink, label=label)
+        axes.plot(*_judged(facts, key), form, color=ink, label=label)
     _line_at(axes, 0)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _loss(axes: Any, facts: Facts) -> None:
-    for t in _iterations(facts.trained):
-        mine = [line for line in facts.fitted if line["iteration"] == t]
-        axes.plot([line["step"] for line in mine], [line["loss"] for line in mine], label=f"iteration {t}")
-    axes.legend(frameon=False)
+    for e in facts.trained:
+        mine = [line for line in facts.fitted if line["iteration"] == e.iteration]
+        points = _points((line["step"], line.get("loss")) for line in mine)
+        axes.plot(*points, label=f"iteration {e.iteration}")
+    _legend(axes)
 
 
 # Title, caption, what draws it, and the label of the x axis.
@@ -110,16 +112,30 @@ PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
 ]  # fmt: skip
 
 
-def _iterations(rows: Sequence[dict[str, Any]]) -> list[int]:
-    return [row["iteration"] for row in rows]
+def _points(found: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
+    """Coordinates x and y of the points that have a y that can be drawn."""
+    drawn = [(x, y) for x, y in found if y is not None and abs(y) <= LARGEST]
+    return [x for x, _ in drawn], [y for _, y in drawn]
+
+
+def _judged(facts: Facts, key: str) -> tuple[list[int], list[float]]:
+    return _points((line["iteration"], line.get(key)) for line in facts.judged)
 
 
 def _errorbars(
-    axes: Any, x: Sequence[int], mean: list[float], stderr: list[float], ink: str, label: str
+    axes: Any, found: Iterable[tuple[int, float | None, float | None]], ink: str, label: str
 ) -> None:
-    """Means with 95 % intervals."""
-    spread = [1.96 * value for value in stderr]
-    axes.errorbar(x, mean, spread, marker="o", capsize=4, color=ink, label=label)
+    """Means with 95 % intervals, of (x, mean, standard error); nothing where there are none."""
+    drawn = [(x, y, e or 0.0) for x, y, e in found if y is not None and max(abs(y), e or 0.0) <= LARGEST]
+    if drawn:
+        x, mean, stderr = zip(*drawn, strict=True)
+        spread = [1.96 * value for value in stderr]
+        axes.errorbar(x, mean, spread, marker="o", capsize=4, color=ink, label=label)
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
 
 
 def _line_at(axes: Any, y: float) -> None:

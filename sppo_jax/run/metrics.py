@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sppo_jax import command, files
+from sppo_jax.run import evaluations
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.events import Events
 from sppo_jax.run.stopping import Stop
@@ -183,15 +184,46 @@ def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:
     return on_progress
 
 
-def read(run: RunDir) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, the last one of each (iteration, stage, step); a line cut by a crash is left out."""
+def read(run: RunDir, tell: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, the last one of each (iteration, stage, step), with numbers within float32's range or None.
+
+    Lines without these three keys, such as one that a crash cut, are left out. `tell` gets a line about what is left
+    out, also where the whole file is missing or cannot be read.
+    """
     lines: dict[tuple[int, str, int], dict[str, Any]] = {}
-    if run.metrics.exists():
-        for text in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                lines[line["iteration"], line["stage"], line["step"]] = line
+    name, bad = run.metrics.name, 0
+    try:
+        text = run.metrics.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        tell(f"{name}: missing")
+        return []
+    except OSError as error:
+        tell(f"{name}: {error.strerror}")
+        return []
+    for written in text.split("\n"):
+        if (line := _line(written)) is not None:
+            lines[line["iteration"], line["stage"], line["step"]] = line
+        else:
+            bad += bool(written.strip())
+    if bad:
+        tell(f"{name}: {bad} damaged lines")
     return sorted(lines.values(), key=lambda line: (line["iteration"], line["stage"], line["step"]))
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """The line's values, what is no number as None; None for a line that does not name its iteration, stage and step."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("stage"), str):
+        return None
+    place = {key: evaluations.whole(found.get(key)) for key in ("iteration", "step")}
+    if None in place.values():
+        return None
+    return (
+        {key: evaluations.number(value) for key, value in found.items()} | place | {"stage": found["stage"]}
+    )
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
