@@ -241,6 +241,8 @@ def _nothing(
         advice = "put the user's message first" if first else "no other column holds text: look at its rows"
         if names:
             advice = f"set prompts.column to a column that holds text: {', '.join(names)}"
+    elif reason == "in_heldout":
+        advice = "name other prompts in prompts.heldout, or leave it empty to hold out a share of these"
     elif reason in ("not_json", "not_object"):
         advice = f'write one object per line, such as {{"{config.prompts.column}": "..."}}'
     return skipped.nothing(source, what, count, where=_where(config), advice=advice)

@@ -115,11 +115,16 @@ def row(text):
     return dict(zip(COLUMNS, (*turns, 0.8, 0.7, 0.3), strict=True))
 
 
+def given(source, iterations):
+    """Return the configuration of given pairs without held-out prompts; the training prompts are not read."""
+    words = [f"--pairs.source=jsonl:{source}", "--prompts.heldout=", "--prompts.source=jsonl:unread"]
+    return config_file.load([], [*words, f"--iterations={iterations}"])
+
+
 def test_with_given_pairs_the_share_is_of_their_prompts_and_left_out_of_the_pairs(tmp_path, tokenizer):
     for t, texts in ((1, TEXTS[:30]), (2, TEXTS)):
         (tmp_path / f"{t}.jsonl").write_text("".join(json.dumps(row(text)) + "\n" for text in texts))
-    words = [f"--pairs.source=jsonl:{tmp_path}/{{iteration}}.jsonl", "--iterations=2", "--prompts.heldout="]
-    config = config_file.load([], words)
+    config = given(f"{tmp_path}/{{iteration}}.jsonl", 2)
     sets = prompts.load(config, tokenizer)
     assert (len(sets.heldout), sets.train) == (3, [])
     assert sets.counts == {"heldout": {"held_out_of_pairs_source": 3, "kept": 3}}
@@ -134,9 +139,8 @@ def test_with_given_pairs_the_share_is_of_their_prompts_and_left_out_of_the_pair
 
 def test_one_given_pair_cannot_be_shared(tmp_path, tokenizer):
     (tmp_path / "1.jsonl").write_text(json.dumps(row("Only one?")))
-    words = [f"--pairs.source=jsonl:{tmp_path}/1.jsonl", "--iterations=1", "--prompts.heldout="]
     with pytest.raises(BadInput, match=r"pairs.source=.* one distinct prompt.*prompts.heldout"):
-        prompts.load(config_file.load([], words), tokenizer)
+        prompts.load(given(f"{tmp_path}/1.jsonl", 1), tokenizer)
 
 
 def test_a_split_of_no_source_is_not_ignored(tmp_path, tokenizer):

@@ -280,6 +280,14 @@ def test_a_source_that_leaves_nothing_says_why_and_names_the_knob_that_helps(
     assert "{" not in str(caught.value).replace('{"prompt": "..."}', "")
 
 
+def test_the_same_source_for_training_and_evaluation_is_told_how_to_share(tmp_path, tokenizer):
+    said = (
+        r"of 9 rows 9 are held out \(in_heldout\); name other prompts in prompts.heldout, or leave it empty"
+    )
+    with pytest.raises(BadInput, match=said):
+        load(tmp_path, tokenizer, texts(9), heldout=[row["prompt"] for row in texts(9)], iterations=1)
+
+
 @pytest.mark.parametrize(
     ("number", "iterations", "said"),
     [(5, 2, "set prompts.per_iteration to 2"), (2, 4, "set prompts.per_iteration to 1 and iterations to 2")],
