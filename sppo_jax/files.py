@@ -135,7 +135,8 @@ def replacing(path: Path) -> Iterator[Path]:
     refuses the write; nothing is left of it then.
     """
     temporary = part_of(path)
-    exists(path)  # raises where the name is not a possible one
+    if exists(path) and not is_file(path) and not is_dir(path):  # root could replace a device
+        raise BadInput(f"{path}: neither a file nor a directory; choose another name")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import environment
 from sppo_jax.text import connection, rows
 from sppo_jax.text.source import Source
 from tests import dataset_hub
@@ -28,7 +29,7 @@ def online(monkeypatch, tmp_path):
     for module in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(connection, "WAIT", 0.3)
+    monkeypatch.setattr(environment, "WAIT", 0.3)
     return monkeypatch
 
 
@@ -59,7 +60,7 @@ def test_only_without_a_network_the_library_is_confined_to_its_cache(online, rea
 
 def test_with_hf_hub_offline_the_hub_is_not_asked(online):
     online.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    online.setattr(connection, "_unreachable", lambda: pytest.fail("the hub was asked"))
+    online.setattr(environment, "unreachable", lambda: pytest.fail("the hub was asked"))
     with connection.asked_once() as reason:
         assert reason == ""
 

@@ -24,24 +24,29 @@ def endpoint() -> str | None:
     raise BadInput("HF_ENDPOINT is not the address of a hub: set it to https://HOST, or unset it")
 
 
-def reachable() -> bool:
-    """Return whether the hub gives any reply within WAIT + 1 seconds. Without one, its client would wait for minutes."""
+def unreachable() -> str:
+    """Return why the hub gives no reply within WAIT + 1 seconds, in a few words; "" if it gives any.
+
+    Without a reply, its clients would ask again and again, for minutes.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    address, replied = endpoint() or constants.ENDPOINT, threading.Event()
+    target, found = endpoint() or constants.ENDPOINT, [f"no reply within {WAIT:g} s"]
 
     def ask() -> None:
         try:
-            get_session().head(address, timeout=WAIT)
-        except Exception:  # of the HTTP client, or about a proxy
-            return
-        replied.set()
+            get_session().head(target, timeout=WAIT)
+            found[0] = ""
+        except Exception as error:  # of the HTTP client, which is not always the same one
+            lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+            found[0] = (str(error) or type(error).__name__) if lost else ""
 
+    # In a thread, because the search for the address has no limit of its own.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(WAIT + 1)
-    return replied.is_set()
+    return found[0]
 
 
 def offline() -> bool:

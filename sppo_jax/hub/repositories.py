@@ -115,7 +115,7 @@ def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     connected = True
     try:
         validate_repo_id(repo)
-        connected = not environment.offline() and environment.reachable()
+        connected = not environment.offline() and not environment.unreachable()
         found = snapshot_download(
             repo,
             revision=revision,

@@ -2,12 +2,10 @@
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator
 
 from sppo_jax.hub import environment
 
-WAIT = 2.5  # seconds; finding the address may take as long again, which no timeout of the client limits
 ATTEMPTS = 3  # of a download again, 2.4 seconds in all
 
 
@@ -23,7 +21,7 @@ def asked_once() -> Iterator[str]:
     if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         yield ""
         return
-    if not (reason := _unreachable()):
+    if not (reason := environment.unreachable()):
         yield ""
         return
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
@@ -31,28 +29,6 @@ def asked_once() -> Iterator[str]:
         yield f"no connection to {environment.address()} ({reason})"
     finally:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
-
-
-def _unreachable() -> str:
-    """Return why the hub gives no reply, in a few words; "" if it gives any."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    found = [f"no reply within {WAIT:g} s"]
-
-    def ask() -> None:
-        try:
-            get_session().head(environment.endpoint() or constants.ENDPOINT, timeout=WAIT)
-            found[0] = ""
-        except Exception as error:  # of the HTTP client, which is not always the same one
-            lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-            found[0] = (str(error) or type(error).__name__) if lost else ""
-
-    # In a thread, because the search for the address has no limit of its own.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(WAIT + 1)
-    return found[0]
 
 
 @contextlib.contextmanager
