@@ -301,7 +301,7 @@ def test_a_bad_flag_is_one_line():
 
 
 PATHS = {
-    "--to a pipe": (["--to", "RUN/pipe"], "pipe: not a regular file"),
+    "--to a pipe": (["--to", "RUN/pipe"], "pipe: neither a file nor a directory"),
     "--to with NUL": (["--to", "a\0b"], "not a possible name of a file"),
     "--to too long": (["--to", "a" * 300], "File name too long"),
     "--to below a file": (["--to", "RUN/iter_2/pairs.parquet/x"], "cannot be written"),
