@@ -83,7 +83,7 @@ def test_a_manifest_that_is_damaged_or_foreign_is_one_line_with_advice(tmp_path,
     run.manifest.write_bytes(data)
     if begun:
         run.config.touch()
-    said = "damaged; delete it and run" if begun else "not the manifest of a run; choose another directory"
+    said = "damaged; delete it and run" if begun else "not the manifest of a run; choose another --out"
     for call in (manifest.read, manifest.pinned_judge, manifest.pinned_model):
         with pytest.raises(BadInput, match=rf"manifest\.json: .*{said}"):
             call(run)

@@ -192,5 +192,5 @@ def _damaged(run: RunDir, what: str) -> BadInput:
     if not files.exists(run.manifest):
         return BadInput(f"{run.manifest}: no such file: no run was begun there")
     if not files.exists(run.config):
-        return BadInput(f"{what}: not the manifest of a run; choose another directory")
+        return BadInput(f"{what}: not the manifest of a run; choose another --out")
     return BadInput(f"{what}: damaged; delete it and run the same command again")
