@@ -65,14 +65,14 @@ class Devices:
     def policy(self, t: int) -> Transformer:
         """The policy after iteration t. Trained weights are float32, on disk too, so that a resumed run loses nothing."""
         if self._policy is None or self._policy[0] != t:
-            self._free()  # before another one is loaded
+            self.free()  # before another one is loaded
             self.put(t, self._adapted(t) if self._architecture.lora_rank else self._whole(t))
         assert self._policy is not None
         return self._policy[1]
 
     def put(self, t: int, policy: Transformer) -> None:
         """Make a policy that was just trained the policy after iteration t."""
-        self._free()
+        self.free()
         self._policy = (t, policy)
 
     @contextmanager
@@ -123,7 +123,7 @@ class Devices:
 
         def hand_over() -> Transformer:
             policy = self.policy(t)
-            self._free()
+            self.free()
             return policy
 
         with self._taking("training"):
@@ -157,7 +157,7 @@ class Devices:
         if self._sampler is not None:
             self._sampler.release()
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Free the policy, its parameters and the sampler's copy."""
         self._policy = None
         self._rest_sampler()

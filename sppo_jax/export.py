@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,16 +141,40 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
     Adapters are put beside the base's weights. Those of a finished iteration are read from its export, and merged as the run
     merged them.
     """
+    from sppo_jax.models import hf
+    from sppo_jax.training import checkpoint
+
+    finished = run.export(t).exists()
+    if (finished and config.model.lora_rank) or not checkpoint.begun(run.checkpoints(t)):
+        return hf.load(run.export(t), mesh=mesh)
+    found = _from_checkpoint(run, config, t, base, mesh, last=finished)
+    if found is None and finished:
+        command.say(f"iteration {t}: its policy is read from {run.export(t)} instead")
+        return hf.load(run.export(t), mesh=mesh)
+    if found is None:
+        raise BadInput(
+            f"--iteration {t}: no checkpoint of it is whole; run the game's command again, which trains it again, or choose "
+            "an iteration before"
+        )
+    if not finished:
+        command.say(f"iteration {t} is unfinished: this is its policy after update {found[0]}")
+    return found[1]
+
+
+def _from_checkpoint(
+    run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh", *, last: bool
+) -> "tuple[int, Transformer] | None":
+    """The step and the policy, float32, of iteration t's newest whole checkpoint; None where there is none.
+
+    `last`: also None where the newest checkpoint is not whole. Damaged ones are reported on standard error.
+    """
     from flax import nnx
 
     from sppo_jax.models import hf, lora
     from sppo_jax.models.transformer import Adapter, Transformer
     from sppo_jax.training import checkpoint
 
-    finished, rank = run.export(t).exists(), config.model.lora_rank
-    if (finished and rank) or not checkpoint.begun(run.checkpoints(t)):
-        return hf.load(run.export(t), mesh=mesh)
-    if rank:
+    if rank := config.model.lora_rank:
         whole = hf.load(base, mesh=mesh)
         architecture = dataclasses.replace(whole.architecture, lora_rank=rank)
         adapted = lora.beside(whole, architecture, lora.abstract(architecture, mesh))
@@ -159,19 +183,57 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
         architecture = hf.read_architecture(base)
         graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
     with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
-        found, last = saved.newest_params(trained, command.say), saved.latest()
-    if finished and (found is None or found[0] != last):
-        command.say(f"iteration {t}: its policy is read from {run.export(t)} instead")
-        return hf.load(run.export(t), mesh=mesh)
+        found = saved.newest_params(trained, command.say)
+        if found is None or (last and found[0] != saved.latest()):
+            return None
+    return found[0], nnx.merge(graph, found[1], *frozen)
+
+
+def mend(
+    run: RunDir, config: "Config", source: "Snapshot", t: int, mesh: "Mesh", free: Callable[[], None]
+) -> None:
+    """Write the export of the finished iteration t again from its checkpoint, if it is damaged or was deleted.
+
+    `free` frees the policy in memory before another is read. Raises BadInput where no checkpoint is whole.
+    """
+    if t == BASE or not (fault := _fault(run, config, t)):
+        return
+    free()
+    found = None
+    if files.is_dir(run.checkpoints(t)):
+        found = _from_checkpoint(run, config, t, source.directory, mesh, last=True)
     if found is None:
         raise BadInput(
-            f"--iteration {t}: no checkpoint of it is whole; run the game's command again, which trains it again, or choose "
-            "an iteration before"
+            f"{fault}; no checkpoint of iteration {t} is whole either: restore {run.export(t)} from a copy, or delete "
+            f"{run.iteration(t)} and the iterations after it, and run the same command again, which plays them again"
         )
-    step, params = found
-    if not finished:
-        command.say(f"iteration {t} is unfinished: this is its policy after update {step}")
-    return nnx.merge(graph, params, *frozen)
+    export_policy(found[1], source, run, t)
+    command.say(f"{fault}; it is written again from its checkpoint")
+
+
+def _fault(run: RunDir, config: "Config", t: int) -> str:
+    """What is wrong with the export of iteration t or with its adapters, by their headers; empty where nothing is."""
+    from sppo_jax.models import hf, lora
+
+    try:
+        if not files.is_dir(run.export(t)):
+            return f"{run.export(t)}: missing"
+        architecture = hf.read_architecture(run.export(t))
+        hf.check_tensors(
+            run.export(t),
+            hf.table(architecture),
+            architecture,
+            hf.tensor_files(hf.weight_files(run.export(t))),
+        )
+        if rank := config.model.lora_rank:
+            adapted = dataclasses.replace(architecture, lora_rank=rank)
+            hf.check_tensors(
+                run.adapter(t), lora.table(), adapted, hf.tensor_files([run.adapter(t) / lora.WEIGHTS])
+            )
+            files.read_json(run.adapter(t) / lora.CONFIG)
+    except BadInput as error:
+        return f"{run.export(t)}: {one_line(error)}"
+    return ""
 
 
 def own_dtype(directory: Path) -> str:

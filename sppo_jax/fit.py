@@ -33,7 +33,6 @@ def fit(
     run's directory. Raises as `train`.
     """
     run, t, profiled = stage.run, stage.iteration, trainer.config.log.profile
-    effect.check(trainer.config.fit, len(trained_on), t)
     if line := effect.warning(trainer.config.fit, len(trained_on)):
         stage.say("fit", line)
     batches, profiler = trainer.batches(trained_on, t), None
@@ -72,7 +71,7 @@ def train(
     """
     total = len(batches)
     _, params, frozen = split(model)
-    before = sums({"params": params})
+    before, moves = sums({"params": params}), effect.rated(config.fit, batches.pairs)
     state = programs.first_state(params)
     resumed = checkpoints.resume(state, last=total, say=lambda line: stage.say("fit", line))
     start, state = resumed or (0, state)
@@ -89,7 +88,7 @@ def train(
             stopping = stage.metrics.stop_requested and step + 1 < total
             if stopping or (step + 1) % config.fit.checkpoint_every == 0 or step + 1 == total:
                 log.flush()  # raises where this update's loss is not finite
-                if step + 1 == total and sums({"params": state.params}) == before:
+                if step + 1 == total and moves and sums({"params": state.params}) == before:
                     raise effect.unchanged(config.fit, stage.iteration, total, log.gradient_norm)
                 checkpoints.save(step + 1, state)
             if stopping:

@@ -13,7 +13,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run.stage import Stage
-from sppo_jax.training import checkpoint, effect
+from sppo_jax.training import checkpoint
 
 GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal
 # log pi(y|x) [n, R] of every pair's responses, in nats, by the policy that the iteration starts with.
@@ -27,10 +27,7 @@ def from_preferences(
     stage: Stage,
     config: Config,
 ) -> list[Pair]:
-    """The pairs made of an iteration's responses and preferences.
-
-    Raises BadInput if no prompt has a preferred response, or if there are so few that nothing would be trained.
-    """
+    """The pairs made of an iteration's responses and preferences. Raises BadInput if no prompt has a preferred response."""
 
     def selected() -> list[Pair]:
         found, counts = select(
@@ -44,7 +41,6 @@ def from_preferences(
         stage.scalars("pairs", {name: float(n) for name, n in counts.items()})
         if not found:
             raise _without_signal(stage.iteration, counts, len(responses), config)
-        effect.check(config.fit, len(found), stage.iteration)
         return found
 
     sources = {"responses": records.digest(responses), "preferences": records.digest(preferences)}

@@ -15,6 +15,8 @@ def play(run: Session) -> None:
         run.metrics.say(line)
     for t in range(1, run.config.iterations + 1):
         if not run.paths.evaluation(t).exists():
+            for done in (t - 1, t) if run.paths.export(t).exists() else (t - 1,):
+                export.mend(run.paths, run.config, run.source, done, run.mesh, run.devices.free)
             iterate(run, t)
             if t < run.config.iterations:
                 page.write(run.paths)

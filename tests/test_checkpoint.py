@@ -15,10 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sppo_jax import export, main
+from sppo_jax import config_file, export, main
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import names
-from sppo_jax.models import hf
+from sppo_jax.hub import names as hub_names
+from sppo_jax.models import hf, lora
 from sppo_jax.training.checkpoint import Checkpoints, NoneWhole, TrainState, begun
 from tests import test_export
 from tests.run_directory import begun as begun_run
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_could_be_read_later_is_not_given_up(error, tmp_path, 
 
 
 def test_an_export_of_an_unfinished_iteration_falls_back_too_and_changes_nothing(tmp_path, capsys):
-    run, model = begun_run(tmp_path), hf.load(names.path("policy"))
+    run, model = begun_run(tmp_path), hf.load(hub_names.path("policy"))
     for step in (3, 5):
         test_export.save(run, 1, step, model)
     flip(numbers(run.checkpoints(1) / "5"))
@@ -213,14 +213,67 @@ def test_an_export_of_an_unfinished_iteration_falls_back_too_and_changes_nothing
 def test_an_export_of_a_finished_iteration_with_a_damaged_checkpoint_is_read_from_the_runs_own(
     tmp_path, capsys
 ):
-    run, model = begun_run(tmp_path), hf.load(names.path("policy"))
+    run, model = begun_run(tmp_path), hf.load(hub_names.path("policy"))
     for step in (3, 5):
         test_export.save(run, 1, step, model)
-    export.export(model, names.path("policy"), run.export(1))
+    export.export(model, hub_names.path("policy"), run.export(1))
     flip(numbers(run.checkpoints(1) / "5"))
     export.main(test_export.command(run, tmp_path / "to"))
     assert f"its policy is read from {run.export(1)} instead" in capsys.readouterr().err
     assert test_export.same(test_export.weights(tmp_path / "to"), test_export.weights(run.export(1)))
+
+
+SPOILT = {
+    "truncated": lambda at: numbers(at).write_bytes(numbers(at).read_bytes()[:-100]),
+    "empty": lambda at: numbers(at).write_bytes(b""),
+    "without weights": lambda at: numbers(at).unlink(),
+    "deleted": shutil.rmtree,
+    "without config.json": lambda at: (at / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_export_that_a_run_needs_is_written_again_from_its_checkpoint(
+    kind, rank, tmp_path, one_device, capsys
+):
+    run, source = (
+        begun_run(tmp_path, "--model.lora_rank", str(rank)),
+        hub_names.fetch("embedded:policy", None),
+    )
+    config, model = config_file.load([run.config]), hf.load(source.directory)
+    if rank:
+        model = lora.attach(model, rank, jax.random.key(1), one_device)
+        model.layers["q_lora_b"][...] = model.layers["q_lora_b"][...] + 0.01
+    test_export.save(run, 1, 5, model)
+    export.export_policy(model, source, run, 1)
+    before = {p.relative_to(run.root): p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
+
+    def mend():
+        export.mend(run, config, source, 1, one_device, lambda: None)
+        return capsys.readouterr().err
+
+    assert mend() == ""
+    SPOILT[kind](run.export(1))
+    assert "it is written again from its checkpoint" in mend()
+    after = {p.relative_to(run.root): p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
+    assert after == before
+
+    SPOILT[kind](run.export(1))
+    flip(numbers(run.checkpoints(1) / "5"))
+    with pytest.raises(
+        BadInput, match=r"no checkpoint of iteration 1 is whole either: .* or delete .*iter_1 and "
+    ):
+        mend()
+
+
+@pytest.mark.usefixtures("single_device")
+def test_a_game_goes_on_after_a_truncated_export_of_the_iteration_before(played, tmp_path):
+    run = shutil.copytree(played, tmp_path / "copy")
+    (run / "iter_2/eval.json").unlink()
+    SPOILT["truncated"](run / "iter_1/export")
+    main.main(words(run, iterations=2))
+    assert [digest(run, t) for t in (1, 2)] == [digest(played, t) for t in (1, 2)]
 
 
 @contextlib.contextmanager

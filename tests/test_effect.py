@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo_jax import config_file, main, pairs
+from sppo_jax import config_file, fit, main, models, pairs
 from sppo_jax.config import Config, Fit
 from sppo_jax.errors import BadInput
+from sppo_jax.hub import names
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.training import effect
 from sppo_jax.training.optimizer import schedule
+from sppo_jax.training.trainer import Trainer
 from tests import test_fit, test_pairs
 from tests.small_game import words
 
@@ -63,7 +65,7 @@ def test_one_update_without_warm_up_trains_and_two_with_it_do_too_but_a_line_say
     for settings, count in ((Fit(warmup=0.0), 8), (Fit(), 65), (Fit(epochs=2, schedule_epochs=2), 8)):
         effect.check(settings, count, 1)
         line = effect.warning(settings, count)
-        assert line.startswith(f"warning: {count} pairs make ")
+        assert line.startswith(f"warning: {count} pairs at fit.global_batch=64 make ")
         better = dataclasses.replace(settings, **given(line))
         assert effect.warning(better, count) is None
 
@@ -88,18 +90,35 @@ def test_a_game_in_which_nothing_could_be_trained_is_refused_before_it_begins(op
     assert not (tmp_path / "run").exists()
 
 
-def test_few_pairs_are_refused_before_their_reference_is_computed(tmp_path):
-    rows = [test_pairs.judged(test_pairs.ladder(1, 0), prompt=f"p{i}") for i in range(3)]
-    config = Config(fit=Fit(global_batch=4))
+def test_an_iteration_whose_pairs_turn_out_to_be_too_few_leaves_the_policy_as_it_is_and_that_is_said(
+    tmp_path, one_device
+):
+    settings = dataclasses.replace(test_fit.SETTINGS, epochs=1, schedule_epochs=1)
+    line = effect.warning(settings, 4)
+    assert "make one update, whose rate is 0: nothing is trained in this iteration" in line
+    effect.check(dataclasses.replace(settings, **given(line)), 4, 1)
+    model = test_fit.train(tmp_path, test_fit.pairs_of(4), settings, one_device)
+    base = models.load(names.path("policy"), mesh=one_device)
+    for a, b in zip(test_fit.leaves(model), test_fit.leaves(base), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fit_says_how_few_updates_there_are(tmp_path, one_device, monkeypatch):
+    settings = dataclasses.replace(test_fit.SETTINGS, epochs=1, schedule_epochs=1)
+    said = []
+    monkeypatch.setattr(fit, "train", lambda model, *_, **__: model)
     with Metrics(RunDir(tmp_path)) as metrics:
+        monkeypatch.setattr(metrics, "say", said.append)
         stage = Stage(RunDir(tmp_path), 1, 0, 1, {}, metrics)
-
-        def unwanted(_):
-            raise AssertionError("the forward pass was reached")
-
-        with pytest.raises(BadInput, match=r"its pairs \(3\) make one update of up to fit\.global_batch=4"):
-            pairs.from_preferences(*zip(*rows, strict=True), unwanted, stage, config)
-    assert not (tmp_path / "iter_1/pairs.parquet").exists()
+        config = Config(fit=settings)
+        model = models.load(names.path("policy"), mesh=one_device)
+        trainer = Trainer(config, model.architecture, one_device, model.compute_dtype)
+        for count in (4, 8, 40):
+            fit.fit(lambda: model, test_fit.pairs_of(count), trainer, stage)
+    assert [line[:40] for line in said] == [
+        "iteration 1 fit: warning: 4 pairs at fit",
+        "iteration 1 fit: warning: 8 pairs at fit",
+    ]
 
 
 @pytest.mark.parametrize("norm", [1e-30, 2e-38])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -74,19 +75,28 @@ def steps_of(batches, model, programs, mesh, count=None):
     return found, state
 
 
+class Stopped(Metrics):
+    """Metrics of a run that a signal has asked to stop, once `asked` is set."""
+
+    asked = False
+
+    @property
+    def stop_requested(self):
+        return self.asked
+
+
 def train(tmp_path, rows, settings, mesh, *, stop_at=None, stream_log=None):
-    """The real loop with its checkpoints and metrics; `stop_at`: SIGTERM arrives during that step."""
+    """The real loop with its checkpoints and metrics; `stop_at`: a request to stop arrives during that step."""
     model, _, batches, programs = prepare(rows, settings, mesh)
     tmp_path.mkdir(exist_ok=True)
-    with Metrics(RunDir(tmp_path)) as metrics, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Stopped(RunDir(tmp_path)) as metrics, Checkpoints(tmp_path / "checkpoints") as checkpoints:
         from_step = batches.from_step
 
         def stream(start):
             for step, batch in enumerate(from_step(start), start):
                 if stream_log is not None:
                     stream_log.append(step)
-                if step == stop_at:
-                    metrics._stop = True
+                metrics.asked = metrics.asked or step == stop_at
                 yield batch
 
         batches.from_step = stream
@@ -220,6 +230,30 @@ def test_T16_stopped_in_the_middle_and_started_again_gives_the_same_parameters(t
     again = train(tmp_path / "parts", rows, SETTINGS, one_device, stream_log=steps)
     assert steps == []
     np.testing.assert_array_equal(leaves(again)[0], leaves(whole)[0])
+
+
+@pytest.mark.skipif(not hasattr(Metrics, "stopping_on_signals"), reason="Metrics takes SIGTERM alone")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_either_signal_in_training_leaves_a_checkpoint_of_the_last_update(number, tmp_path, one_device):
+    model, _, batches, programs = prepare(pairs_of(10), SETTINGS, one_device)
+    from_step = batches.from_step
+
+    def stream(start):
+        for step, batch in enumerate(from_step(start), start):
+            if step == 2:
+                signal.raise_signal(number)
+            yield batch
+
+    batches.from_step = stream
+    run = RunDir(tmp_path)
+    with Metrics(run) as metrics, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with pytest.raises(Terminated) as stopped, metrics.stopping_on_signals():
+            fit.train(
+                model, batches, config=Config(fit=SETTINGS), programs=programs, mesh=one_device,
+                checkpoints=checkpoints, stage=Stage(run, 1, 0, 1, {}, metrics),
+            )  # fmt: skip
+        assert stopped.value.number == number
+        assert checkpoints.latest() == 3
 
 
 def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, one_device, eight_devices):

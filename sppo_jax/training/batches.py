@@ -64,6 +64,11 @@ class Batches:
         steps = grain.MapDataset.source(range(len(order)))
         self._dataset: grain.MapDataset[Batch] = steps.map(self._batch)
 
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return len(self._pairs)
+
     def __len__(self) -> int:
         return len(self._dataset)
 

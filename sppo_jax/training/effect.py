@@ -23,20 +23,28 @@ def check(fit: Fit, pairs: int, iteration: int, *, at_most: bool = False) -> Non
         count = f"at most {pairs}" if at_most else str(pairs)
         raise BadInput(
             f"iteration {iteration}: its pairs ({count}) make one update of up to fit.global_batch={fit.global_batch} prompts, "
-            f"and the rate of the first update is 0 (fit.warmup={fit.warmup:g}): nothing would be trained; start in a new "
-            f"--out with {proposal(fit, pairs)}"
+            f"and the rate of the first update is 0 (fit.warmup={fit.warmup:g}): nothing would be trained; use "
+            f"{proposal(fit, pairs)}"
         )
 
 
 def warning(fit: Fit, pairs: int) -> str | None:
-    """Return a line about an iteration in which only one update has a rate above 0; None where there are more."""
-    updates = _updates(fit, pairs)
-    if updates > LOOKED_AT or rated(fit, pairs) > 1:
+    """Return a line about an iteration in which at most one update has a rate above 0; None where there are more.
+
+    An iteration whose pairs turn out to be so few is not refused: the game has been played up to it, and goes on.
+    """
+    updates, above = _updates(fit, pairs), rated(fit, pairs)
+    if updates > LOOKED_AT or above > 1:
         return None
-    made = "one update" if updates == 1 else f"{updates} updates, of which one has a rate above 0,"
+    if above == 0:
+        made = "one update, whose rate is 0: nothing is trained in this iteration, and its policy is the one before"
+    elif updates == 1:
+        made = "one update"
+    else:
+        made = f"{updates} updates, of which one has a rate above 0"
     return (
-        f"warning: {pairs} pairs make {made} with fit.global_batch={fit.global_batch}; for more, start in a new "
-        f"--out with {proposal(fit, pairs)}"
+        f"warning: {pairs} pairs at fit.global_batch={fit.global_batch} make {made}; for more, start in a new --out with "
+        f"{proposal(fit, pairs)}"
     )
 
 
