@@ -131,7 +131,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory
-    architecture = hf.read_architecture(directory)
+    architecture = hf.stored_architecture(directory)
     tokenizer = chat_template.load_tokenizer(directory)
     eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
     longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)

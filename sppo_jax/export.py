@@ -48,6 +48,8 @@ def export(
             hf.save(model, part, dtype=dtype)
             config = files.read_json(base / "config.json")
             config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
+            if hf.read_architecture(base).tied and not model.architecture.tied:
+                config["tie_word_embeddings"] = False  # the base's files hold a head of its own
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             beside = [
                 file for pattern in repositories.BESIDE for file in base.glob(pattern) if file.is_file()
@@ -157,7 +159,7 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
         adapted = lora.beside(whole, architecture, lora.abstract(architecture, mesh))
         graph, trained, *frozen = nnx.split(adapted, Adapter, ...)
     else:
-        architecture = hf.read_architecture(base)
+        architecture = hf.stored_architecture(base)
         graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
     with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
         step = saved.latest()

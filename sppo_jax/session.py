@@ -33,7 +33,9 @@ class Session:
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
         base = self.source.directory
-        self.architecture = dataclasses.replace(hf.read_architecture(base), lora_rank=config.model.lora_rank)
+        self.architecture = dataclasses.replace(
+            hf.stored_architecture(base), lora_rank=config.model.lora_rank
+        )
         self.tokenizer = chat_template.load_tokenizer(base)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
