@@ -133,7 +133,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory
-    architecture = hf.read_architecture(directory, tell=command.say)
+    architecture = hf.stored_architecture(directory, tell=command.say)
     tokenizer = chat_template.load_tokenizer(directory)
     eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
     longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)

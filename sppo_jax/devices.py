@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sppo_jax import sharding
 from sppo_jax.config import Config
+from sppo_jax.errors import BadInput
 from sppo_jax.hub.repositories import Snapshot
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import Architecture, Transformer, hf, lora
@@ -164,9 +165,14 @@ class Devices:
 
     def _whole(self, t: int) -> Transformer:
         directory = self._source.directory if t == BASE else self._run.export(t)
-        return hf.load(
+        found = hf.load(
             directory, mesh=self._mesh, dtype=self._compute_dtype, attention=self._config.model.attention
         )
+        if (
+            found.architecture != self._architecture
+        ):  # a run of an earlier version that did not read the base's head
+            raise BadInput(f"{directory}: not of the base's architecture; begin anew with another --out")
+        return found
 
     def _adapted(self, t: int) -> Transformer:
         """The frozen base with the adapters after iteration t.

@@ -48,12 +48,13 @@ def export(
             hf.save(model, part, dtype=dtype)
             config = files.read_json(base / "config.json")
             config |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in config}
+            if hf.read_architecture(base).tied and not model.architecture.tied:
+                config["tie_word_embeddings"] = False  # the base's files hold a head of its own
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            beside = [
-                file for pattern in repositories.BESIDE for file in base.glob(pattern) if file.is_file()
-            ]
-            for file in beside:
-                shutil.copyfile(file, part / file.name)
+            for file in (f for pattern in repositories.BESIDE for f in base.glob(pattern) if f.is_file()):
+                copy = part / file.relative_to(base)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
             if card is not None:
                 (part / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -96,18 +97,32 @@ def main(words: Sequence[str]) -> None:
     )
     flags.add_argument("--private", action="store_true", help="make the repository private if it is new")
     args = flags.read(words)
-    to = Path(args.to)
+    to = _path("--to", args.to)
     if (args.run is None) != (args.iteration is None):
         raise BadInput("--run and --iteration go together")
     if args.run is None and not args.push:
         raise BadInput("nothing to do: give --run and --iteration, or --push")
+    if args.run is None and args.dtype:
+        raise BadInput(f"--dtype {args.dtype}: {to} is uploaded as it is; give --run and --iteration too")
+    if args.private and not args.push:
+        raise BadInput("--private is for the repository that --push OWNER/NAME makes; give that too")
     if args.push and repositories.parse(args.push)[1] is not None:
         raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
     if args.run is not None:
-        _from_run(Path(args.run), args.iteration, to, args.dtype)
+        _from_run(_path("--run", args.run), args.iteration, to, args.dtype)
         print(to)
     if args.push:
         _push(to, args.push, args.private)
+
+
+def _path(flag: str, name: str) -> Path:
+    """Return the path that a flag names. Raises BadInput for a name that no file can have."""
+    try:
+        path = Path(files.expand(name))
+        files.exists(path)  # too long, half of a character, below a directory that is closed
+    except BadInput as error:
+        raise BadInput(f"{flag} {error}") from None
+    return path
 
 
 def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
@@ -120,8 +135,11 @@ def _from_run(root: Path, t: int, to: Path, dtype: str | None) -> None:
     from sppo_jax.run.directory import BASE, RunDir
 
     run = RunDir(root)
-    if not run.config.is_file():
-        raise BadInput(f"--run {root}: not a run directory (it has no config.yaml)")
+    if not files.is_file(run.config):
+        raise BadInput(
+            f"--run {root}: {'not a run directory (it has no config.yaml)' if files.exists(root) else 'no such directory'}; "
+            "give the OUT of a run"
+        )
     config = config_file.load([run.config])
     _check_target(to)
     if t not in (there := _iterations(run)):
@@ -180,7 +198,7 @@ def _from_checkpoint(
         adapted = lora.beside(whole, architecture, lora.abstract(architecture, mesh))
         graph, trained, *frozen = nnx.split(adapted, Adapter, ...)
     else:
-        architecture = hf.read_architecture(base)
+        architecture = hf.stored_architecture(base)
         graph, trained, *frozen = nnx.split(Transformer(architecture, dict(hf.abstract(architecture, mesh))))
     with checkpoint.Checkpoints(run.checkpoints(t), read_only=True) as saved:
         found = saved.newest_params(trained, command.say)
@@ -268,13 +286,20 @@ def _check_target(to: Path) -> None:
     """Raise BadInput, before an hour of reading, unless `to` can be written without losing anything."""
     if to.is_symlink():
         raise BadInput(f"--to {to}: a link; give a directory's own name")
-    if to.exists() and not to.is_dir():
+    if files.exists(to) and not files.is_dir(to):
         raise BadInput(f"--to {to}: a file is in the way; choose another directory")
-    if to.is_dir() and any(to.iterdir()):
+    try:
+        full = to.is_dir() and any(to.iterdir())
+    except OSError as error:
+        raise BadInput(f"--to {to}: {error.strerror}; choose another directory") from None
+    if full:
         raise BadInput(f"--to {to}: not empty; choose another directory")
     here = _existing(to)
-    if not here.is_dir():
+    if not files.is_dir(here):
         raise BadInput(f"--to {to}: {here} is a file; choose another directory")
+    longest = max(len(os.fsencode(name)) for name in (*to.parts, files.part_of(to.absolute()).name))
+    if longest > os.pathconf(here, "PC_NAME_MAX"):
+        raise BadInput(f"--to {to}: a part of the name is too long; choose a shorter one")
     if not os.access(here, os.W_OK | os.X_OK):
         raise BadInput(f"--to {to}: {here} cannot be written to; choose another directory")
 

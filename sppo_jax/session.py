@@ -36,7 +36,7 @@ class Session:
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
         base = self.source.directory
-        read = hf.read_architecture(base, tell=metrics.say)
+        read = hf.stored_architecture(base, tell=metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
         self.tokenizer = chat_template.load_tokenizer(base)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)

@@ -18,10 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from sppo_jax import export, sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import names
+from sppo_jax.hub import names, repositories
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Adapter
 from sppo_jax.report import model_card
+from sppo_jax.run import manifest
+from sppo_jax.text import chat_template
 from sppo_jax.training import checkpoint
 from sppo_jax.training.checkpoint import TrainState
 from tests import hub_stub
@@ -174,18 +176,75 @@ def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_names_it(begin,
 
 
 def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, brain, policy, tmp_path):
+    for folder in (repositories.TEMPLATES, "original"):
+        (brain / folder).mkdir()
+        (brain / folder / "tool_use.jinja").write_text("of a folder")
     export.export(policy, brain, tmp_path / "to", card="described")
-    there = {p.name: p.read_text(errors="replace") for p in (tmp_path / "to").iterdir()}
-    kept = {p.name for p in brain.iterdir()} - {"pytorch_model.bin", "README.md", "optimizer.pt"}
+    found = [p for p in (tmp_path / "to").rglob("*") if p.is_file()]
+    there = {str(p.relative_to(tmp_path / "to")): p.read_text(errors="replace") for p in found}
+    kept = {p.name for p in brain.iterdir() if p.is_file()} - {
+        "pytorch_model.bin",
+        "README.md",
+        "optimizer.pt",
+    }
+    kept.add(f"{repositories.TEMPLATES}/tool_use.jinja")
     assert there.keys() == kept | {"README.md"}
     assert there["README.md"] == "described"
     assert there["merges.txt"] == "of merges.txt"
 
 
+@pytest.mark.parametrize("template", ["config", "jinja"])
+def test_every_chat_template_of_a_tokenizer_is_in_its_export(policy, tmp_path, template):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(names.path("policy"), tmp_path / "base")
+    default = AutoTokenizer.from_pretrained(base).chat_template
+    named = {"default": default, "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    if template == "config":
+        config["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
+    else:
+        (base / "chat_template.jinja").write_text(default)
+        (base / repositories.TEMPLATES).mkdir()
+        for name in ("tool_use", "rag"):
+            (base / repositories.TEMPLATES / f"{name}.jinja").write_text(named[name])
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    export.export(policy, base, tmp_path / "to")
+    assert AutoTokenizer.from_pretrained(tmp_path / "to").chat_template == named
+    chat_template.load_tokenizer(tmp_path / "to")
+
+
+def test_only_a_folders_default_template_counts_among_a_runs_inputs(tmp_path):
+    """Digests of runs begun without the folder stay the same."""
+    base = shutil.copytree(names.path("policy"), tmp_path / "base")
+    before = manifest.digests(base, "j", [], [], [])
+    (base / repositories.TEMPLATES).mkdir()
+    (base / repositories.TEMPLATES / "tool_use.jinja").write_text("x")
+    assert manifest.digests(base, "j", [], [], []) == before
+    (base / repositories.TEMPLATES / "default.jinja").write_text("x")
+    assert manifest.digests(base, "j", [], [], [])["tokenizer"] != before["tokenizer"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--run": "nowhere"}, "--run nowhere: not a run directory"),
+        ({"--run": "nowhere"}, "--run nowhere: no such directory; give the OUT of a run"),
+        ({"--run": "full"}, "--run full: not a run directory"),
+        ({"--run": "full/file"}, "--run full/file: not a run directory"),
+        ({"--run": "x" * 300}, "--run x+: File name too long"),
+        ({"--run": "out\0"}, "--run .*not a possible name of a file"),
+        ({"--to": "to\0"}, "--to .*not a possible name of a file"),
+        ({"--to": "to\ud800"}, "--to .*not a possible name of a file"),
+        ({"--to": "y" * 300}, "--to y+: File name too long"),
+        ({"--to": "new/" + "y" * 300}, "--to new/y+: a part of the name is too long"),
+        ({"--to": "~nobody-here/x"}, "--to ~nobody-here/x: no home directory is known"),
+        (
+            {"--run": None, "--iteration": None, "--push": "a/b", "--dtype": "float16"},
+            "--dtype float16: to is uploaded",
+        ),
+        ({"--private": None, "--iteration": "x"}, "--iteration: invalid int value: 'x'"),
         ({"--iteration": "7"}, r"--iteration 7: .* has no policy of it; there are 0, 1 \(0: the base\)"),
         ({"--iteration": "-1"}, "--iteration -1: .* there are 0, 1"),
         ({"--to": "full"}, "--to full: not empty; choose another directory"),

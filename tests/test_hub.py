@@ -72,13 +72,17 @@ def test_a_name_becomes_a_directory_of_what_is_read_and_nothing_else(hub, files,
         "consolidated.safetensors": b"the same again",
         "original/consolidated.00.safetensors": b"the same again",
         "original/config.json": b"{}",
+        "onnx/model.safetensors": b"the same again",
+        "additional/tool_use.jinja": b"of something else",
         "README.md": b"text",
     }
     files |= {"LICENSE.txt": b"terms", "NOTICE": b"notice", "USE_POLICY.md": b"policy"}
+    files |= {f"{repositories.TEMPLATES}/{name}.jinja": b"{{ messages }}" for name in ("rag", "tool_use")}
     commit = hub.add("owner/tiny", files | unread)
     directory, name, revision, log = ask("owner/tiny", HF_TOKEN="hf_secret")
     assert (name, revision) == ("owner/tiny", commit)
-    assert {p.name: p.read_bytes() for p in directory.rglob("*")} == files
+    found = [p for p in directory.rglob("*") if p.is_file()]
+    assert {str(p.relative_to(directory)): p.read_bytes() for p in found} == files
     sent = [{k.lower(): v for k, v in h.items()} for _, path, h in hub.seen if "owner/tiny" in path]
     assert {headers.get("authorization") for headers in sent} == {"Bearer hf_secret"}
     assert log.splitlines() == [
@@ -212,7 +216,7 @@ def test_a_bad_name_is_refused_before_anybody_is_asked(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)  # a place where no name is a directory by chance
     monkeypatch.setattr(environment, "endpoint", lambda: "http://127.0.0.1:9")
     monkeypatch.setattr(environment, "offline", lambda: False)
-    with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision"):
+    with pytest.raises(BadInput, match=r"not a name on the hub|is not a revision|File name too long"):
         repositories.fetch(name)
 
 

@@ -1,9 +1,9 @@
 """Checkpoints from and to the hub: a name becomes a directory of one pinned commit, and an export a repository.
 
-Only files that the package reads are fetched: configuration, tokenizer and safetensors at the top of a repository.
+Only files that the package reads, or an export passes on, are fetched: configuration, tokenizer and safetensors at the top
+of a repository, and the folder of further chat templates.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput
+from sppo_jax.files import expand, is_dir
 from sppo_jax.hub import adapters, environment, failures
 
 TOKENIZER_FILES = (
@@ -25,13 +26,28 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's further templates, NAME.jinja
 # Open weights are published on the condition that these files stay with them.
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # Files that a checkpoint has besides model and config.json.
-BESIDE = ("generation_config.json", *TOKENIZER_FILES, *LICENCES)
+BESIDE = ("generation_config.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENCES)
 FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", adapters.CONFIG, *BESIDE)
+
+
+def _folders_but(name: str) -> tuple[str, ...]:
+    """Return patterns, in which * matches slashes too, of all files in folders except those directly in the folder `name`."""
+    differ = [f"{name[:i]}[!{letter}]*/*" for i, letter in enumerate(name)]
+    shorter = [f"{name[:i]}/*" for i in range(1, len(name))]
+    return *differ, *shorter, f"{name}?*/*"
+
+
 # Second copies of whole models (folders such as original/, Mistral's consolidated files), and adapters.
-LEFT_OUT = ("*/*", "consolidated*.safetensors", "adapter*.safetensors")
+LEFT_OUT = (
+    *_folders_but(TEMPLATES),
+    f"{TEMPLATES}/*.safetensors",
+    "consolidated*.safetensors",
+    "adapter*.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +82,8 @@ def snapshot(
     cache are not fetched again; with HF_HUB_OFFLINE=1 only the cache is used. `tell` receives two lines: the source and
     the directory. Raises BadInput, with one line for each kind of failure.
     """
-    directory = os.path.expanduser(name)
-    if revision is None and os.path.isdir(directory):
-        return Snapshot(Path(directory), name, None)
+    if revision is None and name and is_dir(directory := Path(expand(name))):
+        return Snapshot(directory, name, None)
     repo, wanted = parse(name)
     wanted = revision or wanted
     tell(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sppo_jax.command import say
 from sppo_jax.hub import names
 from sppo_jax.models import hf
-from sppo_jax.models.architecture import Architecture, read_architecture
+from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.hf import save
 from sppo_jax.models.transformer import Transformer
 
@@ -31,5 +31,5 @@ def load(
     Raises BadInput for a name that cannot be fetched, and as `models.hf.load` does.
     """
     directory = names.fetch(str(name)).directory
-    read_architecture(directory, tell=say)
+    hf.stored_architecture(directory, tell=say)
     return hf.load(directory, mesh=mesh, dtype=dtype, param_dtype=param_dtype, attention=attention)

@@ -4,8 +4,6 @@ Weights go tensor by tensor from safetensors into the devices' shards and back; 
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +14,27 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors' readers need
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from sppo_jax import files as disk
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
-from sppo_jax.files import read_json
-from sppo_jax.models.architecture import Architecture, read_architecture
+from sppo_jax.models.architecture import Architecture
+from sppo_jax.models.architecture import read_architecture as read_architecture
 from sppo_jax.models.attention import choose
+from sppo_jax.models.checkpoint_files import (
+    FLOATS,
+    INDEX,
+    readable,
+    tensor_files,
+    weight_files,
+)
+from sppo_jax.models.checkpoint_files import stored_architecture as stored_architecture
+from sppo_jax.models.checkpoint_files import stored_dtypes as stored_dtypes
 from sppo_jax.models.safetensors_file import Entry, write_safetensors
 from sppo_jax.models.transformer import LORA_SCALE, Transformer
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # most bytes of one exported file, as the hub's tools write
-# Dtypes of tensors that are weights without further decoding.
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -184,19 +189,19 @@ def load(
     """Load the model of a Hugging Face directory, sharded over `mesh` (default: one device).
 
     `dtype` is that of the matrix products, `param_dtype` that of the parameters, `attention` the kernel
-    (models/attention.py). Host memory holds one device's piece of one stacked parameter at a time. Raises BadInput,
-    before anything is compiled, for a kernel that does not support the model, and for a tensor that is missing, unknown,
-    misshapen, quantised or not finite.
+    (models/attention.py). Host memory holds one device's piece of one stacked parameter at a time. The head is tied as
+    `stored_architecture` finds it. Raises BadInput, before anything is compiled, for a kernel that does not support the
+    model, and for a tensor that is missing, unknown, misshapen, quantised, or not finite in both dtypes.
     """
     directory = Path(path)
     if mesh is None:
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    architecture = read_architecture(directory)
+    architecture = stored_architecture(directory)
     kernel = choose(attention, mesh, architecture, dtype)
-    files = tensor_files(weight_files(directory))
+    files = readable(directory, architecture, tensor_files(weight_files(directory)))
     check_tensors(directory, table(architecture), architecture, files)
     weights = {
-        t.path: read_sharded(t, architecture, mesh, files, jnp.dtype(param_dtype))
+        t.path: read_sharded(t, architecture, mesh, files, jnp.dtype(param_dtype), jnp.dtype(dtype))
         for t in table(architecture)
     }
     return Transformer(architecture, weights, dtype, kernel)
@@ -206,9 +211,13 @@ def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) ->
     """Write a model as safetensors into an existing `directory`, tensor by tensor; beyond 5 GB, as files with an index.
 
     The product of an adapter is added to its matrix: the written checkpoint needs no adapter. Raises BadInput for a
-    parameter that is not finite in `dtype`.
+    parameter that is not finite in `dtype`, and where the system refuses a write.
     """
-    directory, dtype = Path(directory), np.dtype(dtype)
+    with disk.writing(Path(directory)):
+        _save(model, Path(directory), np.dtype(dtype))
+
+
+def _save(model: Transformer, directory: Path, dtype: np.dtype) -> None:
     # Some readers would prefer the files of an earlier checkpoint.
     for old in (*directory.glob("model*.safetensors"), directory / INDEX):
         old.unlink(missing_ok=True)
@@ -231,53 +240,8 @@ def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) ->
         (directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, as its index names them. Raises BadInput where one is absent."""
-    single, index = directory / "model.safetensors", directory / INDEX
-    if single.is_file():  # first, as in transformers
-        return [single]
-    if not index.exists():
-        raise BadInput(f"{directory}: no model.safetensors; give a Hugging Face directory with safetensors")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadInput(f"{index}: weight_map is not an object of file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise BadInput(f"{index}: weight_map names {name!r}, which is not a safetensors file beside it")
-        if not (directory / name).is_file():
-            raise BadInput(f"{directory}: {name} is missing, though the index names it; download it again")
-    return [directory / name for name in names]
-
-
-def stored_dtypes(directory: Path) -> set[str]:
-    """Return the names of the dtypes of a checkpoint's tensors, such as bfloat16."""
-    found = set()
-    for file in weight_files(directory):
-        with safe_open(file, "numpy") as opened:
-            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  not a dict
-    return {FLOATS.get(name, name) for name in found}
-
-
 def _placed(t: Tensor, a: Architecture, mesh: Mesh) -> jax.sharding.NamedSharding:
     return sharding.named(t.letters, mesh, t.shape(a))
-
-
-def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
-    """Return {tensor name: file} from the files' headers. Raises BadInput for a damaged file or a repeated name."""
-    found: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as tensors:
-                names = list(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise BadInput(
-                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
-            ) from None
-        if twice := found.keys() & set(names):
-            raise BadInput(f"{file}: tensor {min(twice)} is also in {found[min(twice)].name}")
-        found |= dict.fromkeys(names, file)
-    return found
 
 
 def check_tensors(
@@ -287,10 +251,7 @@ def check_tensors(
     wanted = {name: t.checkpoint_shape(a) for t in tensors for name in t.names(a)}
     if missing := sorted(wanted.keys() - files.keys()):
         raise BadInput(f"{directory}: {len(missing)} tensors are missing, first {missing[0]}")
-    # Older exports of tied models repeat the embedding as lm_head, and very old ones keep rotary buffers.
-    spare = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq") if a.tied else re.compile(r".*inv_freq")
-    extra = sorted(name for name in files.keys() - wanted.keys() if not spare.fullmatch(name))
-    if extra:
+    if extra := sorted(files.keys() - wanted.keys()):
         raise BadInput(
             f"{directory}: {len(extra)} tensors are unknown to this architecture, first {extra[0]}"
         )
@@ -309,11 +270,16 @@ def check_tensors(
 
 
 def read_sharded(
-    t: Tensor, a: Architecture, mesh: Mesh, files: dict[str, Path], dtype: np.dtype
+    t: Tensor,
+    a: Architecture,
+    mesh: Mesh,
+    files: dict[str, Path],
+    dtype: np.dtype,
+    compute_dtype: np.dtype | None = None,
 ) -> jax.Array:
-    """Return a parameter on the mesh, reading only the pieces of this process's devices, one at a time.
+    """Return a parameter on the mesh in `dtype`, reading only the pieces of this process's devices, one at a time.
 
-    Raises BadInput where it is not finite.
+    Raises BadInput where it is not finite in `dtype`, or in the `compute_dtype` to which it will be cast.
     """
     shape, placed = t.shape(a), _placed(t, a, mesh)
     holders: dict[str, list[jax.Device]] = {}
@@ -330,10 +296,25 @@ def read_sharded(
                 part = t.read(opened.get_slice(name), a, index[1:] if t.stacked else index)
             if not np.isfinite(part).all():
                 raise BadInput(f"{files[name]}: {name} holds NaN or infinite values")
+            for kept in (dtype, compute_dtype or dtype):
+                if _overflows(part, kept):
+                    raise BadInput(
+                        f"{files[name]}: {name} holds values beyond the range of {kept}, in which it is kept or computed; "
+                        "give the checkpoint as it was trained"
+                    )
             piece[layer if t.stacked else ...] = part
         # On a CPU all holders share this one buffer; jax never writes into a buffer that it did not allocate.
         arrays += [jax.device_put(piece, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, placed, arrays)
+
+
+def _overflows(x: np.ndarray, dtype: np.dtype) -> bool:
+    """Return whether finite numbers become infinite in `dtype`."""
+    limit = float(jnp.finfo(dtype).max)
+    if float(jnp.finfo(x.dtype).max) <= limit or not x.size or max(float(x.max()), -float(x.min())) <= limit:
+        return False
+    with np.errstate(over="ignore"):
+        return not np.isfinite(x.astype(dtype)).all()  # a number a little above the limit is rounded to it
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

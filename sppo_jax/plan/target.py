@@ -77,7 +77,7 @@ def architecture(c: Config) -> Architecture:
     elif name.startswith(config.EMBEDDED):
         found = hf.read_architecture(names.resolve(name))
     else:
-        found = hf.read_architecture(repositories.snapshot(c.model.path, None, ("config.json",)).directory)
+        found = hf.stored_architecture(repositories.snapshot(c.model.path, None, ("config.json",)).directory)
     return replace(found, lora_rank=c.model.lora_rank)
 
 

@@ -13,7 +13,7 @@ from sppo_jax import config as configuration
 from sppo_jax import files, records, sharding
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
-from sppo_jax.hub.repositories import TOKENIZER_FILES, Snapshot
+from sppo_jax.hub.repositories import TEMPLATES, TOKENIZER_FILES, Snapshot
 from sppo_jax.models import hf
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.run import directory
@@ -84,7 +84,8 @@ def digests(
     def texts(prompts: Sequence[Prompt]) -> str:
         return files.sha256_text("\0".join(prompt.text for prompt in prompts))
 
-    names = (*TOKENIZER_FILES, "generation_config.json")
+    # The template named default wins over chat_template.jinja; the others in its folder are not used.
+    names = (*TOKENIZER_FILES, "generation_config.json", f"{TEMPLATES}/default.jinja")
     return {
         "base_weights": files.sha256([*hf.weight_files(base), base / "config.json"]),
         "tokenizer": files.sha256([base / name for name in names if (base / name).is_file()]),

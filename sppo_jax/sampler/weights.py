@@ -5,9 +5,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sppo_jax.errors import BadInput
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.sampler.quantized import Int8, quantized
@@ -42,11 +44,20 @@ def abstract(model: Transformer, mesh: Mesh, int8: bool = False) -> tuple[Any, A
 
 
 def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any, Any]:
-    """The serving model's graph and weights on the mesh `own`, which is `whole` or this process's part of it."""
+    """The serving model's graph and weights on the mesh `own`, which is `whole` or this process's part of it.
+
+    Raises BadInput for a weight that is not finite in the compute dtype.
+    """
     graph, weights = nnx.split(model)
     serving, shapes = abstract(model, whole, int8)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    found = jax.device_put(_converted(weights, graph=graph, int8=int8), shardings)
+    converted, finite = _converted(weights, graph=graph, int8=int8)
+    if bad := [name for name, ok in jax.device_get(finite).items() if not ok]:
+        raise BadInput(
+            f"the policy's weights are damaged: {bad[0]} is not finite in {model.compute_dtype}, in which it is sampled"
+        )
+    found = jax.device_put(converted, shardings)
+    del converted
     if own == whole:
         return serving, found
 
@@ -61,9 +72,15 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "int8"))
-def _converted(weights: Any, *, graph: Any, int8: bool) -> Any:
-    """The serving model's weights, placed as the compiler chooses."""
-    return nnx.split(serving_model(nnx.merge(graph, weights), int8))[1]
+def _converted(weights: Any, *, graph: Any, int8: bool) -> tuple[Any, dict[str, jax.Array]]:
+    """The serving model's weights, placed as the compiler chooses, and whether each of them is finite."""
+    serving = nnx.split(serving_model(nnx.merge(graph, weights), int8))[1]
+    floats = (
+        (jax.tree_util.keystr(path, simple=True, separator="."), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(serving)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    )
+    return serving, {name: jnp.isfinite(x).all() for name, x in floats}
 
 
 def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
