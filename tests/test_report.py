@@ -141,6 +141,15 @@ def test_a_diagnostic_that_is_no_number_is_shown_as_a_dash(run, value):
     assert cells(run, "matrices hold</h2>")[0] == ["1", *["-"] * 5, "0", "0"]
 
 
+def test_the_cards_advice_about_the_bases_measurement_makes_it_anew(run):
+    run.evaluation(0).write_text("{")
+    with pytest.raises(
+        BadInput,
+        match=r"iter_0/eval\.json: damaged.*delete it, together with iter_1/eval\.json, and run again",
+    ):
+        model_card.text(run, 1)
+
+
 BAD_LINES = ("{", "3", "[]", "{}", "null", '{"iteration": 1}', '{"iteration": "1", "stage": "judge", "step": 0}',
              '{"iteration": 1, "stage": null, "step": 0}', '{"iteration": 1, "stage": "fit", "step": [0]}',
              '{"iteration": true, "stage": "fit", "step": 0}', '{"iteration": 1, "stage": "fit", "step": NaN}', "[" * 9999)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput
-from sppo_jax.run.directory import RunDir
+from sppo_jax.run.directory import BASE, RunDir
 
 LARGEST = 3.5e38  # float32's range: what a run measures lies within it
 WHOLE = 2**53  # above it a number of JSON is no longer exact
@@ -57,7 +57,10 @@ class Evaluation:
 
 def refuse(line: str) -> NoReturn:
     """A `tell` that raises BadInput: for readers that accept nothing damaged."""
-    raise BadInput(f"{line}; delete it and run again to make it anew")
+    both = (
+        ", together with iter_1/eval.json," if line.startswith(f"iter_{BASE}/") else ""
+    )  # measured together
+    raise BadInput(f"{line}; delete it{both} and run again to make it anew")
 
 
 def read(run: RunDir, t: int, tell: Tell = refuse) -> Evaluation | None:
