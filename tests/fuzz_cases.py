@@ -4,6 +4,7 @@
 give the same case.
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -153,7 +154,7 @@ def prompts(rng: Random, work: Path) -> Case:
         ]
     path, done = _table(rng, work, "prompts", rows)
     knob = rng.choice(("prompts__source", "prompts__heldout"))
-    scheme = "parquet" if path.suffix == ".parquet" else "jsonl"
+    scheme = rng.choice(("parquet", "jsonl")) if path.suffix in ("", ".gz") else path.suffix[1:]
     source = (
         f"{scheme}:{path}"
         if rng.random() < 0.9
@@ -175,7 +176,7 @@ def pairs(rng: Random, work: Path) -> Case:
         for i in range(8)
     ]  # fmt: skip
     path, done = _table(rng, work, "pairs", rows)
-    scheme = "parquet" if path.suffix == ".parquet" else "jsonl"
+    scheme = rng.choice(("parquet", "jsonl")) if path.suffix in ("", ".gz") else path.suffix[1:]
     return _game("pairs", done, work, pairs__source=f"{scheme}:{path}")
 
 
@@ -203,7 +204,30 @@ def _table(rng: Random, work: Path, name: str, rows: list[Any]) -> tuple[Path, s
     path.write_bytes(data)
     if rng.random() < 0.06:
         done.append(misplace(rng, path))
+    elif rng.random() < 0.15:
+        path, what = _in_another_form(rng, path, rows)
+        done.append(what)
     return path, f"{path.name}: {'; '.join(done)}"
+
+
+def _in_another_form(rng: Random, path: Path, rows: list[Any]) -> tuple[Path, str]:
+    """The file compressed, as one JSON value, or in a directory beside others."""
+    data, how = path.read_bytes(), rng.choice(("gzip", "array", "object", "directory", "indented"))
+    path.unlink()
+    if how == "directory":
+        path = path.with_name("parts")
+        path.mkdir()
+        for name in rng.choice(
+            (["a.jsonl", "b.jsonl"], ["train.parquet"], ["a.jsonl", "README.md"], ["x"], [])
+        ):
+            (path / name).write_bytes(data)
+    elif how == "gzip":
+        path = path.with_name(f"{path.name}.gz")
+        path.write_bytes(gzip.compress(data)[: rng.choice((None, None, 40))])
+    else:
+        value: Any = {"data": rows} if how == "object" else rows
+        path.write_text(json.dumps(value, indent=2 if how == "indented" else None))
+    return path, f"as {how}"
 
 
 def model(rng: Random, work: Path) -> Case:

@@ -21,7 +21,7 @@ from sppo_jax.run.directory import RunDir
 from tests.fuzz_cases import Case
 
 SECONDS = 60.0  # most seconds of a case
-LONGEST = 600  # most characters of the line, in which the words of the command line count as one each
+LONGEST = 1000  # most characters of the line, in which the words of the command line count as one each
 NOTES = ("note: ", "warning: ")  # lines that may stand before the one of the error
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -130,10 +130,13 @@ def judged(case: Case, code: int, said: str, work: Path) -> list[str]:
 
 def _resumable(case: Case) -> list[str]:
     """Whether the configuration that was written is the one that was given."""
-    from sppo_jax import main
-
+    paths, rest = [], list(case.words)
+    while "--config" in rest:
+        at = rest.index("--config")
+        paths.append(rest[at + 1])
+        del rest[at : at + 2]
     written = config_file.load([RunDir(case.out or "").config])
-    given = config_file.load(*main._split(case.words))
+    given = config_file.load(paths, rest)
     differs = configuration.changed_keys(written, given)
     return [f"config.yaml differs in {differs}"] if differs else []
 

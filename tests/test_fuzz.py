@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from benchmarks import fuzz
 from sppo_jax import main
 from sppo_jax.errors import BadInput
 from sppo_jax.report import pictures
@@ -100,6 +101,16 @@ def test_a_command_that_ends_otherwise_is_a_fault(tmp_path, monkeypatch, entry, 
     faults = fuzz_run.attempt(case, tmp_path).faults
     assert bool(faults) == bool(said)
     assert said is None or said in faults[0]
+
+
+def test_the_script_counts_how_cases_end_by_kind():
+    results = [*fuzz.work("configuration", SEED, range(4), 0), *fuzz.work("flags", SEED, range(3), 0)]
+    results[0]["faults"] = ["a fault"]
+    found = fuzz._summary(results, 1.0, SEED)
+    assert (found["cases"], found["failed"]) == (7, 1)
+    assert found["kinds"]["configuration"]["cases"] == 4
+    assert sum(found["kinds"]["flags"].get(end, 0) for end in ("refused", "accepted")) == 3
+    assert found["slowest"]["seconds"] < fuzz_run.SECONDS
 
 
 def test_every_kind_of_case_is_of_its_own_name():

@@ -1,5 +1,6 @@
 """The report is written again from whatever is whole; the rest is named, and shown as `-`."""
 
+import itertools
 import json
 import re
 import shutil
@@ -69,18 +70,26 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("damage", UNREADABLE)
+SPOILT = (
+    "iter_0/eval.json",
+    "metrics.jsonl",
+    "manifest.json",
+    "config.yaml",
+    "iter_0/heldout/responses.parquet",
+)
+# A run directory has a config.yaml, whose nesting has a test of its own; empty files of these two are whole.
+ELSEWHERE = {
+    ("config.yaml", "missing"),
+    ("config.yaml", "nested too deeply"),
+    ("config.yaml", "empty"),
+    ("metrics.jsonl", "empty"),
+}
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["iter_0/eval.json", "metrics.jsonl", "manifest.json", "config.yaml", "iter_0/heldout/responses.parquet"],
+    ("name", "damage"), [case for case in itertools.product(SPOILT, UNREADABLE) if case not in ELSEWHERE]
 )
 def test_the_page_is_written_without_a_file_that_cannot_be_read_and_names_it(run, name, damage):
-    if (name, damage) == ("config.yaml", "missing"):
-        pytest.skip("without it, the directory is not a run's")
-    if (name, damage) in (("metrics.jsonl", "empty"), ("config.yaml", "empty")):
-        pytest.skip("an empty file of these is whole")
-    if (name, damage) == ("config.yaml", "nested too deeply"):
-        pytest.skip("configurations that nest too deeply have a test of their own")
     UNREADABLE[damage](run.root / name)
     page.main(["--run", str(run.root)])
     (note,) = notes(run)
@@ -139,6 +148,15 @@ def test_a_diagnostic_that_is_no_number_is_shown_as_a_dash(run, value):
     lines(run, {"iteration": 1, "stage": "judge", "step": 0})
     page.write(run)
     assert cells(run, "matrices hold</h2>")[0] == ["1", *["-"] * 5, "0", "0"]
+
+
+def test_the_cards_advice_about_the_bases_measurement_makes_it_anew(run):
+    run.evaluation(0).write_text("{")
+    with pytest.raises(
+        BadInput,
+        match=r"iter_0/eval\.json: damaged.*delete it, together with iter_1/eval\.json, and run again",
+    ):
+        model_card.text(run, 1)
 
 
 BAD_LINES = ("{", "3", "[]", "{}", "null", '{"iteration": 1}', '{"iteration": "1", "stage": "judge", "step": 0}',
@@ -253,23 +271,31 @@ def test_pictures_leave_out_the_points_that_are_not_there(tmp_path, gone):
     assert run.report.read_text().count("<svg") == 7
 
 
-@pytest.mark.parametrize(
-    "counts", [{"kept": 20, "held_out_of_source": 20}, {"kept": 20, "held_out_of_train": 9}]
-)
-def test_page_and_card_say_how_many_prompts_were_held_out_of_their_source(tmp_path, counts):
+@pytest.mark.parametrize("knob", ["prompts.source", "pairs.source"])
+def test_page_and_card_say_how_many_prompts_were_held_out_of_which_source(tmp_path, knob):
+    counts = {f"held_out_of_{knob.replace('.', '_')}": 20, "kept": 20}
     run = measured(tmp_path, prompts={"heldout": counts})
     page.write(run)
-    assert "Held out: 20 of the prompts of prompts.source." in run.report.read_text()
-    assert "6 held-out prompts, taken from the source of the prompts" in model_card.text(run, 1)
+    assert f"Held out: 20 of the prompts of {knob}." in run.report.read_text()
+    assert f"On 6 held-out prompts (held out of {knob}):" in model_card.text(run, 1)
 
 
 def test_a_run_with_held_out_prompts_of_their_own_says_nothing_of_a_share(run):
     page.write(run)
     assert "Held out:" not in run.report.read_text()
-    assert "taken from the source" not in model_card.text(run, 1)
+    assert "held out of" not in model_card.text(run, 1)
 
 
-@pytest.mark.parametrize("manifest", [{}, {"prompts": None}, {"prompts": []}, {"prompts": {"heldout": 3}}])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {},
+        {"prompts": None},
+        {"prompts": []},
+        {"prompts": {"heldout": 3}},
+        {"prompts": {"heldout": {"held_out_of_x": "9"}}},
+    ],
+)
 def test_counts_that_a_manifest_lacks_are_none(manifest):
     assert evaluations.held_out(manifest) is None
 

@@ -172,8 +172,9 @@ def _rate(e: Evaluation, judge: str, other: str) -> str:
 
 
 def _origin(manifest: dict[str, Any]) -> str:
-    """Where the held-out prompts are from, if they were taken from the source of the prompts."""
-    return "" if evaluations.held_out(manifest) is None else ", taken from the source of the prompts"
+    """The knob of the source that the held-out prompts were taken from, if they have none of their own."""
+    found = evaluations.held_out(manifest)
+    return f" (held out of {_text(found[1])})" if found else ""
 
 
 def _command(config: Config) -> str:

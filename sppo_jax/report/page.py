@@ -128,10 +128,10 @@ def rate(found: Rate | None, absent: str = "-") -> str:
 def _held_out(run: RunDir) -> str:
     """The line about held-out prompts that were taken from the prompts' own source; empty where they were not."""
     try:
-        count = evaluations.held_out(manifest_file.read(run))
+        found = evaluations.held_out(manifest_file.read(run))
     except BadInput:  # what is wrong with the manifest is noted where its text is shown
         return ""
-    return "" if count is None else f"Held out: {count} of the prompts of prompts.source."
+    return f"Held out: {found[0]} of the prompts of {found[1]}." if found else ""
 
 
 def _text_of(path: Path, tell: Tell) -> str:

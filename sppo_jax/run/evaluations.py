@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput
-from sppo_jax.run.directory import RunDir
+from sppo_jax.run.directory import BASE, RunDir
 
 LARGEST = 3.5e38  # float32's range: what a run measures lies within it
 WHOLE = 2**53  # above it a number of JSON is no longer exact
 HELD_OUT_OF = (
-    "held_out_of_"  # begins the manifest's count of held-out prompts that were taken from another source
+    "held_out_of_"  # begins the manifest's count of prompts that were held out of the source of a knob
 )
 
 Tell = Callable[[str], None]
@@ -57,7 +57,10 @@ class Evaluation:
 
 def refuse(line: str) -> NoReturn:
     """A `tell` that raises BadInput: for readers that accept nothing damaged."""
-    raise BadInput(f"{line}; delete it and run again to make it anew")
+    both = (
+        ", together with iter_1/eval.json," if line.startswith(f"iter_{BASE}/") else ""
+    )  # measured together
+    raise BadInput(f"{line}; delete it{both} and run again to make it anew")
 
 
 def read(run: RunDir, t: int, tell: Tell = refuse) -> Evaluation | None:
@@ -91,13 +94,17 @@ def whole(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value <= WHOLE else None
 
 
-def held_out(manifest: Mapping[str, Any]) -> int | None:
-    """The number of prompts of prompts.source that were held out; None if held-out prompts have their own source."""
+def held_out(manifest: Mapping[str, Any]) -> tuple[int, str] | None:
+    """The number of held-out prompts that were taken from the prompts or pairs to train on, and the knob that names these.
+
+    None if the held-out prompts have a source of their own.
+    """
     sets = manifest.get("prompts")
     counts = sets.get("heldout") if isinstance(sets, dict) else None
-    if not isinstance(counts, dict) or not any(str(key).startswith(HELD_OUT_OF) for key in counts):
-        return None
-    return whole(counts.get("kept"))
+    for key, value in counts.items() if isinstance(counts, dict) else ():
+        if key.startswith(HELD_OUT_OF) and (number := whole(value)) is not None:
+            return number, key.removeprefix(HELD_OUT_OF).replace("_", ".", 1)
+    return None
 
 
 @dataclass(frozen=True)
