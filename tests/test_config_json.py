@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo_jax import export, models
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import names
+from sppo_jax.hub import names, repositories
 from sppo_jax.models import hf
 from sppo_jax.models.architecture import FAMILIES, FULL, SLIDING, Rope, read_architecture
 from sppo_jax.models.config_json import known
@@ -143,6 +143,7 @@ def test_keys_that_are_taken_mean_what_they_mean_to_transformers(case, tmp_path)
 @pytest.mark.parametrize("keys", [["is_llama_config"], ["rope_tetha", "sliding_windows"], sorted(FOREIGN)])
 def test_keys_that_the_class_does_not_know_are_named_in_one_line(keys, tmp_path, capsys):
     written(tmp_path, {key: FOREIGN[key] for key in keys})
+    capsys.readouterr()
     models.load(tmp_path)
     line = f"config.json: ignored, since transformers' LlamaConfig has no such key: {', '.join(keys)}\n"
     assert capsys.readouterr().err == f"{tmp_path}/{line}"
@@ -243,9 +244,34 @@ def test_dtypes_in_config_json_are_read_in_every_spelling(key, spelled, policy):
     assert read_architecture(policy).layers == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_dropout": "none"},
+        {"initializer_range": None, "torch_dtype": "auto"},
+        {"num_hidden_layers": 3.0},
+    ],
+)
+def test_values_that_transformers_refuses_are_not_blamed_on_the_tokenizer(change, policy):
+    edit(policy, change)
+    with pytest.raises(BadInput, match=r"config\.json: transformers refuses it: .*" + next(iter(change))):
+        chat_template.load_tokenizer(policy)
+
+
+def test_the_line_about_ignored_keys_is_safe_and_short(tmp_path):
+    said = []
+    keys = {f"key_{i:03}": 0 for i in range(30)} | {"a\nb\x1b[31m[/red]": 1, "": 1}
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen/Qwen3-8B"] | keys))
+    read_architecture(tmp_path, said.append)
+    (line,) = said
+    assert line.isprintable()
+    assert line.endswith("key_016, key_017, and 12 more")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("beside", [[], ["config.json"], ["config.json", "tokenizer_config.json"]])
 def test_an_adapter_as_the_model_is_refused_with_the_command_that_merges_it(
-    beside, policy, tmp_path, monkeypatch, capsys
+    beside, policy, tmp_path, monkeypatch
 ):
     import peft
 
@@ -254,7 +280,7 @@ def test_an_adapter_as_the_model_is_refused_with_the_command_that_merges_it(
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(adapter)
     if "tokenizer_config.json" in beside:
-        for file in policy.glob("tokenizer*"):
+        for file in (*policy.glob("tokenizer*"), policy / "chat_template.jinja"):
             (adapter / file.name).write_bytes(file.read_bytes())
     if "config.json" in beside:
         (adapter / "config.json").write_bytes((policy / "config.json").read_bytes())
@@ -278,3 +304,14 @@ def test_an_adapter_of_a_run_as_the_model_names_the_export_beside_it(tmp_path):
         (tmp_path / file).write_text("{}")
     with pytest.raises(BadInput, match=f"{tmp_path}/export is the model with it"):
         names.fetch(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_on_the_hub_as_the_model_is_refused_under_its_name_there(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    monkeypatch.setattr(repositories, "_download", lambda repo, revision, files: tmp_path)
+    with pytest.raises(
+        BadInput, match=r"^owner/it: an adapter \(PEFT\) of owner/base, not a model"
+    ) as refused:
+        names.fetch("owner/it")
+    assert str(refused.value).endswith(" owner/it owner/base it-merged")
+    assert "adapter_config.json" in repositories.FETCHED

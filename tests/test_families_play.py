@@ -1,5 +1,7 @@
 """Whole games with a policy of each kind of family: tokenizer, decoder and files."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ KINDS = {
 
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", KINDS)
-def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp_path):
+def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp_path, capsys):
     family, options = KINDS[name]
     base, out = tmp_path / "base", tmp_path / "run"
     base.mkdir()
@@ -29,8 +31,13 @@ def test_a_game_is_played_and_its_reference_log_probs_are_transformers(name, tmp
     tokenizer = AutoTokenizer.from_pretrained(base)
     theirs = make(family, options | {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}, base)
     (base / "generation_config.json").write_text(ends)  # saving the model has overwritten it
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"is_llama_config": True}))
     longer = {"fit__epochs": 2, "fit__schedule_epochs": 2}  # the first update has learning rate 0
     main.main(words(out, model__path=base, prompts__max_length=300, sampling__max_new_tokens=8, **longer))
+    # Once in a run, although its exports have the key too.
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("has no such key: is_llama_config") == 1
 
     rows = pq.read_table(out / "iter_1/pairs.parquet").to_pylist()
     assert len(rows) >= 4

@@ -271,8 +271,10 @@ def _rope_of(
     for name, value in sorted(inner.left.items()):
         if isinstance(value, dict):
             raise BadInput(f"{options.path}: {key} of layers of one kind ({name}) are not computed here")
-        if name == "partial_rotary_factor" and value not in (None, 1.0):
+        if value is None or (name == "partial_rotary_factor" and value == 1):
+            continue
+        if name == "partial_rotary_factor":
             raise options.refusal(name, value, 1.0)
         # Other types' parameters are left over where a type was changed; transformers warns and goes on.
-        options.ignored += [] if value is None else [f"{name} (of rope type {kind})"]
+        options.ignored.append(f"{name} (of rope type {kind})")
     return rope

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo_jax.errors import BadInput
+from sppo_jax.command import printable
+from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import is_file, read_json
 
 # Keys that transformers looks up in every model's configuration, whether or not its class has them, and their values
@@ -48,7 +49,8 @@ DTYPES = {
 PYTORCH = frozenset(
     ["float16", "half", "bfloat16", "float32", "float", "float64", "double"]
 )  # names that transformers reads
-SHOWN = 80  # characters of a value in a message
+SHOWN = 80  # characters of a key or value in a message
+NAMED = 20  # ignored keys in a line
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Options:
         """Return the line about the ignored keys; None without any."""
         if not self.ignored:
             return None
-        named = ", ".join(sorted(self.ignored))
+        names = [" ".join(printable(name[:SHOWN]).split()) for name in sorted(self.ignored)]
+        more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+        named = ", ".join(names[:NAMED] + more)
         return f"{self.path}: ignored, since transformers' {keys.name} has no such key: {named}"
 
 
@@ -172,12 +176,28 @@ def for_tokenizer(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     config = read_json(path) if is_file(path) else {}
     named = [config[key] for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
+    if all(name in PYTORCH for name in named) or not isinstance(config.get("model_type"), str):
+        return {}
+    return {"config": _without_dtype(config)}
+
+
+def why_unread(directory: Path) -> str | None:
+    """Return why transformers does not read config.json, its dtype aside; None if it does, or there is none."""
+    path = directory / "config.json"
+    config = read_json(path) if is_file(path) else {}
+    try:
+        if isinstance(config.get("model_type"), str):
+            _without_dtype(config)
+    except Exception as error:  # many kinds, of transformers and of its checks of types
+        return one_line(error)
+    return None
+
+
+def _without_dtype(config: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration, made from all keys but the dtype."""
     from transformers import AutoConfig
 
-    model_type = config.get("model_type")
-    if all(name in PYTORCH for name in named) or not isinstance(model_type, str):
-        return {}
-    without = {
+    others = {
         key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "model_type")
     }
-    return {"config": AutoConfig.for_model(model_type, **without)}
+    return AutoConfig.for_model(config["model_type"], **others)

@@ -48,6 +48,8 @@ def load_tokenizer(directory: Path) -> Any:
             directory, local_files_only=True, trust_remote_code=False, **config_json.for_tokenizer(directory)
         )
     except Exception as error:  # transformers raises many kinds here
+        if reason := config_json.why_unread(directory):
+            raise BadInput(f"{directory}/config.json: transformers refuses it: {reason[:SHOWN]}") from None
         raise BadInput(f"{directory}: no usable tokenizer: {one_line(error)[:SHOWN]}") from None
     if not tokenizer.is_fast:
         raise BadInput(f"{directory}: needs tokenizer.json (a fast tokenizer)")
