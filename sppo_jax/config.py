@@ -16,9 +16,10 @@ else:
 
 EMBEDDED = "embedded:"  # prefix of paths that name the small default inside the package
 INTRODUCTION = """Generated from the dataclasses in `sppo_jax/config.py` by `make config-docs`.
-Give one or more `--config FILE`; later files override earlier ones, and `--section.key value` flags override all files."""
+Give one or more `--config FILE`; later files override earlier ones, and `--section.key value` flags override all files.
+Numbers are decimal and, without another bound, below 2147483648. `~` is your home directory in every path."""
 LARGEST = 2**31  # every number without a bound of its own lies below this
-INFINITE = 2.0**128  # this and more is infinite in float32, in which nearly everything is computed
+INFINITE = 2.0**128 - 2.0**103  # this and more is infinite in float32, in which nearly everything is computed
 
 
 @dataclass(frozen=True)

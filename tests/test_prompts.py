@@ -141,7 +141,9 @@ def test_one_pool_is_divided_by_the_seed_and_the_division_outlives_more_iteratio
     ],
 )
 def test_sources_that_cannot_be_read_are_named(tokenizer, source, message):
-    settings = dataclasses.replace(Config(), prompts=Prompts(source=source))
+    settings = dataclasses.replace(
+        Config(), prompts=Prompts(source=source, heldout="embedded:prompts/heldout.jsonl")
+    )
     with pytest.raises(BadInput, match=message):
         prompts.load(settings, tokenizer)
 

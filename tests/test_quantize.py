@@ -10,7 +10,7 @@ import pytest
 import qwix
 from flax import nnx
 
-from sppo_jax import config, prompts
+from sppo_jax import config, config_file, prompts
 from sppo_jax.config import Config, Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
@@ -45,7 +45,7 @@ def quantized_params(serving):
 
 @pytest.fixture(scope="module")
 def asked(tokenizer):
-    return prompts.load(Config(), tokenizer).heldout[:20]  # all of one length bucket
+    return prompts.load(config_file.load(), tokenizer).heldout[:20]  # all of one length bucket
 
 
 @pytest.fixture(scope="module")

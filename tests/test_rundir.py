@@ -9,7 +9,7 @@ import stat
 
 import pytest
 
-from sppo_jax import files, records
+from sppo_jax import config_file, files, records
 from sppo_jax.config import Config, Fit
 from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import replacing
@@ -69,7 +69,7 @@ def test_T14_a_torn_shard_is_refused(tmp_path, keep):
 
 
 def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_path):
-    config = Config(out=str(tmp_path / "run"))
+    config = config_file.load([], ["--out", str(tmp_path / "run")])
     with directory.opened(config) as run:
         directory.claim(run, config)
     with directory.opened(dataclasses.replace(config, iterations=5)):

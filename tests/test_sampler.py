@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import models, prompts, sharding
-from sppo_jax.config import Config, Sampling
+from sppo_jax import config_file, models, prompts, sharding
+from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
@@ -25,7 +25,7 @@ TEMPERATE = Sampling(responses=3, temperature=1.0, top_p=0.95, max_new_tokens=24
 
 @pytest.fixture(scope="module")
 def asked(tokenizer):
-    held_out = prompts.load(Config(), tokenizer).heldout
+    held_out = prompts.load(config_file.load(), tokenizer).heldout
     long = chat_template.chat_prompt(tokenizer, "Where can I find the fox? " * 6)  # of another length bucket
     return [*held_out[:19], long]
 

@@ -4,14 +4,18 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
 import time
+from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 
 from sppo_jax import config, config_file, main
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import environment, names
 from sppo_jax.plan import __main__ as plan
+from sppo_jax.session import Session
 from sppo_jax.settings import checks, embedded
 
 OWN = ("--model.path=owner/model",)
@@ -339,14 +343,29 @@ def test_numbers_to_lower_are_numbers_that_work(lengths, new, advice):
     assert checks.shorter(lengths, new, 512) == advice
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://hub.invalid"])
-def test_a_name_on_the_hub_without_a_network_is_one_line_within_seconds(monkeypatch, capfd, address):
-    monkeypatch.setattr(environment, "endpoint", lambda: address)
+@pytest.fixture(params=["closed", "silent", "unknown", "proxy"])
+def nowhere(request, monkeypatch):
+    """The address of a hub that does not reply, in the ways in which a network can be absent."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(environment, "offline", lambda: False)
+    monkeypatch.setattr(environment, "WAIT", 0.3)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            server.listen(1)
+        if request.param == "proxy":
+            monkeypatch.setenv("ALL_PROXY", "nonsense://x")
+        known = f"http://127.0.0.1:{server.getsockname()[1]}"
+        address = "http://hub.invalid" if request.param == "unknown" else known
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield address
+
+
+def test_a_name_on_the_hub_without_a_network_is_one_line_within_seconds(nowhere, capfd):
     began = time.monotonic()
     line = refusal(names.fetch, "owner/model")
     assert time.monotonic() - began < 5
-    assert f"there is no connection to {address}" in line
+    assert f"there is no connection to {nowhere}" in line
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
@@ -354,3 +373,9 @@ def test_a_name_on_the_hub_without_a_network_is_one_line_within_seconds(monkeypa
 def test_an_address_of_the_hub_that_is_none_is_refused_by_its_name(monkeypatch, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert refusal(names.fetch, "owner/model").startswith("HF_ENDPOINT is not the address of a hub")
+
+
+def test_a_mixture_is_warned_of_before_the_game_starts():
+    mixed = config_file.load([], [*OWN, *MINE, "--judge.path=embedded:pairrm"])
+    opened = SimpleNamespace(config=mixed, sets=SimpleNamespace(counts={}, notes=[]))
+    assert any(line.startswith("warning: judge.path=embedded:pairrm") for line in Session.notes(opened))

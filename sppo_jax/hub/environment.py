@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from sppo_jax.errors import BadInput
 
-WAIT = 2.5  # seconds for a reply; finding the address may take a second more, which no timeout of the client limits
+WAIT = 3.5  # seconds for a reply; finding the address may take a second more, which no timeout of the client limits
 
 
 def endpoint() -> str | None:
