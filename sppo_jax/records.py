@@ -154,14 +154,19 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
             f"{path}: damaged ({one_line(error)}); delete it and run again to make it anew"
         ) from None
     if made_from is not None:
-        check_made_from(path, found, made_from)
+        check_made_from(path, kind, found, made_from)
     return rows
 
 
-def check_made_from(path: Path, found: Any, made_from: Mapping[str, str]) -> None:
-    """Raise BadInput, naming the inputs, where `path` was not made from `made_from`. `found`: what it names instead."""
+def check_made_from(path: Path, kind: type, found: Any, made_from: Mapping[str, str]) -> None:
+    """Raise BadInput, naming the inputs, where records of this kind in `path` were not made from `made_from`.
+
+    Responses are accepted whatever the judge: they do not depend on it, but by the policy that it trained. `found`: what
+    the file names, which may be anything.
+    """
     found = found if isinstance(found, dict) else {}
-    if other := sorted(key for key in made_from if found.get(key) != made_from[key]):
+    matters = [key for key in made_from if not (kind is Responses and key == "judge")]
+    if other := sorted(key for key in matters if found.get(key) != made_from[key]):
         raise BadInput(
             f"{path}: was made from another {' and '.join(other)}; choose another --out, or delete it"
         )

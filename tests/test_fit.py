@@ -86,7 +86,7 @@ def train(tmp_path, rows, settings, mesh, *, stop_at=None, stream_log=None):
                 if stream_log is not None:
                     stream_log.append(step)
                 if step == stop_at:
-                    metrics._stop = True
+                    metrics._stop.requested = 15
                 yield batch
 
         batches.from_step = stream

@@ -83,7 +83,7 @@ class Shards(Generic[Record]):
                         continue
             except (ValueError, TypeError, RecursionError):  # not JSON, or a row with other columns
                 continue
-            records.check_made_from(path, made_from, self._made_from)
+            records.check_made_from(path, self._kind, made_from, self._made_from)
             found[key] = kept
         return found
 
