@@ -5,7 +5,13 @@ does not import jax.
 """
 
 import importlib
+import sys
 from typing import Any
+
+from sppo_jax.errors import end_on_ctrl_c
+
+if sys.argv[:1] == ["-m"]:  # a command, whose imports begin now
+    end_on_ctrl_c()
 
 __version__ = "0.1.0"
 

@@ -132,10 +132,10 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
     _open_streams()
     # Without a home it warns of the folder for its fonts' list, which it then makes anew.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    sys.stdout, sys.stderr = shown(sys.stdout), shown(sys.stderr)
+    sys.stdout, sys.stderr = output, _ = shown(sys.stdout), shown(sys.stderr)
     code, line = _outcome(entry)
-    sys.stdout.flush()
-    failed = cast(Shown, sys.stdout).failed
+    output.flush()
+    failed = cast(Shown, output).failed
     if code == 0 and failed is not None and failed.errno not in (errno.EPIPE, errno.ECONNRESET):
         reason = os.strerror(failed.errno or errno.EIO)
         code, line = BAD_INPUT, f"error: all is done, but standard output cannot be written: {reason}"
@@ -164,8 +164,10 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
         if stop.code:
             raise
     except KeyboardInterrupt:
+        _ending()
         return SIGNALLED + signal.SIGINT, f"interrupted; {again}"
     except Terminated as stop:
+        _ending()
         name = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
         return SIGNALLED + stop.number, f"stopped by {name} with all work on disk; {again}"
     except OSError as error:
@@ -181,6 +183,13 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
         told = f" ({printable(one_line(error))[:300]})" if str(error) else ""
         return BAD_INPUT, f"error: out of memory{told}; {SMALLER}"
     return 0, ""
+
+
+def _ending() -> None:
+    """Ignore further signals: the process ends anyway, and an exception while Python takes itself apart would be printed."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """How commands fail: bad input from the user, and a request to stop."""
 
+import os
 import signal
+import sys
+from types import TracebackType
 
 
 class BadInput(Exception):
@@ -19,3 +22,17 @@ class Terminated(BaseException):
 def one_line(error: BaseException) -> str:
     """The message of an exception with every run of white space as one space."""
     return " ".join(str(error).split())
+
+
+def end_on_ctrl_c() -> None:
+    """Make a Ctrl-C that nothing catches end the process with one line and exit code 130: one during a command's imports."""
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+            return
+        if sys.stderr is not None:
+            print("interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    sys.excepthook = end

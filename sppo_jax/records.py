@@ -161,8 +161,8 @@ def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None
 def check_made_from(path: Path, kind: type, found: Any, made_from: Mapping[str, str]) -> None:
     """Raise BadInput, naming the inputs, where records of this kind in `path` were not made from `made_from`.
 
-    `found`: what the file names instead. Responses are accepted whatever the judge: they do not depend on it, but by the
-    policy that it trained.
+    Responses are accepted whatever the judge: they do not depend on it, but by the policy that it trained. `found`: what
+    the file names, which may be anything.
     """
     found = found if isinstance(found, dict) else {}
     matters = [key for key in made_from if not (kind is Responses and key == "judge")]

@@ -146,7 +146,8 @@ class Session:
 def opened(config: Config) -> Iterator[Session]:
     """Claim OUT, start the judge's process before any device is touched, and open every input."""
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
-    with contextlib.ExitStack() as stack:
+    # Signals are ours to the very end, and so outside of all that is closed before.
+    with contextlib.ExitStack() as signals, contextlib.ExitStack() as stack:
         judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(config.out)))
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
@@ -165,5 +166,5 @@ def opened(config: Config) -> Iterator[Session]:
             prompts=session.sets.counts,
         )
         # Only now: until here nothing is lost, and a signal ends a download or a long reading at once.
-        stack.enter_context(metrics.stopping_on_signals())
+        signals.enter_context(metrics.stopping_on_signals())
         yield session

@@ -67,6 +67,7 @@ LONGEST = [
     "logprob",
     "families",
     "resume",
+    "faults",
     "endtoend",
     "hub",
     "pairrm_jax",

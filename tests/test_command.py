@@ -39,6 +39,7 @@ NO_SPACE, GONE = OSError(errno.ENOSPC, "No space left on device"), BrokenPipeErr
 @pytest.fixture
 def outcome(monkeypatch, capsys):
     """Return a function that runs an entry point as a command, and returns its exit code and its lines on standard error."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def outcome(entry, stdout=None):
         errors = io.StringIO()
@@ -51,7 +52,9 @@ def outcome(monkeypatch, capsys):
             return ended.code, errors.getvalue().splitlines()
         return 0, errors.getvalue().splitlines()
 
-    return outcome
+    yield outcome
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def prints(done):
@@ -225,3 +228,14 @@ def test_with_closed_or_full_streams_no_file_gets_their_output(shell, code, said
     name, number, read = (tmp_path / "file").read_text().split(" ", 2)
     assert (name, read) == ("data", "''")
     assert int(number) > 2
+
+
+def test_ctrl_c_during_the_imports_of_a_command_is_one_line(tmp_path):
+    slow = tmp_path / "numpy.py"  # in the place of a module that takes a while
+    slow.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sppo_jax.main"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; run the same command again to resume\n"
