@@ -171,8 +171,8 @@ def _policy(run: RunDir, config: "Config", t: int, base: Path, mesh: "Mesh") -> 
         return hf.load(run.export(t), mesh=mesh)
     if found is None:
         raise BadInput(
-            f"--iteration {t}: no checkpoint of it is whole; run the game's command again, which trains it again, or choose "
-            "an iteration before"
+            f"--iteration {t}: no checkpoint of it is whole (each is damaged, or not a checkpoint of this model); run the "
+            "game's command again, which trains it again, or choose an iteration before"
         )
     if not finished:
         command.say(f"iteration {t} is unfinished: this is its policy after update {found[0]}")

@@ -206,7 +206,7 @@ def test_an_export_of_an_unfinished_iteration_falls_back_too_and_changes_nothing
     assert lines[1] == "iteration 1 is unfinished: this is its policy after update 3"
     assert sorted(run.root.rglob("*")) == before
     flip(numbers(run.checkpoints(1) / "3"))
-    with pytest.raises(BadInput, match="no checkpoint of it is whole; run the game's command again"):
+    with pytest.raises(BadInput, match=r"no checkpoint of it is whole .*; run the game's command again"):
         export.main(test_export.command(run, tmp_path / "other"))
 
 
