@@ -1,6 +1,7 @@
 """Counts how wrong input ends: thousands of damaged command lines, configurations, data, checkpoints and run directories.
 
-python benchmarks/fuzz.py [--cases 10000] [--seed 0] [--kind KIND ...] [--first 0] [--processes 1] [--every 100] [--json]
+python benchmarks/fuzz.py [--cases 10000] [--seed 0] [--kind KIND ...] [--first 0] [--processes 1] [--every 100]
+    [--minutes 0] [--json]
 
 A case must end with exit code 0, or with code 2 and one line that says what is wrong, within a minute, and leave nothing
 half-written. Cases run in worker processes up to the place where the game would begin; one in `--every` of those that are
@@ -111,12 +112,15 @@ class Worker:
             assert process.stdout is not None
             timer = threading.Timer(SILENCE, process.kill)
             timer.start()
-            for line in process.stdout:
+            try:
+                for line in process.stdout:
+                    timer.cancel()
+                    yield json.loads(line)
+                    timer = threading.Timer(SILENCE, process.kill)
+                    timer.start()
+            finally:
                 timer.cancel()
-                yield json.loads(line)
-                timer = threading.Timer(SILENCE, process.kill)
-                timer.start()
-            timer.cancel()
+                process.kill()
 
 
 def play(args: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +141,8 @@ def play(args: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
                     results.append(found)
                     if found["faults"]:
                         _print(found)
+                if args.minutes and time.perf_counter() - start > 60 * args.minutes:
+                    return
 
     threads = [threading.Thread(target=serve) for _ in range(args.processes)]
     for thread in threads:
@@ -192,6 +198,9 @@ def main() -> None:
     flags.add_argument("--processes", type=int, default=1)
     flags.add_argument(
         "--every", type=int, default=100, help="one case in this many also runs as a command; 0: none"
+    )
+    flags.add_argument(
+        "--minutes", type=float, default=0, help="end after so long with fewer cases; 0: never"
     )
     flags.add_argument("--json", action="store_true", help="print the counts as JSON")
     args = flags.parse_args()

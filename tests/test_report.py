@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 
@@ -237,10 +238,14 @@ def test_a_wrong_command_is_one_line_that_names_the_flag(run, tmp_path, monkeypa
 
 
 def test_a_directory_that_may_not_be_entered_is_named(run, monkeypatch):
-    def refuse(_path):
-        raise PermissionError(13, "Permission denied")
+    stat = os.stat
 
-    monkeypatch.setattr(files.os, "stat", refuse)
+    def refuse(path, **how):
+        if str(path).startswith(str(run.root)):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", refuse)  # root may enter any
     with pytest.raises(BadInput, match="Permission denied"):
         page.main(["--run", str(run.root)])
 
