@@ -130,7 +130,7 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
     reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
     _open_streams()
-    # Without a home it warns of the folder for its fonts' list, which it then makes anew.
+    # Without a home, matplotlib warns of the folder of its list of fonts, and then goes on.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     sys.stdout, sys.stderr = output, _ = shown(sys.stdout), shown(sys.stderr)
     code, line = _outcome(entry)
