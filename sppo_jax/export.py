@@ -192,8 +192,8 @@ def own_dtype(directory: Path) -> str:
     from sppo_jax.models import hf
 
     config = files.read_json(directory / "config.json")
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype is None:
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
+    if dtype == "auto":
         file = hf.weight_files(directory)[0]
         try:
             with safe_open(file, "numpy") as tensors:
@@ -202,7 +202,7 @@ def own_dtype(directory: Path) -> str:
             raise BadInput(
                 f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
             ) from None
-        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first)
+        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first, "float32")
     return dtype if dtype in DTYPES else "float32"
 
 
