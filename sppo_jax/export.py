@@ -270,7 +270,7 @@ def own_dtype(directory: Path) -> str:
             raise BadInput(
                 f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
             ) from None
-        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first)
+        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first, "float32")
     return dtype if dtype in DTYPES else "float32"
 
 

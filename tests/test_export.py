@@ -175,6 +175,14 @@ def test_the_dtype_is_the_bases_own_unless_asked_and_config_json_names_it(begin,
     assert export.own_dtype(tmp_path / "wide") == "float32"
 
 
+@pytest.mark.parametrize("spelling", ["auto", "torch.bfloat16", "bfloat16", None])
+def test_the_bases_dtype_is_read_in_every_spelling(brain, spelling):
+    config = json.loads((brain / "config.json").read_text()) | {"torch_dtype": spelling}
+    config.pop("dtype", None)
+    (brain / "config.json").write_text(json.dumps(config))
+    assert export.own_dtype(brain) == "bfloat16"
+
+
 def test_every_file_that_a_tokenizer_needs_goes_along_and_nothing_else(begin, brain, policy, tmp_path):
     for folder in (repositories.TEMPLATES, "original"):
         (brain / folder).mkdir()

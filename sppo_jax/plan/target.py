@@ -77,7 +77,10 @@ def architecture(c: Config) -> Architecture:
     elif name.startswith(config.EMBEDDED):
         found = hf.read_architecture(names.resolve(name))
     else:
-        found = hf.stored_architecture(repositories.snapshot(c.model.path, None, ("config.json",)).directory)
+        given = repositories.snapshot(c.model.path, None, ("config.json",))
+        # A repository's weights may be in the cache in part: its config.json alone decides.
+        read = hf.stored_architecture if given.revision is None else hf.read_architecture
+        found = read(given.directory)
     return replace(found, lora_rank=c.model.lora_rank)
 
 
