@@ -8,10 +8,12 @@ import importlib
 import sys
 from typing import Any
 
-from sppo_jax.errors import end_on_ctrl_c
+if sys.argv[:1] == ["-m"]:  # `python -m`, and the imports of a command begin now
+    from sppo_jax import command
+    from sppo_jax.errors import end_on_ctrl_c
 
-if sys.argv[:1] == ["-m"]:  # a command, whose imports begin now
     end_on_ctrl_c()
+    command.check_module(sys.orig_argv)
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
@@ -17,7 +19,7 @@ from sppo_jax import files
 from sppo_jax.errors import BadInput, Terminated, one_line
 
 # Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
-COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BAD_INPUT, SIGNALLED = 2, 128  # exit codes; the second has the signal's number added
 LONGEST = 6000  # characters of an error line, more than the longest path
 # Errors of the disk, the limits and the places that the user chose; any other error of the system is a fault of ours.
@@ -25,6 +27,8 @@ SYSTEM = frozenset(
     {*files.MEND, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ETXTBSY}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENODEV, errno.EBUSY}
 )
+COMMANDS = ("main", "plan", "export", "report", "chat", "interchange", "config")
+LONG = re.compile(r"\S{300,}")  # more than the longest name of a file
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 SMALLER = (
     "lower sampling.slots, fit.global_batch or eval.prompts, or cut the model over more devices (mesh.fsdp)"
@@ -52,6 +56,11 @@ class Flags(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the parsed flags. Raises BadInput for words that are not valid flags."""
+        known = list(self._option_string_actions)
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if flag not in known:  # first, since argparse would rather miss the flag that was meant
+                near = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
         return self.parse_args(list(words))
 
 
@@ -113,7 +122,7 @@ def shown(stream: TextIO) -> TextIO:
 
 def printable(text: str) -> str:
     """Text from outside, safe for a terminal: control characters are escaped; line breaks and tabs stay."""
-    return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:
@@ -145,10 +154,23 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
         sys.exit(code)
 
 
-def not_a_command(module: str) -> NoReturn:
-    """Print that `module`, which `python -m` runs, is not a command, and exit with 2."""
+def check_module(words: Sequence[str]) -> None:
+    """Exit with 2 and one line where `python -m` runs a module of the package that is not a command.
+
+    `words`: the process's own command line, with the interpreter and its options. Such a module would run, print nothing
+    and exit with 0. Modules of rooms are left alone: the embedded default and the judge's process have theirs.
+    """
+    module = next((b if a == "-m" else a[2:] for a, b in pairwise([*words, ""]) if a.startswith("-m")), "")
+    package, _, name = module.partition(".")
+    if package != "sppo_jax" or "." in name or name in COMMANDS:
+        return
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
     _open_streams()
-    say(f"{module} is not a command; commands are main, plan, export, report, chat, interchange, config")
+    say(
+        f"error: {printable(module)} is not a command; "
+        + (f"did you mean sppo_jax.{near[0]}? " if near else "")
+        + f"commands are {', '.join(COMMANDS)}, as python -m sppo_jax.NAME"
+    )
     sys.exit(BAD_INPUT)
 
 
@@ -211,6 +233,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _short(text: str) -> str:
     """`text`, or its beginning and its end, where something from outside has made it longer than any screen."""
+    text = LONG.sub(lambda word: f"{word[0][:80]}…{word[0][-40:]} ({len(word[0])} characters)", text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1000]} … {text[-900:]}"
 
 

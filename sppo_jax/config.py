@@ -19,6 +19,7 @@ INTRODUCTION = """Generated from the dataclasses in `sppo_jax/config.py` by `mak
 Give one or more `--config FILE`; later files override earlier ones, and `--section.key value` flags override all files.
 Numbers are decimal and, without another bound, below 2147483648. `~` is your home directory in every path."""
 LARGEST = 2**31  # every number without a bound of its own lies below this
+MOST_LAYERS = 10_000  # of a network; a config.json with more is damaged, and would fill the memory with names
 INFINITE = 2.0**128 - 2.0**103  # this and more is infinite in float32, in which nearly everything is computed
 
 

@@ -63,7 +63,7 @@ def is_dir(path: Path) -> bool:
 def expand(name: str) -> str:
     """Return a path with `~` replaced by the home directory. Raises BadInput where there is no such home."""
     expanded = os.path.expanduser(name)
-    if name.startswith("~") and expanded == name:
+    if name.startswith("~") and (expanded == name or os.environ.get("HOME") == ""):
         raise BadInput(f"{name}: no home directory is known; write the path without ~")
     return expanded
 

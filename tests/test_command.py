@@ -185,12 +185,45 @@ def test_a_deleted_working_directory_is_one_line(outcome, tmp_path, monkeypatch)
     assert line.startswith("error: the working directory was deleted; go to another one")
 
 
-def test_a_module_that_is_no_command_says_so(capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "sppo_jax.fit", "--help"],
+        ["-W", "error", "-m", "sppo_jax.sampler"],
+        ["-msppo_jax.man"],
+        ["-m", "sppo_jax"],
+    ],
+)
+def test_a_module_that_is_not_a_command_says_so_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        command.not_a_command("sppo_jax.fit")
+        command.check_module(["python", *words])
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("sppo_jax.fit is not a command; commands are main, plan, export")
+    assert "is not a command" in line
+    assert "commands are main, plan, export" in line
+    assert ("did you mean sppo_jax.main?" in line) == ("man" in words[-1])
+
+
+@pytest.mark.parametrize("module", ["sppo_jax.main", "sppo_jax.report", "sppo_jax.pairrm.sidecar", "pytest"])
+def test_commands_and_the_processes_of_rooms_are_left_alone(module):
+    command.check_module(["python", "-P", "-m", module, "-m", "sppo_jax.fit"])
+
+
+def test_a_flag_that_is_not_known_names_the_nearest_before_one_that_is_missing():
+    flags = command.Flags("sppo_jax.chat", "Talk.")
+    flags.add_argument("--policy", required=True)
+    with pytest.raises(BadInput, match=r"unknown flag --polcy; did you mean --policy\?"):
+        flags.read(["--polcy=x"])
+
+
+def test_a_word_of_thousands_of_characters_is_cut_in_its_line(outcome):
+    def refuse(_words):
+        raise BadInput(f"fit.eta is {'9' * 5001}; lower it")
+
+    code, [line] = outcome(refuse)
+    assert code == 2
+    assert len(line) < 250
+    assert line.endswith("(5002 characters) lower it")
 
 
 SCRIPT = """

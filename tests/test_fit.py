@@ -232,7 +232,6 @@ def test_T16_stopped_in_the_middle_and_started_again_gives_the_same_parameters(t
     np.testing.assert_array_equal(leaves(again)[0], leaves(whole)[0])
 
 
-@pytest.mark.skipif(not hasattr(Metrics, "stopping_on_signals"), reason="Metrics takes SIGTERM alone")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_either_signal_in_training_leaves_a_checkpoint_of_the_last_update(number, tmp_path, one_device):
     model, _, batches, programs = prepare(pairs_of(10), SETTINGS, one_device)

@@ -133,6 +133,7 @@ def test_identity_is_of_what_scores_and_not_of_where_it_lies(ranker: Path, hf: P
         ({"attention_head_size": 16}, "attention_head_size 16"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not divisible"),
         ({"hidden_size": None}, "hidden_size None; a whole number of at least 1"),
+        ({"num_hidden_layers": 2**64}, "at most 10000 are computed here"),
         ({"position_buckets": -1}, "position_buckets -1"),
         ({"position_buckets": 1}, "position_buckets 1; with distances up to 64 it must be from 2 to 125"),
         ({"position_buckets": 126}, "position_buckets 126; .* from 2 to 125"),

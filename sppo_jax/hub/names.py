@@ -42,11 +42,11 @@ def fetch(
     if name.startswith(EMBEDDED):
         return repositories.Snapshot(resolve(name), name, None)
     if revision is None:
-        _check_export(name)
+        check_export(name)
     return repositories.fetch(name, revision, tell=tell)
 
 
-def _check_export(name: str) -> None:
+def check_export(name: str) -> None:
     """Raise BadInput, with the path to give, where a run's directory, or an iteration's, is named in place of an export."""
     root = Path(files.expand(name))
     # os.path.isdir is False also for names that no directory can have, about which `repositories` has lines of its own.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sppo_jax.config import MOST_LAYERS
 from sppo_jax.errors import BadInput
 from sppo_jax.files import read_json
 from sppo_jax.hub import adapters
@@ -104,6 +105,10 @@ def read_architecture(directory: Path, tell: Callable[[str], None] | None = None
         )
     heads, model = options.take("num_attention_heads"), options.take("hidden_size")
     layers, max_positions = options.take("num_hidden_layers"), options.take("max_position_embeddings")
+    if layers > MOST_LAYERS:
+        raise BadInput(
+            f"{path}: num_hidden_layers is {shown(layers)}; at most {MOST_LAYERS} are computed here"
+        )
     special = read_family(
         options, layers, max_positions
     )  # first, because keys that it takes are absent below

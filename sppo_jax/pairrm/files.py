@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sppo_jax.command import say
-from sppo_jax.config import EMBEDDED
+from sppo_jax.config import EMBEDDED, MOST_LAYERS
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import repositories
 from sppo_jax.hub.names import resolve
@@ -308,6 +308,8 @@ def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
         value = config.setdefault(key, default)
         if type(value) is not int or value < 1:
             raise refuse(key, "a whole number of at least 1 is needed")
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise refuse("num_hidden_layers", f"at most {MOST_LAYERS} are computed here")
     for key in _LIMITS:
         if config.get(key) is not None and (type(config[key]) is not int or config[key] < 0):
             raise refuse(key, "a whole number is needed")

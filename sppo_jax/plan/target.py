@@ -77,6 +77,7 @@ def architecture(c: Config) -> Architecture:
     elif name.startswith(config.EMBEDDED):
         found = hf.read_architecture(names.resolve(name))
     else:
+        names.check_export(c.model.path)
         given = repositories.snapshot(c.model.path, None, ("config.json",))
         # A repository's weights may be in the cache in part: its config.json alone decides.
         read = hf.stored_architecture if given.revision is None else hf.read_architecture
