@@ -43,7 +43,9 @@ def ours(directory: Path) -> dict[str, float]:
     import jax
 
     from sppo_jax import models, sharding
+    from sppo_jax.models import config_json
 
+    config_json.known("llama")  # imports transformers, which a run's tokenizer imports as well
     mesh = sharding.make_mesh(1, 4, 2)
     assert len(jax.devices()) == DEVICES
     before, start = peak(), time.perf_counter()

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo_jax import command, config_file, pairrm, selfplay
 from sppo_jax import config as configuration
 from sppo_jax.run.directory import RunDir
@@ -46,7 +48,7 @@ class Stub:
     identity = "stub"
 
     def compare(self, prompts: Any, responses: Any, on_progress: Any = None) -> Any:
-        raise AssertionError("no game is played")
+        return np.zeros((len(prompts), len(responses[0]), len(responses[0])))
 
 
 @contextlib.contextmanager

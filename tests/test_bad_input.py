@@ -134,7 +134,7 @@ def model(tmp_path):
         ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
         ("tokenizer.json", "{}", "no usable tokenizer"),
         ("config.json", {"num_attention_heads": 0, "head_dim": None}, "config.json"),
-        ("config.json", {"rope_parameters": "x"}, "rope parameters are 'x'"),
+        ("config.json", {"rope_parameters": "x"}, "rope_parameters is 'x', needed an object"),
         ("config.json", {"architectures": [["a"]]}, "architectures"),
         ("config.json", {"num_hidden_layers": float("inf")}, "config.json"),
         ("config.json", {"num_key_value_heads": 3}, "4 heads cannot share 3"),

@@ -115,7 +115,7 @@ def test_the_listener_counts_compilations():
 
 def test_control_characters_in_files_do_not_reach_the_terminal(several_files, tmp_path, monkeypatch, capsys):
     shutil.copytree(several_files, tmp_path / "policy")
-    edited(tmp_path / "policy/config.json", lambda c: c.update({"\x1b[2J\x1b[31mowned": 1}))
+    edited(tmp_path / "policy/config.json", lambda c: c.update(architectures=["\x1b[2J\x1b[31mowned"]))
     monkeypatch.setattr(
         "sys.argv", ["sppo_jax.main", *words(tmp_path / "run", model__path=tmp_path / "policy")]
     )

@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_a_repaired_judge_where_nothing_was_judged(tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     out = tmp_path / "run"
-    game = words(out, judge__backend="repaired:Judge", prompts__per_iteration=4)
+    game = words(out, judge__backend="repaired:Judge", prompts__per_iteration=4, fit__global_batch=2)
 
     def play(identity, fault):
         (tmp_path / "repaired.py").write_text(BROKEN.format(identity=identity, fault=fault))

@@ -203,9 +203,9 @@ def test_a_report_of_a_run_without_judgements_has_no_table_of_them():
 def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     assert manifest.pinned_judge(run) == {}
+    run.config.touch()
     run.manifest.write_text(json.dumps({"judge": {"sources": {"owner/judge": "c" * 40}}}))
     assert manifest.pinned_judge(run) == {"owner/judge": "c" * 40}
-    run.config.touch()
     run.manifest.write_text(json.dumps({"judge": ["not", "an", "object"]}))
     with pytest.raises(BadInput, match="damaged"):
         manifest.pinned_judge(run)

@@ -84,14 +84,18 @@ def test_a_manifest_that_is_damaged_or_foreign_is_one_line_with_advice(tmp_path,
     if begun:
         run.config.touch()
     said = "damaged; delete it and run" if begun else "not the manifest of a run; choose another --out"
-    for call in (manifest.read, manifest.pinned_judge, manifest.pinned_model):
+    for call in (manifest.read, *((manifest.pinned_judge, manifest.pinned_model) if begun else ())):
         with pytest.raises(BadInput, match=rf"manifest\.json: .*{said}"):
             call(run)
+    if not begun:  # of another program, which is said where OUT is claimed
+        assert not manifest.pinned_judge(run)
+        assert manifest.pinned_model(run) is None
 
 
 def test_a_manifest_that_is_a_directory_is_one_line(tmp_path):
     RunDir(tmp_path).manifest.mkdir()
-    with pytest.raises(BadInput, match="not the manifest of a run"):
+    RunDir(tmp_path).config.touch()
+    with pytest.raises(BadInput, match="damaged; delete it and run"):
         manifest.pinned_judge(RunDir(tmp_path))
 
 
@@ -129,5 +133,6 @@ def test_a_missing_manifest_pins_nothing(tmp_path):
     assert manifest.pinned_model(RunDir(tmp_path / "new")) is None
     with pytest.raises(BadInput, match="no run was begun there"):
         manifest.read(RunDir(tmp_path))
+    RunDir(tmp_path).config.touch()
     files.write_json(tmp_path / "manifest.json", {"model": {"revision": "c" * 40}})
     assert manifest.pinned_model(RunDir(tmp_path)) == "c" * 40

@@ -99,8 +99,8 @@ def test_the_cards_command_gives_the_runs_configuration(begin, more):
 
 
 def test_a_source_that_is_empty_is_empty_in_the_cards_command(begin):
-    run = begin("--prompts.heldout", "")
-    assert "--prompts.heldout ''" in model_card.text(run, 1)
+    run = begin("--prompts.source", "jsonl:own.jsonl")
+    assert "--prompts.heldout" not in model_card.text(run, 1)
 
 
 @pytest.mark.parametrize("name", ["a`b|c<script>[x](y)", "a\nb", "a: [b", "\x1b[2J", "--- {% x %}"])
