@@ -146,7 +146,7 @@ def test_keys_that_the_class_does_not_know_are_named_in_one_line(keys, tmp_path,
     capsys.readouterr()
     models.load(tmp_path)
     line = f"config.json: ignored, since transformers' LlamaConfig has no such key: {', '.join(keys)}\n"
-    assert capsys.readouterr().err == f"{tmp_path}/{line}"
+    assert capsys.readouterr().err == f"note: {tmp_path}/{line}"
     hf.load(tmp_path)  # as a run loads it again and again
     assert capsys.readouterr().err == ""
 

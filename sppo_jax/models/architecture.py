@@ -133,7 +133,7 @@ def read_architecture(directory: Path, tell: Callable[[str], None] | None = None
     if architecture.head_dim % 2:
         raise BadInput(f"{path}: head_dim is {architecture.head_dim}; rotary embeddings need an even one")
     if tell is not None and (note := options.note(known(own_type))):
-        tell(note)
+        tell(f"note: {note}")
     return architecture
 
 

@@ -153,4 +153,4 @@ def _read(files: dict[str, Path], name: str) -> np.ndarray:
 @functools.cache
 def _say_once(line: str) -> None:
     """Print a line for people, once in a process, however often a checkpoint is loaded."""
-    say(line)
+    say(f"note: {line}")
