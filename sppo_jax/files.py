@@ -27,13 +27,17 @@ MARKS = (
 )
 # What to do about a write that the system refuses, by the error's number; the others get the system's own words alone.
 MEND = {
-    errno.ENOSPC: "make room",
+    errno.ENOSPC: "make room (df), or for more files (df -i)",
     errno.EDQUOT: "make room in your quota",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "mount it for writing, or choose another place",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
     errno.EIO: "check the disk",
+    errno.EISDIR: "move the directory that is in the way",
+    errno.EEXIST: "move the file that is in the way",
+    errno.ENOTDIR: "move the file that is in the way",
+    errno.ENOTEMPTY: "move the directory that is in the way",
 }
 NO_SYNC = (
     errno.EINVAL,

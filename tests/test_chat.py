@@ -161,7 +161,10 @@ def test_generated_text_does_not_command_the_terminal(text, shown):
             "--max-new-tokens 600: the policy has 512 positions in all; give at most 256",
         ),
         (["--seed", "-1"], "--seed -1: must be at least 0 and below 4294967296$"),
-        (["--tmperature", "1"], "--tmperature 1; see python -m sppo_jax.chat --help"),
+        (
+            ["--tmperature", "1"],
+            "unknown flag --tmperature; did you mean --temperature.; see python -m sppo_jax.chat --help",
+        ),
     ],
 )
 def test_bad_flags_are_named(words, line):

@@ -6,8 +6,10 @@ import json
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,20 @@ DAMAGE = {
     "another model's": lambda at: replaced(at, lambda: saved(at.parent, 12, size=3999)),
     "another update's": lambda at: replaced(at, lambda: shutil.copytree(at.parent / "8", at)),
 }
+
+
+def test_a_reply_that_comes_after_a_failed_reading_is_not_printed(tmp_path, monkeypatch):
+    """Python's hook for errors in threads that are not its own, with what tensorstore's raise then."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    saved(tmp_path / "c", 4)
+    late, other = (
+        types.SimpleNamespace(exc_type=RuntimeError, exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "anything else")
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert printed == [other]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

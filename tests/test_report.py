@@ -218,11 +218,19 @@ def test_text_of_a_run_is_never_markup_or_a_template(tmp_path):
     assert not re.search("<script>|<b>\\{|49|\x1b|\x00", text)
 
 
+@pytest.mark.parametrize("data", [b"\x80\xff" * 99, b'{"iteration": 1, "promp'])
+def test_a_damaged_evaluation_of_the_only_iteration_is_called_damaged(run, data):
+    for t in run.iterations()[1:]:
+        run.evaluation(t).write_bytes(data)
+    with pytest.raises(BadInput, match=r"iter_1/eval\.json: damaged.*nothing to report"):
+        page.write(run)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: --run"), (["--run"], "expected one argument"), (["--out", "x"], "required: --run"), (["x"], "required: --run"),
-        (["--run", "{out}", "--run", "{out}"], "given twice"), (["--run", "{out}", "--x"], "unrecognized arguments: --x"),
+        ([], "required: --run"), (["--run"], "expected one argument"), (["--out", "x"], "unknown flag --out"), (["x"], "required: --run"),
+        (["--run", "{out}", "--run", "{out}"], "given twice"), (["--run", "{out}", "--x"], "unknown flag --x"),
         (["--run", "{out}", "{out}"], "unrecognized arguments"), (["--run", "{out}/config.yaml"], "not a directory"),
         (["--run", "{out}/config.yaml/x"], "no such directory"), (["--run", "{out}/nothing"], "no such directory"),
         (["--run", "{out}/iter_1"], "not a run directory"), (["--run", ""], "not a run directory"), (["--run", "x" * 5000], "name too long"),

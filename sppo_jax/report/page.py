@@ -33,10 +33,11 @@ def write(run: RunDir) -> None:
     import jinja2
 
     notes: list[str] = []
-    found, lines = evaluations.read_all(run, notes.append), metrics.read(run, notes.append)
+    found = evaluations.read_all(run, notes.append)
     if all(e.iteration == BASE for e in found):
-        why = "; ".join(notes[:1] if not found else []) or "no iteration is complete yet"
+        why = "; ".join(notes[:1]) or "no iteration is complete yet"
         raise BadInput(f"{run.root}: {why}, so there is nothing to report")
+    lines = metrics.read(run, notes.append)
     base = f"{run.evaluation(BASE).relative_to(run.root)}"
     if found[0].iteration != BASE and not any(note.startswith(base) for note in notes):
         notes.append(f"{base}: missing")

@@ -130,7 +130,7 @@ class Sampler:
             self.sampling.responses if responses is None else responses,
             self.sampling.max_new_tokens,
         )
-        _check_number("responses", count, 1, 2**31)
+        _check_number("responses", count, 1, 2**16)
         records = self._records(prompts)
         rows = [[most] * count] * len(records) if limits is None else limits
         if len(rows) != len(records) or not all(row and all(_fits(n, 1, 2**31) for n in row) for row in rows):
@@ -230,6 +230,10 @@ class Sampler:
 
     def _check(self, prompt: Prompt) -> None:
         a, new = self.architecture, self.sampling.max_new_tokens
+        if not hasattr(prompt.ids, "__len__") or isinstance(prompt.ids, str):
+            raise BadInput(
+                f"the ids of the prompt {prompt.text[:80]!r} are {prompt.ids!r:.80}; needed a list of numbers"
+            )
         if not len(prompt.ids):
             raise BadInput(f"the prompt {prompt.text[:80]!r} has no tokens")
         if len(prompt.ids) + new > a.max_positions:
@@ -281,4 +285,4 @@ def _check_settings(sampling: Sampling) -> None:
             continue
         whole = field.type is not int or _fits(value, 0, 2**31)
         if not whole or not isinstance(value, int | float) or value not in accepted:
-            raise BadInput(f"sampling.{field.name}={value!r} must be {accepted}")
+            raise BadInput(f"sampling.{field.name}={value!r} must be {accepted.whole()}")

@@ -71,6 +71,7 @@ class Checkpoints:
         self._writing: int | None = None  # the step that is written in the background
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(orbax_faults.silent_threads())
+        orbax_faults.drop_late_replies()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; None where there is none."""

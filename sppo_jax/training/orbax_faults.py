@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Errors that mean that a part is missing or is something else. The others (no permission, a disk that fails) may be mended.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -52,6 +53,23 @@ def join_threads() -> None:
         if type(thread).__module__.startswith("orbax."):
             with contextlib.suppress(Exception):  # what it has raised
                 thread.join(timeout=PATIENCE)
+
+
+def drop_late_replies() -> None:
+    """Keep tensorstore's threads from printing that nobody waits for what they have read, for as long as the process lives.
+
+    A failed call closes the loop that its other parts reply to, and they reply when they are done, which may be much later.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_replies", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.drops_late_replies = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
