@@ -13,6 +13,7 @@ MEANS = {
     "not_only_text": "have images or other parts beside text",
     "begins_with_system": "have a system message first, which is not supported",
     "begins_with_assistant": "have a response first, and no prompt before it",
+    "unknown_role": "have a message of an unknown role",
     "empty": "are empty",
     "empty_chosen": "have an empty chosen response",
     "not_unicode": "are not Unicode",
