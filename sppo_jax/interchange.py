@@ -151,6 +151,7 @@ def _no_pairs(source: Source, t: int, counts: Counter[str], config: Config, posi
         f"into the model's {positions} positions",
         "in_heldout": "name other prompts in prompts.heldout",
         "no_text": "both columns hold lists of messages",
+        "unknown_role": skipped.ADVICE["unknown_role"],
     }.get(skipped.commonest(counts), "docs/prompts.md describes the columns")
     where = " in 'chosen' or 'rejected'"
     return skipped.nothing(source, f"pairs for iteration {t}", counts, where=where, advice=advice)

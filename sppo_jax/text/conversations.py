@@ -24,6 +24,17 @@ ROLES = {
 KNOWN = ("user", "assistant", "system")
 LONGEST = 1_000_000  # characters of a text that is tried as a written conversation
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's parts that are text
+# What the templates of chats put around turns, in texts of one piece.
+MARKERS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "[INST]",
+    "[/INST]",
+)
+HEADERS = (("Human:", "Assistant:"), ("User:", "Assistant:"), ("### Instruction:", "### Response:"))
 
 
 class Turn(NamedTuple):
@@ -91,6 +102,14 @@ def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
     if better == worse:
         return "identical"
     return (text, better, worse) if all(map(is_unicode, (text, better, worse))) else "not_unicode"
+
+
+def has_markers(text: str) -> bool:
+    """Return whether a text holds a chat template's markers, and so is probably a whole conversation."""
+    if any(marker in text for marker in MARKERS):
+        return True
+    lines = "\n" + text
+    return any(0 <= lines.find("\n" + user) < lines.rfind("\n" + reply) for user, reply in HEADERS)
 
 
 def is_unicode(text: str) -> bool:
