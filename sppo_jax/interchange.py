@@ -130,14 +130,13 @@ def _unfit(to: Path, run: RunDir) -> str:
         return "a directory; name a file in it"
     if files.exists(to) and not files.is_file(to):
         return "neither a file nor a directory; choose another name"
-    # A link at `to` itself would be replaced, so that only the directories above it are followed.
     above = Path(os.path.realpath(to.parent))
     for parent in (above, *above.parents):
         if parent == Path(os.path.realpath(run.root)) or _is_run(parent):
             return (
                 f"inside the run directory {parent}, whose files only the run writes; name a file elsewhere"
             )
-    if files.exists(to):
+    if files.exists(to) or to.is_symlink():
         return "the file exists, and is not replaced; choose another name"
     if to.suffix.lower() not in ENDINGS:
         return f"the pairs are written as parquet, not {to.suffix}; give {to.with_suffix('.parquet').name}"

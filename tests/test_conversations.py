@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -114,9 +115,15 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    "write", [json.dumps, lambda talk: json.dumps(talk, indent=1), str], ids=["JSON", "lines", "Python"]
-)
+WRITERS = {
+    "JSON": json.dumps,
+    "JSON on lines": lambda talk: json.dumps(talk, indent=1),
+    "Python": str,
+    "numpy": lambda talk: str(np.array([*talk, None], object)[:-1]),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
 @pytest.mark.parametrize("talk", WRITTEN)
 def test_a_conversation_that_is_written_in_a_text_is_that_conversation(write, talk):
     assert conversations.instruction(f" {write(talk)}\n") == conversations.instruction(talk)

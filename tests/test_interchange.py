@@ -307,6 +307,7 @@ LOSSES = {
     "pairs": ("run/iter_2/pairs.parquet", "inside the run directory"),
     "a new file of the run": ("run/iter_2/../new.parquet", "inside the run directory"),
     "by a link": ("link/new.parquet", "inside the run directory"),
+    "a link to nothing": ("dangling", "exists, and is not replaced"),
     "another run": ("other/iter_1/new.parquet", "inside the run directory"),
     "an existing file": ("notes.txt", "exists, and is not replaced; choose another name"),
     "an existing parquet file": ("old.parquet", "exists, and is not replaced; choose another name"),
@@ -322,6 +323,7 @@ def test_the_command_replaces_no_file_and_writes_into_no_run(official, tokenizer
     for name in ("run/config.yaml", "other/config.yaml", "other/manifest.json", "notes.txt", "old.parquet"):
         (tmp_path / name).write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
 
     def there():
         return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}

@@ -95,11 +95,12 @@ def test_a_single_prompt_that_others_were_skipped_beside_says_why(tmp_path, toke
 MARKED = [
     "<|im_start|>user\nHi?<|im_end|>", "<s>[INST] Hi? [/INST]", "\n\nHuman: Hi?\n\nAssistant: Hello.",
     "### Instruction:\nHi?\n### Response:\n", "<|start_header_id|>user<|end_header_id|>Hi?", "<start_of_turn>user\nHi?",
+    '{"role": ["user"], "content": ["Hi?"]}', "array([{'from': 'human', 'value': 'Hi?'}], dtype=object)",
 ]  # fmt: skip
 
 
 def test_texts_with_a_templates_markers_are_counted_and_said(tmp_path, tokenizer):
-    plain = ["Human: a noun?", "Explain\nAssistant: then Human:", "What is INST?"]
+    plain = ["Human: a noun?", "Explain\nAssistant: then Human:", "What is INST?", '{"from": 3}', "[value]"]
     rows = [*OBJECTS, *({"prompt": text} for text in [*MARKED, *plain])]
     found = load(tokenizer, f"jsonl:{write(tmp_path / 'own.jsonl', rows)}")
     assert found.counts["train"]["template_markers"] == len(MARKED)

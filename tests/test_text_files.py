@@ -115,6 +115,8 @@ DOCUMENTS = {
     "objects joined by commas": ",\n".join(map(json.dumps, ROWS)),
     "objects joined by commas, the last with one": ",\n".join(map(json.dumps, ROWS)) + ",\n",
     "objects joined by commas and spaces": " , \r\n".join(map(json.dumps, ROWS)),
+    "objects on one line": "".join(map(json.dumps, ROWS)),
+    "objects on one line, joined by commas": ",".join(map(json.dumps, ROWS)),
     "objects joined by commas, indented": ",\n".join(json.dumps(row, indent=2) for row in ROWS),
     "objects, indented": "\n".join(json.dumps(row, indent=2) for row in ROWS),
 }  # fmt: skip

@@ -4,9 +4,10 @@ Only the turns that are used are looked at: what a later message holds, or lacks
 """
 
 import ast
+import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 ROLE_KEYS = ("role", "from")
@@ -105,8 +106,12 @@ def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
 
 
 def has_markers(text: str) -> bool:
-    """Return whether a text holds a chat template's markers, and so is probably a whole conversation."""
+    """Return whether a text is probably a whole conversation: by a chat template's markers, or keys of messages."""
     if any(marker in text for marker in MARKERS):
+        return True
+    if text.lstrip().startswith(("{", "[", "array(")) and any(
+        all(f'"{key}":' in text or f"'{key}':" in text for key in keys) for keys in WRITTEN_KEYS
+    ):
         return True
     lines = "\n" + text
     return any(0 <= lines.find("\n" + user) < lines.rfind("\n" + reply) for user, reply in HEADERS)
@@ -150,17 +155,24 @@ def _written(text: str) -> Any:
         return None
     if len(text) > LONGEST:
         return None
+    # numpy prints no commas between items; Python's own texts hold no line feeds, so that these are not in a message.
+    readings = (json.loads, ast.literal_eval, lambda text: ast.literal_eval(text.replace("}\n {", "}, {")))
+    value = next(
+        (value for value in map(functools.partial(_tried, text), readings) if value is not None), None
+    )
+    if isinstance(value, list) and all(isinstance(item, dict) and _is_message(item) for item in value):
+        return value
+    return None
+
+
+def _tried(text: str, read: Callable[[str], Any]) -> Any:
+    """Return the value that `read` finds in a text; None where it finds none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about backslashes in a text that is not Python
-                value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return None
-    messages = isinstance(value, list) and all(isinstance(item, dict) for item in value)
-    return value if messages and all(map(_is_message, value)) else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about backslashes in a text that is not Python
+            return read(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def _is_message(item: dict[str, Any]) -> bool:

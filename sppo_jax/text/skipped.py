@@ -60,7 +60,8 @@ def notes(name: str, counts: Mapping[str, int], where: str) -> list[str]:
     if marked := counts.get("template_markers"):
         found.append(
             f"prompts, {name}: {marked} of the prompts hold a chat template's markers, such as <|im_start|>, [INST] or Human: "
-            "... Assistant: they are taken as text, inside the policy's own template; give lists of messages instead"
+            "... Assistant:, or keys of messages: they are taken as text, inside the policy's own template; give lists of "
+            "messages instead"
         )
     return found
 

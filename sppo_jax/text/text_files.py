@@ -74,8 +74,11 @@ def rows(path: Path, label: str) -> Iterator[dict[str, Any] | str]:
         return
     second = next(lines, "")
     value = None if second else _parsed(first)
-    if isinstance(value, list):  # an array on one line
-        yield from map(_row, value)
+    found = value if isinstance(value, list) else None  # an array on one line
+    if value is None and not second and first.startswith("{"):
+        found = _document(first, label)  # objects on one line
+    if found is not None:
+        yield from map(_row, found)
     else:
         yield from _of_lines(itertools.chain(filter(None, (first, second)), lines), label)
 
