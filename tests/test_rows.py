@@ -170,6 +170,7 @@ SHAPES = {
     "only numbers": ([{"id": 0, "n": 2}] * 2, "none of them holds text or a conversation"),
     "pandas' split": ([{"columns": ["prompt"], "index": [0], "data": [["a"]]}], "one JSON object that holds whole columns"),
     "rows by their ids": ([{"x1": {"prompt": "a"}, "x2": {"prompt": "b"}}], "one JSON object whose values are the rows"),
+    "rows by their ids, of another column": ([{"1": {"q": "a"}, "2": {"q": "b"}}], "one JSON object whose values are the rows"),
     "some with text": ([{"id": 0, "q": "a", "data": {}}] * 2, "set prompts.column to one that holds text (q)"),
     "a conversation": ([{"id": 0, "talk": turns("a", "b")}] * 2, "set prompts.column to one that holds text (talk)"),
 }  # fmt: skip

@@ -131,7 +131,7 @@ def _check_object(source: Source, columns: Columns, row: Row) -> None:
     columns_apart = isinstance(row.get("columns"), list) and isinstance(row.get("data"), list)
     for column in columns or ():
         value = row.get(column)
-        if column not in row and all(isinstance(other, dict) and column in other for other in row.values()):
+        if column not in row and _are_rows(list(row.values()), column):
             raise BadInput(
                 f"{source}: one JSON object whose values are the rows, by their keys; write one object per row, such as "
                 f'{{"{column}": "..."}}'
@@ -148,6 +148,12 @@ def _check_object(source: Source, columns: Columns, row: Row) -> None:
                 f"{source}: one JSON object that holds whole columns; write one object per row (pandas: "
                 "to_json(orient='records', lines=True))"
             )
+
+
+def _are_rows(values: Sequence[Any], column: str) -> bool:
+    """Return whether the values of an object are rows: all have the column, or several have the same columns."""
+    kinds = {tuple(sorted(value)) if isinstance(value, dict) else () for value in values}
+    return all(column in kind for kind in kinds) or (len(kinds) == 1 < len(values) and kinds != {()})
 
 
 def _holds_rows(value: Any, column: str) -> bool:
