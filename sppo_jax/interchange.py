@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from sppo_jax.text.chat_template import chat_prompt, written_ids
 from sppo_jax.text.source import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
+ENDINGS = (".parquet", ".parq", "")  # of names that may be written
 SCHEMA = pa.schema([records.SCHEMAS[Pair].field(name) for name in COLUMNS])
 
 
@@ -88,17 +90,57 @@ def main(words: Sequence[str]) -> None:
     parser = Flags("sppo_jax.interchange", "Write an iteration's pairs in the official code's columns.")
     parser.add_argument("--run", required=True, metavar="OUT", help="run directory")
     parser.add_argument("--iteration", required=True, type=int, metavar="T", help="iteration, from 1")
-    parser.add_argument("--to", required=True, metavar="FILE", help="parquet file to write")
+    parser.add_argument(
+        "--to", required=True, metavar="FILE", help="new parquet file, outside of run directories"
+    )
     given = parser.read(words)
-    path = RunDir(files.expand(given.run)).pairs(given.iteration)
+    run = RunDir(files.expand(given.run))
+    path = run.pairs(given.iteration)
     if not files.is_file(path):
-        raise BadInput(f"--run {given.run}: iteration {given.iteration} has no pairs ({path} is missing)")
+        raise BadInput(f"--run {given.run}: {_no_iteration(run, given.iteration)}")
     to = Path(files.expand(given.to))
-    if files.exists(to) and to.samefile(path):
-        raise BadInput(f"--to {given.to}: the run's own file, which has more columns; name another file")
+    if reason := _unfit(to, run):
+        raise BadInput(f"--to {given.to}: {reason}")
     pairs = records.read(path, Pair)
     write(pairs, to)
     print(f"{len(pairs)} pairs written to {given.to}")
+
+
+def _no_iteration(run: RunDir, t: int) -> str:
+    """Return why a run directory has no pairs of iteration t."""
+    if _is_run(run.root):
+        return f"iteration {t} has no pairs ({run.pairs(t)} is missing)"
+    above = run.root.parent
+    meant = (
+        f"; did you mean --run {above}?"
+        if _is_run(above)
+        else "; name the directory of the run's config.yaml"
+    )
+    return f"not a run directory{meant}" if files.exists(run.root) else f"no such directory{meant}"
+
+
+def _is_run(root: Path) -> bool:
+    paths = RunDir(root)
+    return files.is_file(paths.config) and files.is_file(paths.manifest)
+
+
+def _unfit(to: Path, run: RunDir) -> str:
+    """Return why a file may not be written at `to`, where something would be lost or misnamed; else ""."""
+    if files.is_dir(to):
+        return "a directory; name a file in it"
+    if files.exists(to) and not files.is_file(to):
+        return "neither a file nor a directory; choose another name"
+    above = Path(os.path.realpath(to.parent))
+    for parent in (above, *above.parents):
+        if parent == Path(os.path.realpath(run.root)) or _is_run(parent):
+            return (
+                f"inside the run directory {parent}, whose files only the run writes; name a file elsewhere"
+            )
+    if files.exists(to) or to.is_symlink():
+        return "the file exists, and is not replaced; choose another name"
+    if to.suffix.lower() not in ENDINGS:
+        return f"the pairs are written as parquet, not {to.suffix}; give {to.with_suffix('.parquet').name}"
+    return ""
 
 
 def _no_pairs(source: Source, t: int, counts: Counter[str], config: Config, positions: int) -> BadInput:
@@ -108,6 +150,7 @@ def _no_pairs(source: Source, t: int, counts: Counter[str], config: Config, posi
         f"into the model's {positions} positions",
         "in_heldout": "name other prompts in prompts.heldout",
         "no_text": "both columns hold lists of messages",
+        "unknown_role": skipped.ADVICE["unknown_role"],
     }.get(skipped.commonest(counts), "docs/prompts.md describes the columns")
     where = " in 'chosen' or 'rejected'"
     return skipped.nothing(source, f"pairs for iteration {t}", counts, where=where, advice=advice)

@@ -66,11 +66,7 @@ def load(config: Config, tokenizer: Any) -> PromptSets:
         _hold_out(texts, source, config, tokenizer, "given pairs 1", seen, sets)
         del sets.counts["given pairs 1"]  # the pairs' own reader counts their rows
     for name, count in sets.counts.items():
-        if more := count.get("more_turns"):
-            sets.notes.append(
-                f"prompts, {name}: {more} of the prompts begin conversations with more turns of the user: only the first "
-                "turn is used"
-            )
+        sets.notes += skipped.notes(name, count, _where(config))
     return sets
 
 
@@ -139,8 +135,9 @@ def _hold_out(
     if not texts:
         raise _nothing(source, "prompts", config, tokenizer, count, texts)
     if len(texts) == 1:
+        others = skipped.described(count, _where(config))
         raise BadInput(
-            f"{source} has one distinct prompt, of which none can be held out for evaluation; give more, or name "
+            f"{source} has one distinct prompt{f' ({others})' if others else ''}, of which none can be held out for evaluation; give more, or name "
             "other prompts in prompts.heldout (jsonl:PATH)"
         )
     order = sorted(texts, key=lambda text: files.sha256_text(str(prompt_id(text))))
@@ -180,8 +177,11 @@ def _distinct(source: Source, config: Config, name: str, seen: dict[int, str], s
             seen[identity] = name
             texts.append(text)
             count["more_turns"] += more
+            count["template_markers"] += conversations.has_markers(text)
         count["rows"] += 1
     sets.counts[name] = {reason: number for reason, number in count.items() if number}
+    note = rows.note(source)
+    sets.notes += [note] if note and note not in sets.notes else []
     return texts
 
 
@@ -245,4 +245,6 @@ def _nothing(
         advice = "name other prompts in prompts.heldout, or leave it empty to hold out a share of these"
     elif reason in ("not_json", "not_object"):
         advice = f'write one object per line, such as {{"{config.prompts.column}": "..."}}'
+    elif reason == "unknown_role":
+        advice = skipped.ADVICE[reason]
     return skipped.nothing(source, what, count, where=_where(config), advice=advice)

@@ -20,7 +20,7 @@ from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
 from sppo_jax.settings import checks, embedded
-from sppo_jax.text import chat_template
+from sppo_jax.text import chat_template, skipped
 from sppo_jax.training import effect
 from sppo_jax.training.trainer import Trainer
 
@@ -113,6 +113,8 @@ class Session:
                 positions=self.architecture.max_positions,
                 heldout=self.sets.heldout_ids,
             )
+            name = f"given pairs {t}"
+            self.sets.notes += skipped.notes(name, self.sets.counts[name], " in 'chosen' or 'rejected'")
             found.append(pairs)
         return found
 

@@ -263,6 +263,8 @@ def test_the_command_writes_an_iterations_pairs(official, tokenizer, tmp_path, c
     interchange.main(["--run", str(tmp_path / "run"), "--iteration", "2", "--to", str(to)])
     assert "3 pairs" in capsys.readouterr().out
     assert repr(read(tokenizer, f"parquet:{to}")[0]) == repr(pairs)
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "run" / name).write_text("{}")
     with pytest.raises(BadInput, match="iteration 3 has no pairs"):
         interchange.main(["--run", str(tmp_path / "run"), "--iteration", "3", "--to", str(to)])
     (tmp_path / "file").write_text("")
@@ -300,13 +302,59 @@ def test_a_bad_flag_is_one_line():
         interchange.main(["--iteration", "1"])
 
 
+LOSSES = {
+    "the configuration": ("run/config.yaml", "inside the run directory"),
+    "pairs": ("run/iter_2/pairs.parquet", "inside the run directory"),
+    "a new file of the run": ("run/iter_2/../new.parquet", "inside the run directory"),
+    "by a link": ("link/new.parquet", "inside the run directory"),
+    "a link to nothing": ("dangling", "exists, and is not replaced"),
+    "another run": ("other/iter_1/new.parquet", "inside the run directory"),
+    "an existing file": ("notes.txt", "exists, and is not replaced; choose another name"),
+    "an existing parquet file": ("old.parquet", "exists, and is not replaced; choose another name"),
+    "a name of another kind": ("a.jsonl", "written as parquet, not .jsonl; give a.parquet"),
+    "a name of a third kind": ("a.CSV", "written as parquet, not .CSV"),
+}
+
+
+@pytest.mark.parametrize(("to", "said"), LOSSES.values(), ids=LOSSES.keys())
+def test_the_command_replaces_no_file_and_writes_into_no_run(official, tokenizer, tmp_path, to, said):
+    own(tokenizer, official, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    for name in ("run/config.yaml", "other/config.yaml", "other/manifest.json", "notes.txt", "old.parquet"):
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+
+    def there():
+        return {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+
+    before = there()
+    with pytest.raises(BadInput, match=f"^--to .*{said}"):
+        interchange.main(["--run", str(tmp_path / "run"), "--iteration", "2", "--to", str(tmp_path / to)])
+    assert there() == before
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [("nope", "no such directory"), (".", "not a run directory"), ("run/iter_2", "not a run directory; did you mean --run .*run[?]")],
+)  # fmt: skip
+def test_what_is_not_a_run_directory_is_said(official, tokenizer, tmp_path, run, said):
+    own(tokenizer, official, tmp_path / "run")
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(BadInput, match=f"^--run .*{said}"):
+        interchange.main(
+            ["--run", str(tmp_path / run), "--iteration", "1", "--to", str(tmp_path / "x.parquet")]
+        )
+
+
 PATHS = {
     "--to a pipe": (["--to", "RUN/pipe"], "pipe: neither a file nor a directory"),
     "--to with NUL": (["--to", "a\0b"], "not a possible name of a file"),
     "--to too long": (["--to", "a" * 300], "File name too long"),
-    "--to below a file": (["--to", "RUN/iter_2/pairs.parquet/x"], "cannot be written"),
+    "--to below a file": (["--to", "RUN/../file/x"], "cannot be written"),
     "--to a directory": (["--to", "RUN"], "a directory; name a file in it"),
-    "--to the run's own file": (["--to", "RUN/iter_2/../iter_2/pairs.parquet"], "the run's own file"),
+    "--to the run's own file": (["--to", "RUN/iter_2/../iter_2/pairs.parquet"], "inside the run directory"),
     "--run with NUL": (["--to", "RUN/x", "--run", "a\0b"], "not a possible name of a file"),
     "--run too long": (["--to", "RUN/x", "--run", "a" * 300], "File name too long"),
     "--run a loop of links": (["--to", "RUN/x", "--run", "RUN/loop"], "symbolic links"),
@@ -324,6 +372,7 @@ def test_odd_paths_of_the_command_are_one_line_and_nothing_is_lost(
     run = tmp_path / "run"
     own(tokenizer, official, run)
     (run / "loop").symlink_to(run / "loop")
+    (tmp_path / "file").write_text("")
     os.mkfifo(run / "pipe")  # stands for devices, which no test may risk
     before = (run / "iter_2" / "pairs.parquet").read_bytes()
     words = [word.replace("RUN", str(run)) for word in words]

@@ -112,6 +112,12 @@ DOCUMENTS = {
     "an array": json.dumps(ROWS),
     "an array, indented": json.dumps(ROWS, indent=2),
     "an array, a row per line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+    "objects joined by commas": ",\n".join(map(json.dumps, ROWS)),
+    "objects joined by commas, the last with one": ",\n".join(map(json.dumps, ROWS)) + ",\n",
+    "objects joined by commas and spaces": " , \r\n".join(map(json.dumps, ROWS)),
+    "objects on one line": "".join(map(json.dumps, ROWS)),
+    "objects on one line, joined by commas": ",".join(map(json.dumps, ROWS)),
+    "objects joined by commas, indented": ",\n".join(json.dumps(row, indent=2) for row in ROWS),
     "objects, indented": "\n".join(json.dumps(row, indent=2) for row in ROWS),
 }  # fmt: skip
 
@@ -120,6 +126,16 @@ DOCUMENTS = {
 def test_json_that_spans_lines_gives_the_same_rows(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
     assert read(tmp_path / "rows.json") == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["shift-jis", "gbk", "euc-kr", "latin-1"])
+def test_no_encoding_is_guessed_for_bytes_that_are_not_utf8(tmp_path, encoding):
+    text = {"gbk": "问题", "euc-kr": "문제", "latin-1": "é"}.get(encoding, "問題")
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode(encoding))
+    message = refused(tmp_path / "rows.jsonl")
+    assert "its encoding is not known" in message
+    assert "iconv -f ENCODING -t UTF-8" in message
+    assert "1252" not in message
 
 
 def test_one_object_is_one_row(tmp_path):
@@ -175,10 +191,11 @@ OTHERS = {
     "a zip archive: unpack it": b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(16) + b"rows.jsonl",
     "a safetensors file": (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}',
     "a tar archive": gzip.compress(b"rows.jsonl".ljust(257, b"\0") + b"ustar  \0".ljust(255, b"\0")),
+    "compressed more than once": gzip.compress(gzip.compress(PLAIN)),
+    "compressed more than once: unpack it": bz2.compress(lzma.compress(PLAIN)),
     "an HTML page": b"\n<!DOCTYPE html><title>x</title>",
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     "A csv file? hf:DIR reads": b'prompt,answer\n"a, b",c\n',
-    "No comma stands between lines": b'{"prompt": "a"},\n{"prompt": "b"},\n',
     "the first is 'Tell me": b"Tell me a story.\nAnd another.\n",
 }
 

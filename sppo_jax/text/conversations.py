@@ -3,19 +3,39 @@
 Only the turns that are used are looked at: what a later message holds, or lacks, does not matter.
 """
 
-from collections.abc import Sequence
+import ast
+import functools
+import json
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
+WRITTEN_KEYS = (("role", "content"), ("from", "value"))  # of messages in a text
 ROLES = {
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "developer": "system",
 }
+KNOWN = ("user", "assistant", "system")
+LONGEST = 1_000_000  # characters of a text that is tried as a written conversation
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's parts that are text
+# What the templates of chats put around turns, in texts of one piece.
+MARKERS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "[INST]",
+    "[/INST]",
+)
+HEADERS = (("Human:", "Assistant:"), ("User:", "Assistant:"), ("### Instruction:", "### Response:"))
 
 
 class Turn(NamedTuple):
@@ -30,10 +50,16 @@ def turns(value: Any) -> list[Turn] | None:
     """Return the turns of a conversation: a list of messages, or a struct of lists; None for anything else.
 
     A message has `role` and `content`, or `from` and `value` (ShareGPT). Its content is a text, or a list of parts, whose
-    texts are joined; with a part that is not text, such as an image, it has no text.
+    texts are joined; with a part that is not text, such as an image, it has no text. A message that is no struct has
+    neither role nor text. A text is a conversation if it is such a list, written in JSON or as Python prints it.
     """
-    messages = _structs(value, (*ROLE_KEYS, *TEXT_KEYS))
-    if messages is None:
+    if isinstance(value, str):
+        return turns(_written(value))
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        messages = [message if isinstance(message, dict) else {} for message in value]
+    elif (found := _structs(value, (*ROLE_KEYS, *TEXT_KEYS))) is not None:
+        messages = found
+    else:
         return None
     return [Turn(_role(message), *_content(_first(message, TEXT_KEYS))) for message in messages]
 
@@ -44,16 +70,14 @@ def instruction(value: Any) -> tuple[str, bool] | str:
     The value is the text itself, or a conversation that begins with the user's message. The reason, for which the row
     is skipped, is the name of a count.
     """
-    if isinstance(value, str):
-        return value, False
     found = turns(value)
     if not found:
-        return "no_text"
+        return (value, False) if isinstance(value, str) else "no_text"
     first, *later = found
     if first.role in ("system", "assistant"):
         return f"begins_with_{first.role}"
     if first.role != "user":
-        return "no_text"
+        return "unknown_role"
     return first.reason if first.text is None else (first.text, any(turn.role == "user" for turn in later))
 
 
@@ -63,6 +87,8 @@ def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
     if any(conversation is None for conversation in found):
         return "no_text"
     conversations = [conversation or [] for conversation in found]
+    if any(turn.role not in KNOWN for turns in conversations for turn in turns[:2]):
+        return "unknown_role"
     if reasons := [turn.reason for turns in conversations for turn in turns[:2] if turn.text is None]:
         return reasons[0]
     if any([turn.role for turn in turns] != ["user", "assistant"] for turns in conversations):
@@ -77,6 +103,18 @@ def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
     if better == worse:
         return "identical"
     return (text, better, worse) if all(map(is_unicode, (text, better, worse))) else "not_unicode"
+
+
+def has_markers(text: str) -> bool:
+    """Return whether a text is probably a whole conversation: by a chat template's markers, or keys of messages."""
+    if any(marker in text for marker in MARKERS):
+        return True
+    if text.lstrip().startswith(("{", "[", "array(")) and any(
+        all(f'"{key}":' in text or f"'{key}':" in text for key in keys) for keys in WRITTEN_KEYS
+    ):
+        return True
+    lines = "\n" + text
+    return any(0 <= lines.find("\n" + user) < lines.rfind("\n" + reply) for user, reply in HEADERS)
 
 
 def is_unicode(text: str) -> bool:
@@ -106,7 +144,39 @@ def _first(message: dict[str, Any], keys: Sequence[str]) -> Any:
 
 def _role(message: dict[str, Any]) -> str:
     role = _first(message, ROLE_KEYS)
-    return ROLES.get(role, role) if isinstance(role, str) else ""
+    role = role.strip().lower() if isinstance(role, str) else ""
+    return ROLES.get(role, role)
+
+
+def _written(text: str) -> Any:
+    """Return the list of messages that a text is, as exports of tables to CSV write one; None for any other text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]") and text[1:].lstrip().startswith("{")):
+        return None
+    if len(text) > LONGEST:
+        return None
+    # numpy prints no commas between items; Python's own texts hold no line feeds, so that these are not in a message.
+    readings = (json.loads, ast.literal_eval, lambda text: ast.literal_eval(text.replace("}\n {", "}, {")))
+    value = next(
+        (value for value in map(functools.partial(_tried, text), readings) if value is not None), None
+    )
+    if isinstance(value, list) and all(isinstance(item, dict) and _is_message(item) for item in value):
+        return value
+    return None
+
+
+def _tried(text: str, read: Callable[[str], Any]) -> Any:
+    """Return the value that `read` finds in a text; None where it finds none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about backslashes in a text that is not Python
+            return read(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _is_message(item: dict[str, Any]) -> bool:
+    return any(isinstance(item.get(role), str) and text in item for role, text in WRITTEN_KEYS)
 
 
 def _content(value: Any) -> tuple[str | None, str]:

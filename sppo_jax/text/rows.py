@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from sppo_jax.hub.names import resolve
 from sppo_jax.text import libraries, text_files
 from sppo_jax.text.conversations import instruction
 from sppo_jax.text.source import (
+    COLUMNS,
     NO_SPLIT,
     ROWS,
     Columns,
+    NoColumn,
     Row,
     Source,
     as_bad_input,
@@ -24,6 +27,18 @@ from sppo_jax.text.source import (
     shown_name,
 )
 
+# Endings of the files of a directory that are read: the first group of which there are any.
+ENDINGS = {"jsonl": ((".jsonl", ".ndjson"), (".json",)), "parquet": ((".parquet", ".parq"),)}
+SPLITS = (
+    ("train", re.compile(r"(?<![a-z])train(ing)?(?![a-z])")),
+    ("validation", re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")),
+    ("test", re.compile(r"(?<![a-z])(test|testing|eval|evaluation|held[-_]?out)(?![a-z])")),
+)  # how the names of files say their split, as the datasets library reads them
+PAIRS = (
+    "the columns chosen and rejected (lists of messages), chosen_probs, chosen_probs_win and chosen_probs_lose "
+    "(probabilities from 0 to 1: docs/prompts.md describes them); scores are none"
+)
+SHOWN = 10  # names of files in a note
 FIRST = 100  # rows whose columns are looked at for advice
 
 
@@ -39,7 +54,35 @@ def rows(source: Source, columns: Columns) -> Iterator[Row | str]:
         raise BadInput(
             f"{source}: give {kinds}, NAME being a dataset's name or local directory{_meant(source.name)}"
         )
-    yield from _READERS[scheme](source, name, columns)
+    try:
+        yield from _READERS[scheme](source, name, columns)
+    except NoColumn as error:
+        raise BadInput(f"{error}{_instead(source, error.near)}") from None
+
+
+def note(source: Source) -> str:
+    """Return a sentence about which files of a directory are read; "" for a source that is not one of several files."""
+    scheme, _, name = source.name.partition(":")
+    if scheme not in ENDINGS or not files.is_dir(Path(name)):
+        return ""
+    names = [path.name for path, _ in _files(source, name, ENDINGS[scheme])]
+    shown = ", ".join(map(shown_name, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return f"{source}: {len(names)} files of the directory are read: {shown}" if len(names) > 1 else ""
+
+
+def _instead(source: Source, near: str) -> str:
+    """Return the end of the line about a column that a source does not have: what to do."""
+    if source.knob == "pairs.source":
+        return f"; given pairs need {PAIRS}"
+    names = [shown_name(name) for name in columns_of_text(source)]
+    if not names:
+        return (
+            '; none of them holds text or a conversation: write one object per row, such as {"prompt": "..."}, and name '
+            "its column in prompts.column"
+        )
+    both = ", which names the column of both sources" if source.knob == "prompts.heldout" else ""
+    meant = f"; did you mean {near!r}?" if near else ""
+    return f"; set prompts.column to one that holds text ({', '.join(names[:COLUMNS])}){both}{meant}"
 
 
 def _meant(name: str) -> str:
@@ -70,7 +113,7 @@ def _jsonl(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
     """Yield the rows of a file of JSON, or of all files of a directory."""
     names: set[str] = set()
     number, last = 0, {}
-    for path, label in _files(source, name, (".jsonl", ".ndjson"), (".json",)):
+    for path, label in _files(source, name, ENDINGS["jsonl"]):
         for row in text_files.rows(path, label):
             number += 1
             if isinstance(row, dict):
@@ -84,20 +127,33 @@ def _jsonl(source: Source, name: str, columns: Columns) -> Iterator[Row | str]:
 
 
 def _check_object(source: Source, columns: Columns, row: Row) -> None:
-    """Raise BadInput if the only row of a file is an object that holds all rows in a list, or whole columns."""
+    """Raise BadInput if the only row of a file is an object that holds all rows, or whole columns."""
+    columns_apart = isinstance(row.get("columns"), list) and isinstance(row.get("data"), list)
     for column in columns or ():
         value = row.get(column)
+        if column not in row and _are_rows(list(row.values()), column):
+            raise BadInput(
+                f"{source}: one JSON object whose values are the rows, by their keys; write one object per row, such as "
+                f'{{"{column}": "..."}}'
+            )
         holding = [name for name, other in row.items() if _holds_rows(other, column)]
         if column not in row and holding:
             raise BadInput(
                 f"{source}: one JSON object, whose list {holding[0]!r} holds the rows; give that list alone as a JSON array"
             )
         texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if value and (texts or (isinstance(value, dict) and all(map(str.isdigit, value)))):
+        by_index = isinstance(value, dict) and all(map(str.isdigit, value))
+        if (value and (texts or by_index)) or (column not in row and columns_apart):
             raise BadInput(
                 f"{source}: one JSON object that holds whole columns; write one object per row (pandas: "
                 "to_json(orient='records', lines=True))"
             )
+
+
+def _are_rows(values: Sequence[Any], column: str) -> bool:
+    """Return whether the values of an object are rows: all have the column, or several have the same columns."""
+    kinds = {tuple(sorted(value)) if isinstance(value, dict) else () for value in values}
+    return all(column in kind for kind in kinds) or (len(kinds) == 1 < len(values) and kinds != {()})
 
 
 def _holds_rows(value: Any, column: str) -> bool:
@@ -108,7 +164,7 @@ def _parquet(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a parquet file, or of all files of a directory, of which only the columns are read."""
     import pyarrow.parquet as pq
 
-    for path, label in _files(source, name, (".parquet", ".parq")):
+    for path, label in _files(source, name, ENDINGS["parquet"]):
         start = text_files.head(path, label)
         if start[:4] != b"PAR1" and (found := text_files.kind(start) or _json(start)):
             raise BadInput(f"{label}: {found}")
@@ -128,11 +184,11 @@ _READERS: dict[str, Callable[[Source, str, Columns], Iterator[Any]]] = {
 }
 
 
-def _files(source: Source, name: str, *endings: Sequence[str]) -> list[tuple[Path, str]]:
+def _files(source: Source, name: str, endings: Sequence[Sequence[str]]) -> list[tuple[Path, str]]:
     """Return a source's file, or those of a directory by name, each with what messages call it.
 
     Of a directory these are the files whose names have the first of `endings` that any has, compressed or not.
-    Raises BadInput unless they can be read and no split is named.
+    Raises BadInput unless they can be read, are of one split by their names, and no split is named.
     """
     path = Path(name)
     with named(source):
@@ -158,12 +214,25 @@ def _parts(source: Source, path: Path, endings: Sequence[Sequence[str]]) -> list
         for some in endings:
             packed = tuple(ending + end for ending in some for end in text_files.ENDINGS)
             if found := [p for p in inside if p.name.lower().endswith(packed) and files.is_file(p)]:
+                _check_splits([part.name for part in found])
                 return [(part, f"{source}: {shown_name(part.name)}") for part in found]
     held = ", ".join(shown_name(p.name) for p in inside[:3]) or "nothing"
     kinds = " or ".join("*" + ending for ending in itertools.chain(*endings))
     raise BadInput(
         f"{source}: no file {kinds} in this directory, which holds {held}; hf:DIR reads datasets in other layouts"
     )
+
+
+def _check_splits(names: Sequence[str]) -> None:
+    """Raise BadInput for files of which some are for training and some for tests, by their names."""
+    found: dict[str, str] = {}
+    for name in names:
+        split = next((split for split, words in SPLITS if words.search(name.lower())), "")
+        found.setdefault(split, shown_name(name))
+    if len(found) > 1 and found.keys() & {"validation", "test"}:
+        raise BadInput(
+            f"files of several splits in one directory ({', '.join(found.values())}), give one file, or hf:DIR with a split"
+        )
 
 
 def _not_a_file(path: Path) -> str:

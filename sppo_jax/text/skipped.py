@@ -13,6 +13,7 @@ MEANS = {
     "not_only_text": "have images or other parts beside text",
     "begins_with_system": "have a system message first, which is not supported",
     "begins_with_assistant": "have a response first, and no prompt before it",
+    "unknown_role": "have a message of an unknown role",
     "empty": "are empty",
     "empty_chosen": "have an empty chosen response",
     "not_unicode": "are not Unicode",
@@ -24,6 +25,45 @@ MEANS = {
     "identical": "have two equal responses",
     "bad_probability": "have a probability that is missing or outside [0, 1]",
 }
+EXPECTED = ("repeated", "in_heldout")  # counts that are no faults of the rows
+# What to do about rows that were skipped for a reason, where a note says that there are many.
+ADVICE = {
+    "not_json": "write one object per line",
+    "not_object": "write one object per line",
+    "no_text": "is it the right column?",
+    "not_only_text": "only prompts that are text alone are read",
+    "begins_with_system": "put the user's message first",
+    "begins_with_assistant": "put the user's message first",
+    "unknown_role": "a message has role (user, assistant) and content, or from (human, gpt) and value",
+    "too_long": "raise prompts.max_length, or give shorter prompts",
+    "bad_probability": "probabilities are numbers from 0 to 1",
+}
+MANY = 10  # more than one row in so many is worth a note
+
+
+def notes(name: str, counts: Mapping[str, int], where: str) -> list[str]:
+    """Return sentences for the user about the rows of the set `name`: many that were skipped, and odd prompts.
+
+    Rows that other rows or sets have already are not faults: they are not among the many.
+    """
+    found = []
+    faults = {key: number for key, number in counts.items() if key in MEANS and key not in EXPECTED}
+    if sum(faults.values()) * MANY > counts.get("rows", 0):
+        said = described(faults | {"rows": counts.get("rows", 0)}, where)
+        advice = ADVICE.get(commonest(faults), "look at these rows")
+        found.append(f"prompts, {name}: many rows are skipped: {said}; {advice}")
+    if more := counts.get("more_turns"):
+        found.append(
+            f"prompts, {name}: {more} of the prompts begin conversations with more turns of the user: only the first turn is "
+            "used"
+        )
+    if marked := counts.get("template_markers"):
+        found.append(
+            f"prompts, {name}: {marked} of the prompts hold a chat template's markers, such as <|im_start|>, [INST] or Human: "
+            "... Assistant:, or keys of messages: they are taken as text, inside the policy's own template; give lists of "
+            "messages instead"
+        )
+    return found
 
 
 def nothing(

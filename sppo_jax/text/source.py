@@ -13,11 +13,6 @@ PLACEHOLDER = "{iteration}"
 NO_SPLIT = ("train", "test")  # the knobs' defaults, which a file ignores
 ROWS = 1000  # rows read at a time
 SHOWN = 300  # characters of a library's message
-# What to do about a column that is not there, by the knob that named the source.
-COLUMN_ADVICE = {
-    "prompts.source": "; set prompts.column to one of them",
-    "prompts.heldout": "; set prompts.column to one of them, which names the column of both sources",
-}
 COLUMNS = 20  # names of columns in a message
 
 Row = dict[str, Any]
@@ -52,17 +47,24 @@ def shown_name(name: str) -> str:
     return name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}…{name[-SHOWN // 2 :]}"
 
 
+class NoColumn(BadInput):
+    """A wanted column that a source does not have; `near` is the column that may be meant, or ""."""
+
+    def __init__(self, line: str, near: str):
+        super().__init__(line)
+        self.near = near
+
+
 def check_columns(source: Source | str, columns: Columns, names: Collection[str]) -> None:
-    """Raise BadInput for a column that is not among `names`."""
+    """Raise NoColumn for a column that is not among `names`."""
     for column in columns or ():
         if column not in names:
             near = difflib.get_close_matches(column, names, 1)
-            shown = ", ".join(map(shown_name, list(names)[:COLUMNS])) + (
-                ", …" if len(names) > COLUMNS else ""
+            shown = ", ".join(map(shown_name, list(names)[:COLUMNS]))
+            more = ", …" if len(names) > COLUMNS else ""
+            raise NoColumn(
+                f"{source}: no column {column!r}; there are {shown}{more}", near[0] if near else ""
             )
-            advice = next((text for knob, text in COLUMN_ADVICE.items() if str(source).startswith(knob)), "")
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"{source}: no column {column!r}; there are {shown}{advice}{meant}")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from sppo_jax.errors import BadInput, one_line
 
 HEAD = 4096  # bytes that show the kind of a file
 SPACE = " \t\n\r\v\f"
-BLANK = re.compile(r"\s*")
+BETWEEN = re.compile(r"\s*,?\s*")  # values that span lines
 SHOWN = 60  # characters of a line in a message
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as they are decoded
 ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")  # of compressed parts
@@ -62,8 +62,8 @@ IN_ZIP = (
 def rows(path: Path, label: str) -> Iterator[dict[str, Any] | str]:
     """Yield the objects of a file; for a line that is not one, the reason: "not_json" or "not_object".
 
-    The file has one object per line (blank lines are skipped; a line ends in LF, CR or both), or is a JSON array of
-    objects, or objects on several lines. Raises BadInput, which begins with `label`, for what cannot be read, is not
+    The file has one object per line (blank lines are skipped; a line ends in LF, CR or both; a comma after the object
+    means nothing), or is a JSON array of objects, or objects on several lines. Raises BadInput, which begins with `label`, for what cannot be read, is not
     text, or holds no JSON at all.
     """
     lines = _lines(path, label)
@@ -74,8 +74,11 @@ def rows(path: Path, label: str) -> Iterator[dict[str, Any] | str]:
         return
     second = next(lines, "")
     value = None if second else _parsed(first)
-    if isinstance(value, list):  # an array on one line
-        yield from map(_row, value)
+    found = value if isinstance(value, list) else None  # an array on one line
+    if value is None and not second and first.startswith("{"):
+        found = _document(first, label)  # objects on one line
+    if found is not None:
+        yield from map(_row, found)
     else:
         yield from _of_lines(itertools.chain(filter(None, (first, second)), lines), label)
 
@@ -110,17 +113,12 @@ def _of_lines(lines: Iterable[str], label: str) -> Iterator[dict[str, Any] | str
     any_json, first = False, ""
     for line in lines:
         first = first or line
-        try:
-            row = _row(json.loads(line))
-        except (ValueError, RecursionError):
-            row = "not_json"
+        row = _of_line(line)
         any_json = any_json or row != "not_json"
         yield row
     if first and not any_json:
         hint = ""
-        if first.endswith(","):
-            hint = " No comma stands between lines."
-        elif re.match(r"[^{\[]*[,;\t]", first):
+        if re.match(r"[^{\[]*[,;\t]", first):
             hint = " A csv file? hf:DIR reads a directory of them."
         raise BadInput(
             f"{label}: no line is JSON; the first is {first[:SHOWN]!r}. Write one object per line, such as "
@@ -132,6 +130,10 @@ def _lines(path: Path, label: str) -> Iterator[str]:
     """Yield the lines of a file that are not blank, decoded. Raises BadInput where the file is not text."""
     with _reported(label), _unpacked(path, label) as file:
         start = file.read(HEAD)
+    if any(start.startswith(magic) for magic, _ in PACKED):
+        raise BadInput(
+            f"{label}: compressed more than once: unpack it until it is compressed once, or not at all"
+        )
     if found := kind(start):
         raise BadInput(f"{label}: {found}")
     name = files.encoding(start)
@@ -145,8 +147,8 @@ def _lines(path: Path, label: str) -> Iterator[str]:
         for number, line in enumerate(text, 1):
             if not line.isascii() and (bad := ESCAPED.search(line)):
                 raise BadInput(
-                    f"{label}: not UTF-8 (byte 0x{ord(bad[0]) - 0xDC00:02X} in line {number}): another encoding, such as "
-                    "Latin-1 or Windows-1252, or not text; save it as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8)"
+                    f"{label}: not UTF-8 (byte 0x{ord(bad[0]) - 0xDC00:02X} in line {number}): its encoding is not known, or "
+                    "it is not text; save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
                 )
             if "\0" in line:
                 raise BadInput(
@@ -179,8 +181,8 @@ def _document(text: str, label: str) -> list[Any] | None:
         while at < len(text):
             value, at = decoder.raw_decode(text, at)
             values.append(value)
-            if blank := BLANK.match(text, at):
-                at = blank.end()
+            if between := BETWEEN.match(text, at):
+                at = between.end()
     except (ValueError, RecursionError) as error:
         if text.startswith("["):
             raise BadInput(
@@ -195,6 +197,15 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _of_line(line: str) -> dict[str, Any] | str:
+    """Return the row on a line, or why it is none. Objects that were joined by commas are rows, too."""
+    value = _parsed(line)
+    if value is None and line.endswith(","):
+        value = _parsed(line[:-1])
+        return value if isinstance(value, dict) else "not_json"
+    return _row(value) if value is not None or line == "null" else "not_json"
 
 
 def _row(value: Any) -> dict[str, Any] | str:
