@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",  # of older processors
     "tokenizer.model",
     "vocab.json",
     "merges.txt",

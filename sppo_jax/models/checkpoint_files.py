@@ -27,6 +27,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = re.compile(r"(.*\.)?inv_freq")
 # Dtypes of tensors that are weights without further decoding.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+LFS = b"version https://git-lfs.github.com/spec/"
 ROWS = 1024  # rows of two matrices that are compared at a time
 
 
@@ -68,6 +69,10 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
             with safe_open(file, "numpy") as tensors:
                 names = list(tensors.keys())
         except (SafetensorError, OSError) as error:
+            if is_pointer(file):
+                raise BadInput(
+                    f"{file}: a pointer of git lfs, not the weights themselves; get them with: git lfs pull"
+                ) from None
             raise BadInput(
                 f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
             ) from None
@@ -75,6 +80,15 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
             raise BadInput(f"{file}: tensor {min(twice)} is also in {found[min(twice)].name}")
         found |= dict.fromkeys(names, file)
     return found
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether a file is what git keeps in the place of a large one, without git lfs."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(LFS)) == LFS
+    except OSError:
+        return False
 
 
 def stored_architecture(directory: Path, tell: Callable[[str], None] | None = None) -> Architecture:
