@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput
 from sppo_jax.files import exists, is_file, read_json
-from sppo_jax.hub import adapters
+from sppo_jax.hub import adapters, repositories
 from sppo_jax.models.architecture import Architecture, read_architecture
 from sppo_jax.models.transformer import frequencies
 
@@ -27,7 +27,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = re.compile(r"(.*\.)?inv_freq")
 # Dtypes of tensors that are weights without further decoding.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-LFS = b"version https://git-lfs.github.com/spec/"
 ROWS = 1024  # rows of two matrices that are compared at a time
 
 
@@ -69,26 +68,11 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
             with safe_open(file, "numpy") as tensors:
                 names = list(tensors.keys())
         except (SafetensorError, OSError) as error:
-            if is_pointer(file):
-                raise BadInput(
-                    f"{file}: a pointer of git lfs, not the weights themselves; get them with: git lfs pull"
-                ) from None
-            raise BadInput(
-                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
-            ) from None
+            raise BadInput(f"{file}: {repositories.unreadable(file, error)}") from None
         if twice := found.keys() & set(names):
             raise BadInput(f"{file}: tensor {min(twice)} is also in {found[min(twice)].name}")
         found |= dict.fromkeys(names, file)
     return found
-
-
-def is_pointer(file: Path) -> bool:
-    """Return whether a file is what git keeps in the place of a large one, without git lfs."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(LFS)) == LFS
-    except OSError:
-        return False
 
 
 def stored_architecture(directory: Path, tell: Callable[[str], None] | None = None) -> Architecture:
@@ -114,14 +98,14 @@ def stored_architecture(directory: Path, tell: Callable[[str], None] | None = No
 def readable(directory: Path, a: Architecture, files: dict[str, Path]) -> dict[str, Path]:
     """Return `files` ({tensor: file}) without the tensors that repeat what is computed from config.json.
 
-    They are a tied head, which `stored_architecture` has compared, and the frequencies of rotary embeddings, of which a
+    They are a tied head beside the embedding, which `stored_architecture` has compared, and the frequencies of rotary embeddings, of which a
     line says where they differ. A line also says that an adapter beside the weights is not read.
     """
     expected = (
         frequencies(dataclasses.replace(a.rope, kind="default", factor=1.0), a.head_dim),
         frequencies(a.rope, a.head_dim),
     )
-    spare = {HEAD} if a.tied else set()
+    spare = {HEAD} if a.tied and EMBEDDING in files else set()
     other = []
     for name in sorted(files):
         if FREQUENCIES.fullmatch(name):
