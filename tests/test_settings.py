@@ -8,8 +8,10 @@ import socket
 import time
 from types import SimpleNamespace
 
+import draccus
 import huggingface_hub.constants
 import pytest
+import yaml
 
 from sppo_jax import config, config_file, main
 from sppo_jax.errors import BadInput
@@ -136,7 +138,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_nearest_choi
         ("x" * 300_000, "more than 262144 bytes"),
         ("\tseed: 1", "line 1: found character '\\t'"),
         ("? [a]\n: 1", "a list cannot be a key"),
-        ("fit:", "fit is a section of keys, found nothing"),
+        ("fit: ~", "fit is a section of keys, found nothing"),
         ("fit.eta: 5", "in a file it is the key eta of the section fit"),
         ("out: ~", "out needs a text, found nothing"),
         ("eval: {oracle: null}", "the empty text is ''"),
@@ -296,12 +298,74 @@ def test_the_configuration_of_a_run_that_was_begun_before_parts_had_to_be_named_
             source="embedded:prompts/train_{iteration}.jsonl", heldout="embedded:prompts/heldout.jsonl"
         ),
     )
-    (tmp_path / "old.yaml").write_text(config_file.dump(written))
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(draccus.encode(written), sort_keys=False))
+    assert "embedded:pairrm" in (tmp_path / "old.yaml").read_text()
     assert config_file.load([tmp_path / "old.yaml"]) == written == config_file.load()
     (tmp_path / "own.yaml").write_text(
         config_file.dump(dataclasses.replace(written, model=config.Model(path="owner/model")))
     )
     assert config_file.load([tmp_path / "own.yaml"]).judge.path == "embedded:pairrm"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ((), ("judge.path", "prompts.source")),
+        (MINE, ("judge.path",)),
+        (("--judge.path=o/j", "--prompts.heldout=hf:a/b"), ("prompts.source",)),
+    ],
+)  # fmt: skip
+def test_what_a_run_filled_in_is_not_named_when_its_configuration_is_used_for_another_model(
+    tmp_path, flags, named
+):
+    before = config_file.load([], flags)
+    (tmp_path / "config.yaml").write_text(config_file.dump(before))
+    assert config_file.load([tmp_path / "config.yaml"]) == before
+    line = refusal(config_file.load, [tmp_path / "config.yaml"], OWN)
+    assert [key for key in ("judge.path", "prompts.source") if f"--{key} " in line] == list(named)
+
+
+def test_embedded_parts_that_were_named_beside_a_model_of_ones_own_stay_named(tmp_path):
+    flags = (*OWN, "--judge.path=embedded:pairrm", f"--prompts.source={embedded.TRAINING}")
+    before = config_file.load([], flags)
+    (tmp_path / "config.yaml").write_text(config_file.dump(before))
+    assert config_file.load([tmp_path / "config.yaml"]) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        MINE,
+        ("--prompts.heldout=jsonl:mine.jsonl",),
+        ("--pairs.source=hf:a/b{iteration}", "--prompts.source=hf:a/c"),
+        OWN,
+        (*OWN, *MINE),
+        (*OWN, *MINE, "--judge.path=o/j"),
+    ],
+)
+def test_the_embedded_oracle_beside_prompts_that_it_does_not_know_is_refused_with_the_flag_that_leaves_it_out(
+    flags,
+):
+    quickstart = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs/quickstart.yaml")
+    line = refusal(config_file.load, [quickstart], flags)
+    assert "--eval.oracle= " in line
+    loaded = config_file.load([quickstart], [*flags, "--eval.oracle=", "--judge.path=o/j", *MINE])
+    assert loaded.eval.oracle == ""
+    assert loaded.fit.epochs == 8
+
+
+def test_the_embedded_oracle_beside_the_embedded_prompts_is_taken_and_for_another_model_warned_of():
+    flags = [f"--eval.oracle={embedded.ORACLE}", "--judge.path=o/j"]
+    assert embedded.notes(config_file.load([], flags)) == []
+    lines = embedded.notes(config_file.load([], [*flags, *OWN, f"--prompts.source={embedded.TRAINING}"]))
+    assert sum(line.startswith("warning: eval.oracle=") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["fit:\n  # eta: 5\nseed: 3", "seed: 3\neval:\nfit:\n", "judge:   # all defaults\nseed: 3"]
+)
+def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path, text):
+    assert from_text(tmp_path, text) == config.flat(config_file.load([], ["--seed=3"]))
 
 
 @pytest.mark.parametrize(
