@@ -41,5 +41,13 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, from which `load` returns the same configuration."""
-    return yaml.safe_dump(draccus.encode(config), sort_keys=False)
+    """The resolved configuration as YAML, from which `load` returns the same configuration.
+
+    Parts that were filled in beside the embedded policy are empty, as if they were not named: beside a model of the user's own
+    the file then names no embedded part.
+    """
+    encoded = draccus.encode(config)
+    for key in embedded.unnamed(config):
+        section, name = key.split(".")
+        encoded[section][name] = ""
+    return yaml.safe_dump(encoded, sort_keys=False)

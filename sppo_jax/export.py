@@ -267,9 +267,7 @@ def own_dtype(directory: Path) -> str:
             with safe_open(file, "numpy") as tensors:
                 first = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
         except (SafetensorError, OSError) as error:
-            raise BadInput(
-                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
-            ) from None
+            raise BadInput(f"{file}: {repositories.unreadable(file, error)}") from None
         dtype = {"BF16": "bfloat16", "F16": "float16"}.get(first, "float32")
     return dtype if dtype in DTYPES else "float32"
 

@@ -14,6 +14,7 @@ from sppo_jax import export, models
 from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models import checkpoint_files, hf, lora
+from sppo_jax.pairrm import files as pairrm_files
 from sppo_jax.records import Prompt
 from sppo_jax.sampler import Sampler
 from tests.test_families import make
@@ -96,6 +97,56 @@ def test_a_head_that_repeats_the_embedding_stays_tied_in_silence(write, dtype, t
     assert said == []
     export.export(model, directory, tmp_path / "to")
     assert json.loads((tmp_path / "to/config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("Llama", TIED), ("Qwen2", TIED | {"head_dim": 8}), ("Gemma2", {})]
+)
+def test_a_tied_head_alone_is_the_embedding_as_in_transformers(write, family, options, tmp_path, said):
+    directory = write(family, options)
+    expected = theirs(directory)
+    found = load_file(directory / "model.safetensors")
+    found[HEAD] = found.pop(EMBEDDING)
+    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_allclose(theirs(directory), expected, atol=1e-6)
+    model = models.load(directory)
+    np.testing.assert_allclose(ours(model), expected, atol=1e-3)
+    export.export(model, directory, tmp_path / "to")
+    np.testing.assert_allclose(theirs(tmp_path / "to"), expected, atol=1e-6)
+
+
+def test_a_head_alone_that_is_not_tied_lacks_its_embedding(write):
+    directory = write(options={})
+    found = load_file(directory / "model.safetensors")
+    del found[EMBEDDING]
+    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=f"1 tensors are missing, first {EMBEDDING}"):
+        models.load(directory)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4400\n"
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_pointer_of_git_lfs_in_the_place_of_weights_names_git_lfs(write, parts):
+    directory = write()
+    (directory / "model.safetensors").write_text(POINTER)
+    if parts:
+        (directory / "model.safetensors").rename(directory / "part.safetensors")
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {EMBEDDING: "part.safetensors"}})
+        )
+    with pytest.raises(BadInput, match=r"\.safetensors: a pointer of git lfs, .*: git lfs pull$"):
+        models.load(directory)
+
+
+def test_a_pointer_of_git_lfs_in_the_place_of_a_judges_weights_names_git_lfs(tmp_path):
+    (tmp_path / "model.safetensors").write_text(POINTER)
+    with (
+        pytest.raises(BadInput, match=r"git lfs pull$"),
+        pairrm_files.opened(tmp_path / "model.safetensors", "numpy"),
+    ):
+        pass
 
 
 def test_a_head_of_another_shape_than_the_tied_one_is_refused(write):

@@ -128,6 +128,12 @@ SAME = {
     "an empty old rope": ("Llama", {"rope_parameters": LINEAR}, {"rope_scaling": {}}),
     "factors left over": ("Llama", {}, {"rope_parameters": {"rope_type": "default", "factor": 8.0, "mscale": 2, "original_max_position_embeddings": 16}}),
     "original length outside": ("Llama", {"rope_parameters": LLAMA3}, {"original_max_position_embeddings": 64}),
+    "plans for devices, and outputs left out": (
+        "Llama", {},
+        {"base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"}, "base_model_pp_plan": {}, "keys_to_ignore_at_inference": ["x"]},
+    ),
+    "no window, and its size 0": ("Qwen2", {}, {"use_sliding_window": False, "sliding_window": 0}),
+    "no window of Qwen3, and its size below 0": ("Qwen3", {"head_dim": 12}, {"sliding_window": -1}),
     "original length without use": ("Llama", {}, {"original_max_position_embeddings": 64}),
 }  # fmt: skip
 

@@ -144,6 +144,7 @@ def brain(tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     for name in (
         "chat_template.jinja",
+        "chat_template.json",
         "tokenizer.model",
         "added_tokens.json",
         "vocab.json",

@@ -82,6 +82,18 @@ def test_a_directory_of_another_configuration_is_refused_naming_the_keys(tmp_pat
         pass
 
 
+def test_an_empty_value_of_another_configuration_is_shown_in_quotes(tmp_path):
+    own = config_file.load([], ["--out", str(tmp_path / "run"), "--prompts.heldout=jsonl:mine.jsonl"])
+    with directory.opened(own) as run:
+        directory.claim(run, own)
+    other = dataclasses.replace(own, prompts=dataclasses.replace(own.prompts, heldout=""))
+    with (
+        pytest.raises(BadInput, match=r"prompts\.heldout \(jsonl:mine\.jsonl there, '' now\)"),
+        directory.opened(other),
+    ):
+        pass
+
+
 def test_a_run_that_cannot_begin_leaves_no_directory_and_an_interrupted_claim_is_no_obstacle(tmp_path):
     config = Config(out=str(tmp_path / "run"))
     with pytest.raises(BadInput, match="wrong"), directory.opened(config):

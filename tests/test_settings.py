@@ -1,12 +1,8 @@
-"""What users write: each value means what a person reads or is refused, flags are whole, and the toy's parts go together."""
+"""What users write: each value means what a person reads or is refused, and flags are whole."""
 
 import contextlib
-import dataclasses
-import os
-import re
 import socket
 import time
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -15,11 +11,7 @@ from sppo_jax import config, config_file, main
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import environment, names
 from sppo_jax.plan import __main__ as plan
-from sppo_jax.session import Session
-from sppo_jax.settings import checks, embedded
-
-OWN = ("--model.path=owner/model",)
-MINE = ("--prompts.source=jsonl:mine.jsonl",)
+from sppo_jax.settings import checks
 
 
 def from_text(tmp_path, text, *overrides):
@@ -136,7 +128,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_nearest_choi
         ("x" * 300_000, "more than 262144 bytes"),
         ("\tseed: 1", "line 1: found character '\\t'"),
         ("? [a]\n: 1", "a list cannot be a key"),
-        ("fit:", "fit is a section of keys, found nothing"),
+        ("fit: ~", "fit is a section of keys, found nothing"),
         ("fit.eta: 5", "in a file it is the key eta of the section fit"),
         ("out: ~", "out needs a text, found nothing"),
         ("eval: {oracle: null}", "the empty text is ''"),
@@ -240,68 +232,10 @@ def test_a_home_that_is_not_known_is_refused_by_the_knob_and_other_tildes_stay()
 
 
 @pytest.mark.parametrize(
-    ("flags", "named", "others"),
-    [
-        (OWN, ("judge.path", "prompts.source"), ()),
-        ((*OWN, "--config", "configs/quickstart.yaml"), ("judge.path", "prompts.source"), ()),
-        ((*OWN, *MINE), ("judge.path",), ("prompts.source",)),
-        ((*OWN, "--judge.path=owner/judge"), ("prompts.source",), ("judge.path",)),
-        ((*OWN, "--judge.backend=my:judge"), ("prompts.source",), ("judge.path",)),
-        ((*OWN, "--pairs.source=hf:a/b{iteration}"), ("judge.path",), ("prompts.source",)),
-        (("--model.path=runs/x/iter_3/export",), ("judge.path", "prompts.source"), ()),
-    ],
+    "text", ["fit:\n  # eta: 5\nseed: 3", "seed: 3\neval:\nfit:\n", "judge:   # all defaults\nseed: 3"]
 )
-def test_a_model_of_ones_own_takes_no_embedded_part_silently_and_all_that_is_missing_is_named(
-    monkeypatch, flags, named, others
-):
-    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
-    line = refusal(main.main, flags)
-    assert all(f"--{key} " in line for key in named), line
-    assert not any(f"--{key} " in line for key in others), line
-
-
-@pytest.mark.parametrize(
-    ("flags", "judge", "source", "heldout", "warned"),
-    [
-        ((), "embedded:pairrm", embedded.TRAINING, embedded.HELD_OUT, []),
-        ((*OWN, *MINE, "--judge.path=o/j"), "o/j", "jsonl:mine.jsonl", "", []),
-        (MINE, "embedded:pairrm", "jsonl:mine.jsonl", "", ["judge.path", "model.path"]),
-        (("--prompts.heldout=hf:a/b",), "embedded:pairrm", embedded.TRAINING, "hf:a/b", ["judge.path", "model.path"]),
-        ((*OWN, *MINE, "--judge.path=embedded:pairrm"), "embedded:pairrm", "jsonl:mine.jsonl", "", ["judge.path"]),
-        (
-            (*OWN, f"--prompts.source={embedded.TRAINING}", "--judge.path=o/j"),
-            "o/j", embedded.TRAINING, embedded.HELD_OUT, ["prompts.heldout", "prompts.source"],
-        ),
-        ((*OWN, "--pairs.source=hf:a/b{iteration}", "--judge.path=o/j"), "o/j", embedded.TRAINING, "", []),
-        ((*OWN, *MINE, "--judge.backend=my:judge"), "embedded:pairrm", "jsonl:mine.jsonl", "", []),
-    ],
-)  # fmt: skip
-def test_what_is_named_is_taken_the_rest_is_filled_in_and_a_mixture_is_warned_of(
-    tmp_path, flags, judge, source, heldout, warned
-):
-    loaded = config_file.load([], flags)
-    assert (loaded.judge.path, loaded.prompts.source, loaded.prompts.heldout) == (judge, source, heldout)
-    lines = embedded.notes(loaded)
-    assert [re.match(r"warning: ([a-z.]+)=", line)[1] for line in lines] == warned
-    # What a run writes down is read back as the same, and so a run goes on.
-    assert from_text(tmp_path, config_file.dump(loaded)) == config.flat(loaded)
-
-
-def test_the_configuration_of_a_run_that_was_begun_before_parts_had_to_be_named_is_the_same_now(tmp_path):
-    """Such a run has all parts written down; the digest of its configuration is made from them."""
-    written = dataclasses.replace(
-        config.Config(),
-        judge=config.Judge(path="embedded:pairrm"),
-        prompts=config.Prompts(
-            source="embedded:prompts/train_{iteration}.jsonl", heldout="embedded:prompts/heldout.jsonl"
-        ),
-    )
-    (tmp_path / "old.yaml").write_text(config_file.dump(written))
-    assert config_file.load([tmp_path / "old.yaml"]) == written == config_file.load()
-    (tmp_path / "own.yaml").write_text(
-        config_file.dump(dataclasses.replace(written, model=config.Model(path="owner/model")))
-    )
-    assert config_file.load([tmp_path / "own.yaml"]).judge.path == "embedded:pairrm"
+def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path, text):
+    assert from_text(tmp_path, text) == config.flat(config_file.load([], ["--seed=3"]))
 
 
 @pytest.mark.parametrize(
@@ -373,9 +307,3 @@ def test_a_name_on_the_hub_without_a_network_is_one_line_within_seconds(nowhere,
 def test_an_address_of_the_hub_that_is_none_is_refused_by_its_name(monkeypatch, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert refusal(names.fetch, "owner/model").startswith("HF_ENDPOINT is not the address of a hub")
-
-
-def test_a_mixture_is_warned_of_before_the_game_starts():
-    mixed = config_file.load([], [*OWN, *MINE, "--judge.path=embedded:pairrm"])
-    opened = SimpleNamespace(config=mixed, sets=SimpleNamespace(counts={}, notes=[]))
-    assert any(line.startswith("warning: judge.path=embedded:pairrm") for line in Session.notes(opened))

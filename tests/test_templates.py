@@ -1,5 +1,6 @@
 """Chat templates: a prompt reaches the place where the template puts an answer, or the template is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -76,7 +77,8 @@ def with_template(family_directories, tmp_path):
 @pytest.mark.parametrize("name", HEADERLESS)
 def test_a_template_whose_prompt_ends_before_the_place_of_an_answer_is_refused(with_template, name):
     directory = with_template(HEADERLESS[name])
-    with pytest.raises(BadInput, match="before the place where it puts an answer; end it with") as refused:
+    advice = "its header .* make the two equal" if name == "another role's header" else "end it with"
+    with pytest.raises(BadInput, match=f"before the place where it puts an answer; {advice}") as refused:
         chat_template.load_tokenizer(directory)
     assert "\n" not in str(refused.value)
 
@@ -95,3 +97,92 @@ def test_the_line_about_a_missing_header_mends_the_template(with_template):
 def test_published_ways_to_reach_the_place_of_an_answer_are_taken(with_template, name):
     chat = chat_template.load_tokenizer(with_template(REACHING[name]))
     assert chat_template.PROBE in chat_template.chat_text(chat, chat_template.PROBE)
+
+
+# The end is no word of these templates' prompts: it is written whatever comes before it.
+ENDING = {
+    "an end whatever comes before": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{{ eos_token }}",
+    "an end in the header": TURNS + "{% if add_generation_prompt %}" + HEADER + "{{ eos_token }}{% endif %}",
+    "an end of a turn in the header": TURNS
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<|im_end|>\n' }}{% endif %}",
+    "an end after a question, not before an answer": "{% for m in messages %}{{ m.content }}{% if loop.last %}{{ eos_token }}"
+    "{% endif %}{% endfor %}",
+    "an end, and no assistants": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    "{{ eos_token }}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_template_whose_prompt_ends_the_answer_before_it_begins_is_refused(with_template, name):
+    directory = with_template(ENDING[name])
+    with pytest.raises(
+        BadInput, match=r"ends the prompt of one message with '<\|im_end\|>', which ends a resp"
+    ):
+        chat_template.load_tokenizer(directory)
+
+
+def test_a_template_that_ends_every_message_is_taken(with_template):
+    directory = with_template("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    assert chat_template.chat_text(chat_template.load_tokenizer(directory), "x") == "x<|im_end|>"
+
+
+@pytest.mark.parametrize("written", ["Assistant", "model", "user"])
+def test_a_header_that_differs_from_the_one_before_an_answer_is_named_beside_it(with_template, written):
+    header = f"<|im_start|>{written}\n"
+    directory = with_template(TURNS + "{% if add_generation_prompt %}{{ '" + header + "' }}{% endif %}")
+    with pytest.raises(BadInput) as refused:
+        chat_template.load_tokenizer(directory)
+    assert f"{header!r} (of add_generation_prompt) differs from {'<|im_start|>assistant' + chr(10)!r}" in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [("%d %b %Y", "26 Jul 2024"), ("%B %m %y", "July 07 24"), ("%A, %H:%M", "Friday, 00:00"), ("%-d %j %a", "26 208 Fri"), ("%%d", "%d")],
+)  # fmt: skip
+def test_every_code_of_strftime_now_is_of_the_one_fixed_day(with_template, code, shown):
+    template = "{{ strftime_now('" + code + "') if strftime_now is defined }}|" + REACHING["chatml"]
+    chat = chat_template.load_tokenizer(with_template(template))
+    assert chat_template.chat_text(chat, "x").partition("|")[0] == shown
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_further_templates_without_a_default_are_named_with_where_to_put_it(with_template, single):
+    directory = with_template("")
+    (directory / "chat_template.jinja").unlink()
+    config = directory / "tokenizer_config.json"
+    if single:  # in the configuration: hidden by the folder's
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "additional_chat_templates/rag.jinja").write_text(REACHING["chatml"])
+        named = REACHING["chatml"]
+    else:
+        named = [{"name": "rag", "template": REACHING["chatml"]}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
+    with pytest.raises(
+        BadInput, match=r"\(rag\) and none of them is the default; put .* into chat_template.jinja$"
+    ):
+        chat_template.load_tokenizer(directory)
+
+
+def test_a_template_for_processors_alone_is_said_to_be_one(with_template):
+    directory = with_template("")
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": REACHING["chatml"]}))
+    with pytest.raises(
+        BadInput, match=r"no chat template: .*chat_template.json for processors only; .*chat_template.jinja$"
+    ):
+        chat_template.load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_names_the_kind_of_error_and_the_files(with_template, name):
+    directory = with_template(REACHING["chatml"])
+    if name == "tekken.json":
+        (directory / "tokenizer.json").unlink()
+    (directory / name).write_text("{")
+    with pytest.raises(
+        BadInput, match=rf"no usable tokenizer \(of .*{name}.*\): \w*(Error|Exception)\w*: .*; restore"
+    ):
+        chat_template.load_tokenizer(directory)

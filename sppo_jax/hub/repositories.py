@@ -4,6 +4,7 @@ Only files that the package reads, or an export passes on, are fetched: configur
 of a repository, and the folder of further chat templates.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",  # of older processors
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -32,6 +34,8 @@ LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # Files that a checkpoint has besides model and config.json.
 BESIDE = ("generation_config.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja", *LICENCES)
 FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", adapters.CONFIG, *BESIDE)
+# How git begins what it keeps in the place of a large file until git lfs fetches that.
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _folders_but(name: str) -> tuple[str, ...]:
@@ -92,6 +96,14 @@ def snapshot(
     found = _download(repo, wanted, files)
     tell(f"{repo}: revision {found.name} in {found}")
     return Snapshot(found, repo, found.name)
+
+
+def unreadable(file: Path, error: Exception) -> str:
+    """Return what is wrong with a safetensors file that cannot be opened, and what to do. `error` is the library's."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            return "a pointer of git lfs, which stands for the file itself; get that with: git lfs pull"
+    return f"damaged or not safetensors ({error}); restore it, or download it again"
 
 
 def parse(name: str) -> tuple[str, str | None]:

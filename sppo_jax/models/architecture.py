@@ -181,7 +181,11 @@ def _gemma2(options: Options, layers: int, positions: int) -> dict[str, Any]:
 
 def _qwen2(options: Options, layers: int, positions: int) -> dict[str, Any]:
     used = options.take("use_sliding_window", bool, False)
-    size, first = options.nullable("sliding_window", int, 4096), options.take("max_window_layers", object, 28)
+    kind = int if used else object  # an unused size may be anything, such as 0
+    size, first = (
+        options.nullable("sliding_window", kind, 4096),
+        options.take("max_window_layers", object, 28),
+    )
     if type(first) is not int:
         raise BadInput(f"{options.path}: max_window_layers is {shown(first)}; needed a whole number")
     window = size if used else None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput
 from sppo_jax.files import exists, is_file, read_json
-from sppo_jax.hub import adapters
+from sppo_jax.hub import adapters, repositories
 from sppo_jax.models.architecture import Architecture, read_architecture
 from sppo_jax.models.transformer import frequencies
 
@@ -68,9 +68,7 @@ def tensor_files(files: Sequence[Path]) -> dict[str, Path]:
             with safe_open(file, "numpy") as tensors:
                 names = list(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise BadInput(
-                f"{file}: damaged or not safetensors ({error}); restore it, or download it again"
-            ) from None
+            raise BadInput(f"{file}: {repositories.unreadable(file, error)}") from None
         if twice := found.keys() & set(names):
             raise BadInput(f"{file}: tensor {min(twice)} is also in {found[min(twice)].name}")
         found |= dict.fromkeys(names, file)
@@ -100,10 +98,10 @@ def stored_architecture(directory: Path, tell: Callable[[str], None] | None = No
 def readable(directory: Path, a: Architecture, files: dict[str, Path]) -> dict[str, Path]:
     """Return `files` ({tensor: file}) without the tensors that repeat what is computed from config.json.
 
-    They are a tied head, which `stored_architecture` has compared, and the frequencies of rotary embeddings, of which a
-    line says where they differ. A line also says that an adapter beside the weights is not read.
+    They are a tied head beside the embedding, which `stored_architecture` has compared, and the frequencies of rotary
+    embeddings, of which a line says where they differ. A line also says that an adapter beside the weights is not read.
     """
-    spare = {HEAD} if a.tied else set()
+    spare = {HEAD} if a.tied and EMBEDDING in files else set()
     other = []
     for name in sorted(files):
         if FREQUENCIES.fullmatch(name):

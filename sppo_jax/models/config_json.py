@@ -29,7 +29,7 @@ ASKED_OF_ALL: dict[str, Any] = {
     "generator": None,
     "text_encoder": None,
 }
-# Keys that concern training, random weights, the kernel of attention or the tokenizer.
+# Keys that concern training, random weights, the kernel of attention, devices, outputs or the tokenizer.
 ELSEWHERE = frozenset(
     [
         "attention_dropout",
@@ -39,6 +39,12 @@ ELSEWHERE = frozenset(
         "attn_implementation",
         "experts_implementation",
         "tokenizer_class",
+        "keys_to_ignore_at_inference",
+        # how the weights are spread over devices
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "base_model_ep_plan",
+        "base_model_fsdp_plan",
     ]
 )
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}

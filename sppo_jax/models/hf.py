@@ -5,7 +5,7 @@ Weights go tensor by tensor from safetensors into the devices' shards and back; 
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.architecture import read_architecture as read_architecture
 from sppo_jax.models.attention import choose
 from sppo_jax.models.checkpoint_files import (
+    EMBEDDING,
     FLOATS,
+    HEAD,
     INDEX,
     readable,
     tensor_files,
@@ -107,7 +109,7 @@ class Tensor:
 
 LAYER = "model.layers.{layer}."
 DECODER = (
-    Tensor("embedding", "VD", "V D", "model.embed_tokens.weight"),
+    Tensor("embedding", "VD", "V D", EMBEDDING),
     Tensor("layers.attention_norm", "D", "D", LAYER + "input_layernorm.weight"),
     Tensor("layers.q", "DHC", "HC D", LAYER + "self_attn.q_proj.weight"),
     Tensor("layers.q_bias", "HC", "HC", LAYER + "self_attn.q_proj.bias"),
@@ -124,7 +126,7 @@ DECODER = (
     Tensor("layers.up", "DF", "F D", LAYER + "mlp.up_proj.weight"),
     Tensor("layers.down", "FD", "D F", LAYER + "mlp.down_proj.weight"),
     Tensor("norm", "D", "D", "model.norm.weight"),
-    Tensor("head", "DV", "V D", "lm_head.weight"),
+    Tensor("head", "DV", "V D", HEAD),
 )
 # With norms on both sides of a block, "post_attention_layernorm" is the one after attention.
 POST_NORMS = (
@@ -190,8 +192,9 @@ def load(
 
     `dtype` is that of the matrix products, `param_dtype` that of the parameters, `attention` the kernel
     (models/attention.py). Host memory holds one device's piece of one stacked parameter at a time. The head is tied as
-    `stored_architecture` finds it. Raises BadInput, before anything is compiled, for a kernel that does not support the
-    model, and for a tensor that is missing, unknown, misshapen, quantised, or not finite in both dtypes.
+    `stored_architecture` finds it, and is read as the embedding where the files hold no other. Raises BadInput, before
+    anything is compiled, for a kernel that does not support the model, and for a tensor that is missing, unknown, misshapen,
+    quantised, or not finite in both dtypes.
     """
     directory = Path(path)
     if mesh is None:
@@ -199,10 +202,13 @@ def load(
     architecture = stored_architecture(directory)
     kernel = choose(attention, mesh, architecture, dtype)
     files = readable(directory, architecture, tensor_files(weight_files(directory)))
-    check_tensors(directory, table(architecture), architecture, files)
+    tensors = table(architecture)
+    if architecture.tied and HEAD in files:  # alone: `readable` leaves it out beside an embedding
+        tensors = tuple(replace(t, name=HEAD) if t.name == EMBEDDING else t for t in tensors)
+    check_tensors(directory, tensors, architecture, files)
     weights = {
         t.path: read_sharded(t, architecture, mesh, files, jnp.dtype(param_dtype), jnp.dtype(dtype))
-        for t in table(architecture)
+        for t in tensors
     }
     return Transformer(architecture, weights, dtype, kernel)
 

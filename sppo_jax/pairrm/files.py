@@ -201,7 +201,9 @@ def opened(weights: Path, framework: str) -> Iterator[Any]:
         with safe_open(weights, framework) as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"PairRM: {str(weights)!r} is unreadable: {error}") from None
+        raise BadInput(
+            f"PairRM: {str(weights)!r} is unreadable: {repositories.unreadable(weights, error)}"
+        ) from None
 
 
 def _snapshot(

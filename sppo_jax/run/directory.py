@@ -148,7 +148,7 @@ def _check(run: RunDir, config: Config) -> None:
         before = config_file.load([run.config])
         if changed := configuration.changed_keys(before, config):
             old, new = configuration.flat(before), configuration.flat(config)
-            shown = ", ".join(f"{k} ({old[k]} there, {new[k]} now)" for k in changed)
+            shown = ", ".join(f"{k} ({_shown(old[k])} there, {_shown(new[k])} now)" for k in changed)
             raise BadInput(
                 f"--out {config.out} belongs to another configuration: {shown}; choose another --out"
             )
@@ -156,6 +156,11 @@ def _check(run: RunDir, config: Config) -> None:
         raise BadInput(
             f"--out {config.out} holds {min(others)} and is not a run directory; choose another --out"
         )
+
+
+def _shown(value: object) -> str:
+    """Return a value as a line shows it: an empty text in quotes."""
+    return str(value) or "''"
 
 
 @contextlib.contextmanager

@@ -44,6 +44,8 @@ def read(path: Path) -> dict[str, Text]:
     knobs = kinds()
     sections = {key.split(".")[0] for key in knobs if "." in key}
     for name, where, child in _entries(path, node, ""):
+        if name in sections and _is_null(child) and not child.value:
+            continue  # all its keys are commented out
         if name in sections:
             for key, place, leaf in _entries(path, child, name):
                 found[key] = _text(key, place, leaf)

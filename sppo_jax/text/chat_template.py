@@ -1,5 +1,6 @@
 """Text to token ids and back, by the chat template of the policy's tokenizer. No text can become a control token."""
 
+import datetime
 import functools
 import json
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sppo_jax.errors import BadInput, one_line
-from sppo_jax.files import read_json
+from sppo_jax.files import is_file, read_json
 from sppo_jax.records import Prompt
+from sppo_jax.text import place
 
 # A user's message, which every template must render, and a response, which most templates render.
 PROBE, ANSWER = "Is this shown?", "It is shown."
@@ -20,14 +22,17 @@ ASKED = {
     "a longer conversation": [("user", "Is it hot?"), ("assistant", "It is cold."), ("user", PROBE)],
     "a conversation with a system message": [("system", "Be brief."), ("user", PROBE)],
 }
-# A thought that a template adds to an answer without one; the policy samples its own.
-EMPTY_THOUGHT = re.compile(r"[<\[]([^<>\[\]/\s]+)[>\]]\s*[<\[]/\1[>\]]")
 SHOWN = 300  # characters of a library's message
 # Llama 3.2's template writes today's date, but a run that resumes tomorrow must see the same ids. For a template that
-# calls strftime_now, it is always the day that Llama's templates fall back to. The tag removes its own line's end.
-TODAY = (
-    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul')"
-    " | replace('%B', 'July') | replace('%Y', '2024') | replace('%y', '24') }}{% endmacro %}\n"
+# calls strftime_now, it is always the day that Llama's templates fall back to. transformers passes no function on, hence a
+# macro with the text of every code; "%%" waits as NUL. The tag removes its own line's end.
+CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyYzZ"]
+DAY = [(code, datetime.datetime(2024, 7, 26).strftime(code)) for code in CODES]
+TODAY = "{{% macro strftime_now(format) %}}{{{{ format {} }}}}{{% endmacro %}}\n".format(
+    " ".join(
+        f"| replace({json.dumps(code)}, {json.dumps(text)})"
+        for code, text in [("%%", "\0"), *DAY, ("\0", "%")]
+    )
 )
 
 Message = dict[str, str]  # role (system, user or assistant) and content
@@ -50,13 +55,13 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # transformers raises many kinds here
         if reason := config_json.why_unread(directory):
             raise BadInput(f"{directory}/config.json: transformers refuses it: {reason[:SHOWN]}") from None
-        raise BadInput(f"{directory}: no usable tokenizer: {one_line(error)[:SHOWN]}") from None
+        raise BadInput(
+            f"{directory}: no usable tokenizer (of {_tokenizer_files(directory)}): "
+            f"{type(error).__name__}: {one_line(error)[:SHOWN]}; restore its files, or download them again"
+        ) from None
     if not tokenizer.is_fast:
         raise BadInput(f"{directory}: needs tokenizer.json (a fast tokenizer)")
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"{directory}: the tokenizer has no chat template; use an instruction-tuned checkpoint"
-        )
+    _check_named(directory, tokenizer)
     try:
         shown = chat_text(tokenizer, PROBE)
     except Exception as error:  # of jinja, or raised by the template itself
@@ -64,11 +69,8 @@ def load_tokenizer(directory: Path) -> Any:
     if PROBE not in shown:
         raise BadInput(f"{directory}: the chat template does not show what the user says")
     for name, asked in ASKED.items():
-        if missing := _missing_header(tokenizer, asked):
-            raise BadInput(
-                f"{directory}: the chat template ends the prompt of {name} before the place where it puts an answer; end it "
-                f"with {{% if add_generation_prompt %}}{{{{ {missing!r} }}}}{{% endif %}}"
-            )
+        if fault := _misplaced(directory, tokenizer, asked):
+            raise BadInput(f"{directory}: the chat template ends the prompt of {name} {fault}")
     if loose := _encoder(tokenizer).inseparable():
         raise BadInput(
             f"{directory}: a text that spells {loose[0]!r} would become that control token; "
@@ -83,8 +85,7 @@ def eos_ids(directory: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
     They are eos_token_id in generation_config.json, the tokenizer's end of sequence, and the control token that the
     template writes after an assistant's message. Raises BadInput unless there is at least one and all lie in [0, vocab).
     """
-    file = directory / "generation_config.json"
-    named = read_json(file).get("eos_token_id") if file.exists() else None
+    named = _named_eos(directory)
     if named is None and not own_eos_ids(tokenizer):
         raise BadInput(
             f"{directory}: neither generation_config.json nor the tokenizer names an end of sequence"
@@ -160,25 +161,69 @@ def response_text(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _missing_header(tokenizer: Any, asked: list[tuple[str, str]]) -> str:
-    """Return the text that the template writes before an answer to `asked`, if the prompt does not reach the answer's place.
+def _check_named(directory: Path, tokenizer: Any) -> None:
+    """Raise BadInput unless the tokenizer has one chat template, or a default one of several."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict) and "default" not in found:
+        raise BadInput(
+            f"{directory}: has {len(found)} chat templates ({', '.join(sorted(found))}) and none of them is the default; put "
+            "the default one into chat_template.jinja"
+        )
+    if not found and is_file(directory / "chat_template.json"):
+        raise BadInput(
+            f"{directory}: the tokenizer has no chat template: transformers reads chat_template.json for processors only; "
+            "put its text into chat_template.jinja"
+        )
+    if not found:
+        raise BadInput(
+            f"{directory}: the tokenizer has no chat template; use an instruction-tuned checkpoint"
+        )
 
-    Returns "" where it does: up to white space and an empty thought, and a prompt may go further, as into a thought. Also
-    for a template that refuses these roles or does not render assistants, where nothing can be compared.
-    """
+
+def _tokenizer_files(directory: Path) -> str:
+    """Return the names of a directory's files that a tokenizer may be made of, or "no tokenizer file"."""
+    names = sorted(
+        p.name for p in directory.glob("*") if re.search("token|tekken|vocab|merges|spiece", p.name)
+    )
+    return one_line(Exception(", ".join(names)))[:SHOWN] or "no tokenizer file"
+
+
+def _named_eos(directory: Path) -> Any:
+    """Return eos_token_id of generation_config.json, whatever it is; None without."""
+    file = directory / "generation_config.json"
+    return read_json(file).get("eos_token_id") if is_file(file) else None
+
+
+def _misplaced(directory: Path, tokenizer: Any, asked: list[tuple[str, str]]) -> str:
+    """Return what is wrong with the end of the prompt of `asked` (place.fault); "" for roles that the template refuses."""
     messages = [{"role": role, "content": content} for role, content in asked]
     try:
         prompt = _apply(tokenizer, messages, header=True)
-        whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], header=False)
     except Exception:  # of jinja, or raised by the template itself
         return ""
+    try:
+        plain = _apply(tokenizer, messages, header=False)
+        whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], header=False)
+    except Exception:
+        plain = whole = ""
     # Only what follows the last message: what is before it may depend on the number of messages.
     before, answered, _ = whole.rpartition(ANSWER)
-    (_, asked_there, needed), (_, _, given) = before.rpartition(PROBE), prompt.rpartition(PROBE)
-    if not answered or not asked_there:
-        return ""
-    reached = "".join(given.split()).startswith("".join(EMPTY_THOUGHT.sub("", needed).split()))
-    return "" if reached else needed.removeprefix(given)
+    _, asked_there, needed = before.rpartition(PROBE)
+    known = answered and asked_there
+    return place.fault(_after(prompt), _after(plain), needed if known else None, _ends(directory, tokenizer))
+
+
+def _after(prompt: str) -> str:
+    """Return what a prompt holds after the last message; all of it where the message is not shown."""
+    return prompt.rpartition(PROBE)[2]
+
+
+def _ends(directory: Path, tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the spellings of all tokens that end a response."""
+    named = _named_eos(directory)
+    ids = [*(named if isinstance(named, list) else [named]), *own_eos_ids(tokenizer)]
+    spelled = {i: content for content, i in _encoder(tokenizer).ids.items()}
+    return _any_of(spelled[i] for i in ids if type(i) is int and i in spelled)
 
 
 def _apply(tokenizer: Any, messages: list[Message], *, header: bool) -> str:
