@@ -133,6 +133,12 @@ def model(tmp_path):
         ("tokenizer_config.json", {"chat_template": "hi"}, "does not show what the user says"),
         ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
         ("tokenizer.json", "{}", "no usable tokenizer"),
+        (
+            "special_tokens_map.json",
+            '{"unk_token": {"unk_token": "<unk>"}}',
+            "no usable tokenizer .*: RecursionError",
+        ),
+        ("config.json", {"head_dim": 2**63}, "config.json"),
         ("config.json", {"num_attention_heads": 0, "head_dim": None}, "config.json"),
         ("config.json", {"rope_parameters": "x"}, "rope_parameters is 'x', needed an object"),
         ("config.json", {"architectures": [["a"]]}, "architectures"),

@@ -52,6 +52,8 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, **config_json.for_tokenizer(directory)
         )
+        # A token's text that is not one is accepted, and found out when its id is looked up.
+        tokenizer.convert_tokens_to_ids([PROBE, *tokenizer.all_special_tokens])
     except Exception as error:  # transformers raises many kinds here
         if reason := config_json.why_unread(directory):
             raise BadInput(f"{directory}/config.json: transformers refuses it: {reason[:SHOWN]}") from None
