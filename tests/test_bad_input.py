@@ -73,7 +73,7 @@ def test_inputs_are_checked_before_anything_is_computed(tmp_path, options, said,
 def test_an_oracle_without_these_prompts_is_refused_at_once(tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"own {i}"}) + "\n" for i in range(9)))
     own = {"prompts__heldout": f"jsonl:{tmp_path}/own.jsonl", "eval__oracle": ORACLE}
-    with pytest.raises(BadInput, match=r"prompts\.heldout=.*: leave eval\.oracle empty: --eval\.oracle= "):
+    with pytest.raises(BadInput, match=r"does not know the prompt 'own \d': .* leave eval\.oracle empty"):
         main.main(words(tmp_path / "run", **own))
     assert not (tmp_path / "run").exists()
 

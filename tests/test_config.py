@@ -190,7 +190,7 @@ def test_T26_every_enum_value_has_its_own_meaning(key, value):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(path):
-    config_file.load([CONFIGS / "quickstart.yaml", path], ["--eval.oracle="])  # it knows no published prompts
+    config_file.load([CONFIGS / "quickstart.yaml", path])
 
 
 def test_configs_readme_is_in_step_with_the_dataclasses():

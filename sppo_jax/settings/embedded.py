@@ -20,9 +20,9 @@ def resolve(config: Config) -> Config:
     """Return the configuration with judge.path, prompts.source and prompts.heldout filled in where they are empty.
 
     prompts.heldout stays empty beside training prompts or pairs of the user's own, a share of which is then held out.
-    Raises BadInput, with all that has to be named, where the policy is the user's own, and for the embedded oracle beside
-    prompts that it does not know. A judge or prompts that are not read, beside a judge.backend or pairs of the user's own, get
-    the embedded names.
+    Raises BadInput, with all that has to be named, where the policy is the user's own. A judge or prompts that are not
+    read, beside a judge.backend or pairs of the user's own, get the embedded names. Whether the embedded oracle knows the
+    held-out prompts is seen when it is tried.
     """
     judge, prompts = config.judge, config.prompts
     if not _is_embedded(config.model.path) and (missing := _missing(config)):
@@ -35,18 +35,11 @@ def resolve(config: Config) -> Config:
     # Beside pairs of the user's own for a policy of the user's own, the embedded training prompts are not read.
     embedded = _is_embedded(source) and (policy or not config.pairs.source)
     heldout = prompts.heldout or (HELD_OUT if embedded else "")
-    resolved = dataclasses.replace(
+    return dataclasses.replace(
         config,
         judge=dataclasses.replace(judge, path=judge.path or JUDGE),
         prompts=dataclasses.replace(prompts, source=source, heldout=heldout),
     )
-    key, name = _held_out(resolved)
-    if config.eval.oracle == ORACLE and not _is_embedded(name):
-        raise BadInput(
-            f"eval.oracle={ORACLE} knows the embedded prompts alone, and the held-out prompts are of {key}={name}: leave "
-            f"eval.oracle empty: {NO_ORACLE}"
-        )
-    return resolved
 
 
 def unnamed(config: Config) -> list[str]:
@@ -96,18 +89,14 @@ def _missing(config: Config) -> list[str]:
         missing.append(f"--judge.path llm-blender/PairRM-hf ({JUDGE} to take the toy's on purpose)")
     if not config.pairs.source and not config.prompts.source:
         missing.append("--prompts.source jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME")
-    if missing and config.eval.oracle == ORACLE and not _is_embedded(_held_out(config)[1]):
+    if missing and config.eval.oracle == ORACLE and not _is_embedded(_held_out(config)):
         missing.append(f"{NO_ORACLE}, since it knows the embedded prompts alone")
     return missing
 
 
-def _held_out(config: Config) -> tuple[str, str]:
-    """Return the knob that the held-out prompts come from, which the oracle judges, and its value."""
-    if config.prompts.heldout:
-        return "prompts.heldout", config.prompts.heldout
-    if config.pairs.source:
-        return "pairs.source", config.pairs.source
-    return "prompts.source", config.prompts.source
+def _held_out(config: Config) -> str:
+    """Return the source of the held-out prompts, which the oracle judges."""
+    return config.prompts.heldout or config.pairs.source or config.prompts.source
 
 
 def _has_pairrm(config: Config) -> bool:
