@@ -306,7 +306,7 @@ def test_limits_that_ask_for_nothing_are_refused(sampler, asked, limits):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"responses": 0}, r"responses 0 must be a whole number in \[1, 2\*\*31\)"),
+        ({"responses": 0}, r"responses 0 must be a whole number in \[1, 2\*\*16\)"),
         ({"responses": -1}, "responses -1"),
         ({"responses": True}, "responses True"),
         ({"iteration": -1}, r"iteration -1 must be a whole number in \[0, 2\*\*32\)"),
