@@ -4,8 +4,8 @@ python benchmarks/fuzz.py [--cases 10000] [--seed 0] [--kind KIND ...] [--first 
     [--minutes 0] [--json]
 
 A case must end with exit code 0, or with code 2 and one line that says what is wrong, within a minute, and leave nothing
-half-written. Cases run in worker processes up to the place where the game would begin; one in `--every` of those that are
-refused runs again as a command of its own. A case that fails is printed with its seed and number, which make it again:
+half-written. Cases run in worker processes up to the place where the game would begin; of the refused cases one in
+`--every` runs again as a command of its own. A case that fails is printed with its seed and number, which make it again:
 `--seed S --kind KIND --first NUMBER --cases 1`.
 """
 
@@ -124,7 +124,7 @@ class Worker:
 
 
 def play(args: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Any]:
-    """Run all cases, print those that fail, and return the counts."""
+    """Run all cases, print each that fails, and return the counts."""
     start, lock, results = time.perf_counter(), threading.Lock(), []
     each = -(-args.cases // len(kinds))
     numbers = range(args.first, args.first + each)

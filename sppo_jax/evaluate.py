@@ -144,7 +144,7 @@ def _evaluation(t: int, policy: Sequence[Responses], rates: dict[str, Any]) -> d
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
-    """Figures with None, which JSON calls null, for those that are not finite."""
+    """Return the figures with None (null in JSON) in the place of NaN and infinities."""
     return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a user is told about rows that are not what they seem: many skipped, splits mixed, columns without text."""
+"""The lines about unusual rows: many that are skipped, mixed splits, columns without text."""
 
 import json
 

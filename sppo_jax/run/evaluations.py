@@ -1,7 +1,7 @@
 """What a run directory's JSON says, checked: eval.json of each iteration, and counts of prompts in the manifest.
 
-A figure is a finite number or None. A null, NaN or absent figure is None: nothing could be measured. What lies there
-instead of a figure is told and then None as well, so that a page can be made of the rest.
+A figure is a finite number or None. A null, NaN or absent figure is None: nothing could be measured. A value of another
+kind is reported and read as None as well, so that a page can be made of the rest.
 """
 
 import math
@@ -77,7 +77,7 @@ def read(run: RunDir, t: int, tell: Tell = refuse) -> Evaluation | None:
 
 
 def read_all(run: RunDir, tell: Tell = refuse) -> list[Evaluation]:
-    """eval.json of the base and of every complete iteration, in order; those that are no objects are left out."""
+    """Return eval.json of the base and of every complete iteration, in order, without files that hold no JSON object."""
     found = [read(run, t, tell) for t in run.iterations()]
     return [evaluation for evaluation in found if evaluation is not None]
 

@@ -211,7 +211,7 @@ def read(run: RunDir, tell: Callable[[str], None] = lambda _: None) -> list[dict
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    """The line's values, what is no number as None; None for a line that does not name its iteration, stage and step."""
+    """Return the line's values, with None for a value that is not a number; None for a line without iteration, stage and step."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

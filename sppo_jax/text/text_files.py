@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
+from sppo_jax.hub.repositories import POINTER
 
 HEAD = 4096  # bytes that show the kind of a file
 SPACE = " \t\n\r\v\f"
@@ -49,7 +50,7 @@ KINDS = (
     (0, b"\x80\x03", f"a pickle or torch file; {CONVERT}"),
     (0, b"\x80\x04", f"a pickle or torch file; {CONVERT}"),
     (0, b"\x80\x05", f"a pickle or torch file; {CONVERT}"),
-    (0, b"version https://git-lfs", "a git-lfs pointer, not the data: fetch it with git lfs pull"),
+    (0, POINTER, "a git-lfs pointer, not the data: fetch it with git lfs pull"),
 )
 IN_ZIP = (
     (b"data.pkl", f"a torch file (a zip archive); {CONVERT}"),

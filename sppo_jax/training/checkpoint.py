@@ -223,7 +223,7 @@ class Checkpoints:
                     self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
                 )[ITEM]
                 if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
-                    reason = "its numbers are not those that were written"
+                    reason = "its numbers differ from the numbers that were written"
                 elif int(fields(read).get("step", step)) != step:
                     reason = f"it holds update {int(fields(read)['step'])}"
             except Exception as error:  # orbax and tensorstore raise many kinds
