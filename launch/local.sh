@@ -21,16 +21,8 @@
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
 
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-refuse() {
-    echo "error: $1; see launch/local.sh --help" >&2
-    exit 2
-}
-
-whole() { # whether $1 is a whole number of at least 1
-    case $1 in '' | 0* | *[!0-9]*) return 1 ;; *) [ "${#1}" -le 4 ] ;; esac
-}
+# shellcheck source=launch/common.sh
+. "$here/launch/common.sh"
 
 case ${1:-} in
 '') usage >&2 && exit 2 ;;
