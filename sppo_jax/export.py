@@ -109,7 +109,10 @@ def main(words: Sequence[str]) -> None:
     if args.push and repositories.parse(args.push)[1] is not None:
         raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
     if args.run is not None:
-        _from_run(_path("--run", args.run), args.iteration, to, args.dtype)
+        from sppo_jax.run import bucket
+
+        with bucket.reading(args.run, bucket.weights_of(args.iteration)):
+            _from_run(_path("--run", str(bucket.local(args.run))), args.iteration, to, args.dtype)
         print(to)
     if args.push:
         _push(to, args.push, args.private)

@@ -17,6 +17,7 @@ from sppo_jax import config as configuration
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
+from sppo_jax.run import bucket
 
 LOCK = ".lock"
 FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
@@ -26,10 +27,10 @@ BASE = 0  # iteration number of the untouched base policy
 
 
 class RunDir:
-    """Paths below OUT."""
+    """Paths below OUT; of a bucket, below its local copy."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = bucket.local(root)
         self.config = self.root / "config.yaml"
         self.manifest = self.root / "manifest.json"
         self.metrics = self.root / "metrics.jsonl"
