@@ -221,8 +221,8 @@ class Mirror:
                     act()
             except Exception as error:
                 self._failed = self._failed or error
-                if not end.is_set():
-                    signal.raise_signal(signal.SIGTERM)
+                if not end.is_set() and (main := threading.main_thread().ident):
+                    signal.pthread_kill(main, signal.SIGTERM)  # what it waits in ends, too
 
         thread = threading.Thread(target=repeat, name="bucket", daemon=True)
         thread.start()
