@@ -217,11 +217,13 @@ def mend(
 
     `free` frees the policy in memory before another is read. Raises BadInput where no checkpoint is whole.
     """
+    from sppo_jax.training import checkpoint
+
     if t == BASE or not (fault := _fault(run, config, t)):
         return
     free()
     found = None
-    if files.is_dir(run.checkpoints(t)):
+    if checkpoint.begun(run.checkpoints(t)):
         found = _from_checkpoint(run, config, t, source.directory, mesh, last=True)
     if found is None:
         raise BadInput(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -129,7 +128,11 @@ def served(bucket="bucket"):
         def _list(self, query):
             prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
             begin, end = query.get("startOffset", ""), query.get("endOffset")
-            names = [n for n in sorted(store.objects) if n.startswith(prefix) and n >= begin and (not end or n < end)]
+            names = [
+                n
+                for n in sorted(store.objects)
+                if n.startswith(prefix) and n >= begin and (not end or n < end)
+            ]
             folders = set()
             if delimiter:
                 below = {n: n[len(prefix) :] for n in names}

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from sppo_jax import command, files
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.run import holding
@@ -26,11 +28,13 @@ from sppo_jax.run.objects import Objects, Version
 EVERY = 20.0  # seconds between two looks at what has changed
 AT_ONCE = 8  # objects sent or fetched at the same time
 MARK = ".complete"
+DIRECT = "gs://"  # begins the URLs to which orbax writes itself
+CHECKPOINTS = re.compile(r"iter_\d+/checkpoints/.*")
 # Directories below OUT that appear at once; names of what is being written; weights; all that a run deletes for good.
 WHOLE = re.compile(r"iter_\d+/(?:export|adapter|checkpoints/[^/]+)(?=/)")
 UNFINISHED = re.compile(r"(?:^|/)(?:\.[^/]*\.part|[^/]*\.orbax-checkpoint-tmp[^/]*)(?:/|$)")
 WEIGHTS = re.compile(r"iter_(\d+)/(?:checkpoints/.*|.*\.safetensors)")
-DELETED = re.compile(r"iter_\d+/(?:checkpoints/.*|.*\.partial\.jsonl)")
+DELETED = re.compile(r"iter_\d+/(?:checkpoints/.*|.*\.partial\.jsonl)|\.[^/]*")
 
 Stat = tuple[int, int]  # of a local file: its bytes, and when it was changed, ns
 Wanted = Callable[[str], bool]  # of a path below OUT
@@ -49,6 +53,14 @@ def local(out: str | os.PathLike[str]) -> Path:
         return Path(out)
     url = str(out).rstrip("/")
     return _open[url].root if url in _open else _home(url, 0) / "run"
+
+
+def checkpoints(out: str | os.PathLike[str]) -> Path | epath.Path:
+    """Where the folders with checkpoints lie: `local(out)`, or on Google Cloud Storage the bucket itself.
+
+    orbax writes there directly, from all processes at once, and has its own mark of what is whole.
+    """
+    return epath.Path(out) if str(out).startswith(DIRECT) else local(out)
 
 
 def shown(text: object) -> str:
@@ -72,16 +84,21 @@ def fetch() -> None:
 
 
 @contextlib.contextmanager
-def opened(out: str, process: int = 0) -> Iterator[None]:
+def opened(out: str, process: int = 0, processes: int = 1) -> Iterator[None]:
     """Fetch OUT where it is in a bucket, send what changes while the context lasts, and send the rest at its end.
 
-    Process 0 holds the run's lock. Raises BadInput where the bucket cannot be used, where another run holds it, and where
+    Process 0 of `processes` holds the run's lock. Raises BadInput where the bucket cannot be used, where another run holds it, and where
     it has failed for too long: nothing is lost then, since the local copy is kept for the next start.
     """
     if not is_url(out):
         yield
         return
     url = out.rstrip("/")
+    if processes > 1 and not url.startswith(DIRECT):
+        raise BadInput(
+            f"--out {out}: several processes write their checkpoints together, which works with {DIRECT} and with a "
+            "directory that all of them see; choose one of these"
+        )
     home = _home(url, process)
     with _alone(home), _mirror(url, home) as mirror:
         lock = holding.Lock(mirror.objects, mirror.own)
@@ -90,6 +107,8 @@ def opened(out: str, process: int = 0) -> Iterator[None]:
                 stack.enter_context(lock.held())
                 stack.enter_context(mirror.repeated(lock.renew, holding.EVERY))
             mirror.pull(start=True)
+            with files.writing(mirror.root):
+                mirror.root.mkdir(exist_ok=True)
             stack.enter_context(mirror.sending())
             yield
 
@@ -150,7 +169,7 @@ class Mirror:
         needs stay in the bucket, unless `wanted` says which paths are fetched.
         """
         with self._turn:
-            listed, here = self.objects.listed(), self._here()
+            listed, here = self._there(), self._here()
             there = {name: found for name, found in listed.items() if _counts(name, listed)}
             wanted = wanted or _needed(there)
             fetched = []
@@ -236,6 +255,12 @@ class Mirror:
         """Keep on disk what is known of the bucket."""
         files.write_json(self._state, {"own": self.own, "known": self._known})
 
+    def _there(self) -> dict[str, tuple[int, Version]]:
+        """{path below OUT: (bytes, version)} of the objects that the local copy has, too."""
+        direct = self.objects.url.startswith(DIRECT)
+        listed = self.objects.listed()
+        return {name: found for name, found in listed.items() if not (direct and CHECKPOINTS.fullmatch(name))}
+
     def _here(self) -> dict[str, Stat]:
         """{path below OUT: stat} of all files under their final names."""
         found: dict[str, Stat] = {}
@@ -254,7 +279,7 @@ class Mirror:
         members = {name: stat for name, stat in here.items() if _directory(name) == directory}
         if len(names) == len(members):
             self._delete(mark)
-            old = (n for n in self.objects.listed() if _directory(n) == directory and n not in members)
+            old = (n for n in self._there() if _directory(n) == directory and n not in members)
             self._each(old, self._delete)
         self._each(names, self._send)
         if {n: stat for n, stat in self._here().items() if _directory(n) == directory} == members:

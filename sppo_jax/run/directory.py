@@ -12,6 +12,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from sppo_jax import command, config_file, files
 from sppo_jax import config as configuration
 from sppo_jax.config import Config
@@ -30,7 +32,7 @@ class RunDir:
     """Paths below OUT; of a bucket, below its local copy."""
 
     def __init__(self, root: str | Path):
-        self.root = bucket.local(root)
+        self.root, self._checkpoints = bucket.local(root), bucket.checkpoints(root)
         self.config = self.root / "config.yaml"
         self.manifest = self.root / "manifest.json"
         self.metrics = self.root / "metrics.jsonl"
@@ -54,9 +56,9 @@ class RunDir:
         """A held-out file of iteration t: `responses` of its new policy, or the `probe` of its reference."""
         return self.iteration(t) / "heldout" / f"{kind}.parquet"
 
-    def checkpoints(self, t: int) -> Path:
-        """The directory of orbax checkpoints of iteration t's training."""
-        return self.iteration(t) / "checkpoints"
+    def checkpoints(self, t: int) -> Path | epath.Path:
+        """The directory of orbax checkpoints of iteration t's training. In a bucket it may have no local copy."""
+        return self._checkpoints / f"iter_{t}" / "checkpoints"
 
     def export(self, t: int) -> Path:
         """The Hugging Face directory of the policy after iteration t."""

@@ -40,8 +40,10 @@ class Objects:
         self.kept = ""  # what is to be said of work that cannot be sent
         self.ending = threading.Event()  # once set, there is less patience
         protocol = url.partition("://")[0]
+        # Also for the instance that orbax makes: other processes write, too.
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
         try:
-            self._files, base = fsspec.core.url_to_fs(url, use_listings_cache=False)
+            self._files, base = fsspec.core.url_to_fs(url)
         except ImportError as error:
             package = PACKAGES.get(protocol)
             raise BadInput(

@@ -2,12 +2,9 @@
 
 import contextlib
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +13,12 @@ import orbax.checkpoint as ocp
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
-from sppo_jax.training import orbax_faults
+from sppo_jax.training import orbax_faults, places
+from sppo_jax.training.places import Place
 
 ITEM = "default"  # orbax's name of a checkpoint's only item
 KEPT = 2  # checkpoints of a training that goes on
-NUMBER = re.compile("0|[1-9][0-9]*")
-DAMAGED, UNFINISHED = ".damaged", ".orbax-checkpoint-tmp"  # ends of the names beside the checkpoints
+DAMAGED = ".damaged"  # ends the names of those moved aside
 
 
 @functools.partial(
@@ -44,24 +41,24 @@ class NoneWhole(Exception):
     """An iteration had checkpoints, and none is whole. They have been moved aside, so that its training begins again."""
 
 
-def begun(directory: Path) -> bool:
+def begun(directory: Place) -> bool:
     """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read."""
-    return bool(_steps(directory))
+    return bool(places.steps(directory))
 
 
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: Place, *, read_only: bool = False):
         """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it.
 
         Raises BadInput where it cannot be made or written.
         """
-        self._shown, self.directory = directory, Path(os.path.abspath(directory))
+        self._shown, self.directory = directory, places.absolute(directory)
         if not read_only:
-            with files.writing(directory):
+            with places.changing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
         # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
@@ -75,7 +72,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; None where there is none."""
-        return max(_steps(self._shown), default=None)
+        return max(places.steps(self._shown), default=None)
 
     def save(self, step: int, state: TrainState) -> None:
         """Begin to write `state` in the background, and delete all but the latest two checkpoints before it.
@@ -100,7 +97,7 @@ class Checkpoints:
         Returns None where there is no checkpoint. Damaged ones, and those of steps beyond `last`, are moved aside and
         reported in one line to `say`. Raises NoneWhole if no other is left; BadInput where one cannot be read or moved.
         """
-        steps = _steps(self._shown)
+        steps = places.steps(self._shown)
         found, damaged = self._newest(steps, lambda step: self.restore(step, like), last)
         if not damaged:
             return found
@@ -124,7 +121,7 @@ class Checkpoints:
         Returns None where no checkpoint is whole; damaged ones are reported to `say`, and stay where they are. Raises
         BadInput where one cannot be read.
         """
-        found, damaged = self._newest(_steps(self._shown), lambda step: self.restore_params(step, like))
+        found, damaged = self._newest(places.steps(self._shown), lambda step: self.restore_params(step, like))
         for error in damaged:
             say(str(error))
         return found
@@ -146,11 +143,11 @@ class Checkpoints:
 
     def keep_only(self, step: int) -> None:
         """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
-        with files.writing(self._shown):
-            for other in _steps(self._shown):
+        with places.changing(self._shown):
+            for other in places.steps(self._shown):
                 if other != step:
-                    _remove(self.directory / str(other))
-            self._remove(DAMAGED)
+                    places.remove(self.directory / str(other))
+            places.tidy(self.directory, DAMAGED)
 
     def wait(self) -> None:
         """Wait until all saved states are whole on disk, and delete all but the latest two.
@@ -162,9 +159,9 @@ class Checkpoints:
             return
         with self._reported(step):
             self._orbax.wait_until_finished()
-        with files.writing(self._shown):
-            for old in _steps(self._shown)[:-KEPT]:
-                _remove(self.directory / str(old))
+        with places.changing(self._shown):
+            for old in places.steps(self._shown)[:-KEPT]:
+                places.remove(self.directory / str(old))
 
     def close(self) -> None:
         """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
@@ -208,9 +205,9 @@ class Checkpoints:
         """Delete what a failed write has left, as well as can be: tensorstore's own threads may still add to it."""
         for _ in range(10):
             try:
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
                 return
-            except OSError:
+            except (OSError, BadInput):
                 time.sleep(0.1)
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
@@ -258,38 +255,13 @@ class Checkpoints:
                 damaged.append(error.with_traceback(None))  # which would hold what was read
         return None, damaged
 
-    def _aside(self, step: int) -> Path:
+    def _aside(self, step: int) -> Place:
         """Give a checkpoint a name that is not a step's, and return it."""
         name = f"{step}{DAMAGED}"
-        with files.writing(self._shown / name):
-            _remove(self.directory / name)
+        with places.changing(self._shown / name):
+            places.remove(self.directory / name)
             (self.directory / str(step)).rename(self.directory / name)
         return self._shown / name
-
-    def _remove(self, end: str) -> None:
-        """Delete what is named like a step with `end`; other names may be anyone's."""
-        for path in self.directory.iterdir():
-            name, found, _ = path.name.partition(end)
-            if found and NUMBER.fullmatch(name):
-                _remove(path)
-
-
-def _steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints have their final name, in order."""
-    if not files.is_dir(directory):
-        return []
-    try:
-        names = os.listdir(directory)
-    except OSError as error:
-        raise BadInput(f"{directory}: {error.strerror}") from None
-    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        files.remove(path)
 
 
 def _abstract(like: Any) -> Any:
@@ -314,7 +286,7 @@ def _added(fields: dict[str, Any]) -> dict[str, jax.Array]:
     return {name: sum(map(bits, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}
 
 
-def _sums_written(checkpoint: Path) -> dict[str, int] | None:
+def _sums_written(checkpoint: Place) -> dict[str, int] | None:
     """The sums in a checkpoint's metadata; None in one of a version that wrote none."""
     custom = files.read_json(checkpoint / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
     found = custom.get("sums")
