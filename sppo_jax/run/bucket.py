@@ -34,7 +34,7 @@ CHECKPOINTS = re.compile(r"iter_\d+/checkpoints/.*")
 WHOLE = re.compile(r"iter_\d+/(?:export|adapter|checkpoints/[^/]+)(?=/)")
 UNFINISHED = re.compile(r"(?:^|/)(?:\.[^/]*\.part|[^/]*\.orbax-checkpoint-tmp[^/]*)(?:/|$)")
 WEIGHTS = re.compile(r"iter_(\d+)/(?:checkpoints/.*|.*\.safetensors)")
-DELETED = re.compile(r"iter_\d+/(?:checkpoints/.*|.*\.partial\.jsonl)|\.[^/]*")
+DELETED = re.compile(r"iter_\d+/(?:checkpoints/.*|.*\.partial\.jsonl)")
 
 Stat = tuple[int, int]  # of a local file: its bytes, and when it was changed, ns
 Wanted = Callable[[str], bool]  # of a path below OUT
