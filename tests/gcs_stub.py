@@ -2,18 +2,26 @@
 
 import contextlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+# Read by gcsfs when it is imported: else it asks over gRPC which kind of bucket it is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 
 class Store:
-    """Objects by name of one bucket: (generation, content). `refuse`: the status of every answer, where it is not 0."""
+    """Objects by name of one bucket: (generation, content).
+
+    `refuse`: the status of the answers about names with `refused` in them, where it is not 0.
+    """
 
     def __init__(self):
-        self.objects, self.generation, self.refuse, self.asked, self.begun = {}, 0, 0, [], []
+        self.objects, self.generation, self.asked, self.begun = {}, 0, [], []
+        self.refuse, self.refused = 0, ""
         self.lock = threading.Lock()
 
 
@@ -55,14 +63,14 @@ def served(bucket="bucket"):
         def do_POST(self):
             path, query = self._asked()
             body = self._body()
-            if "/rewriteTo/" in path or "/copyTo/" in path:
-                verb = "/rewriteTo/" if "/rewriteTo/" in path else "/copyTo/"
-                source, target = path.split(verb)
-                found = store.objects.get(self._object(source))
+            if "/moveTo/" in path:
+                source, target = path.split("/moveTo/")
+                found = store.objects.pop(self._object(source), None)
                 if found is None:
                     return self._error(404)
-                self._put(self._object(f"/storage/v1/{target}"), found[1])
-                return self._json({"done": True, "resource": {}})
+                name = self._object(f"/{target}")
+                self._put(name, found[1])
+                return self._json(self._meta(name))
             if query.get("uploadType") == "resumable":
                 there = f"http://{self.headers['Host']}/upload/{len(store.begun)}"
                 store.begun.append((json.loads(body)["name"], bytearray()))
@@ -148,7 +156,7 @@ def served(bucket="bucket"):
             self._answer(status, b"" if status == 304 else text, "application/json", {})
 
         def _answer(self, status, data, kind, headers):
-            if store.refuse:
+            if store.refuse and store.refused in unquote(self.path):
                 status, data = store.refuse, b'{"error": {"code": %d, "message": "refused"}}' % store.refuse
             self.send_response(status)
             for key, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
@@ -156,15 +164,19 @@ def served(bucket="bucket"):
             self.end_headers()
             self.wfile.write(data)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_):
+            """A client that has gone away is no error."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)  # read by gcsfs
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks over gRPC
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # read by tensorstore
+        patch.setenv("NO_GCE_CHECK", "true")  # no search for credentials on the network
         try:
             yield store
         finally:

@@ -212,7 +212,7 @@ class Checkpoints:
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
         """Read a checkpoint, and compare its step and its bits with what was written."""
-        path, reason, system = self._shown / str(step), None, None
+        path, reason, system, unreachable = self._shown / str(step), None, None, ""
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
@@ -227,6 +227,7 @@ class Checkpoints:
                 if orbax_faults.out_of_memory(error):
                     raise
                 reason, system = one_line(error)[:120], orbax_faults.of_system(error)
+                unreachable = orbax_faults.unreachable(error)
             if reason is not None:
                 free()
         if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
@@ -234,6 +235,8 @@ class Checkpoints:
                 f"{path}: cannot be read: {system.strerror}; mend that, and run the same command again, or delete it to go "
                 "on without it"
             )
+        if unreachable:
+            raise BadInput(f"{path}: cannot be read: {unreachable}; run the same command again")
         if reason is not None:
             raise Damaged(f"{path}: damaged, or not a checkpoint of this model ({reason})")
         return read
