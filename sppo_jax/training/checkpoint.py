@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
+from sppo_jax.run import pod
 from sppo_jax.training import orbax_faults, places
 from sppo_jax.training.places import Place
 
@@ -42,8 +43,11 @@ class NoneWhole(Exception):
 
 
 def begun(directory: Place) -> bool:
-    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read."""
-    return bool(places.steps(directory))
+    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read.
+
+    All processes of a run call this together, as all functions here.
+    """
+    return bool(_steps(directory))
 
 
 class Checkpoints:
@@ -55,16 +59,18 @@ class Checkpoints:
         Raises BadInput where it cannot be made or written.
         """
         self._shown, self.directory = directory, places.absolute(directory)
-        if not read_only:
+        if not read_only and pod.first():
             with places.changing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 places.tidy(self.directory)
+        pod.meet("checkpoints")
         # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=at_once)
         )
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once)
+        self._reader = self._orbax if pod.count() == 1 else _own_reader()
         self._writing: int | None = None  # the step that is written in the background
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(orbax_faults.silent_threads())
@@ -72,7 +78,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; None where there is none."""
-        return max(places.steps(self._shown), default=None)
+        return max(_steps(self._shown), default=None)
 
     def save(self, step: int, state: TrainState) -> None:
         """Begin to write `state` in the background, and delete all but the latest two checkpoints before it.
@@ -97,7 +103,7 @@ class Checkpoints:
         Returns None where there is no checkpoint. Damaged ones, and those of steps beyond `last`, are moved aside and
         reported in one line to `say`. Raises NoneWhole if no other is left; BadInput where one cannot be read or moved.
         """
-        steps = places.steps(self._shown)
+        steps = _steps(self._shown)
         found, damaged = self._newest(steps, lambda step: self.restore(step, like), last)
         if not damaged:
             return found
@@ -121,7 +127,7 @@ class Checkpoints:
         Returns None where no checkpoint is whole; damaged ones are reported to `say`, and stay where they are. Raises
         BadInput where one cannot be read.
         """
-        found, damaged = self._newest(places.steps(self._shown), lambda step: self.restore_params(step, like))
+        found, damaged = self._newest(_steps(self._shown), lambda step: self.restore_params(step, like))
         for error in damaged:
             say(str(error))
         return found
@@ -144,10 +150,11 @@ class Checkpoints:
     def keep_only(self, step: int) -> None:
         """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
         with places.changing(self._shown):
-            for other in places.steps(self._shown):
-                if other != step:
+            for other in _steps(self._shown):
+                if other != step and pod.first():
                     places.remove(self.directory / str(other))
-            places.tidy(self.directory, DAMAGED)
+            if pod.first():
+                places.tidy(self.directory, DAMAGED)
 
     def wait(self) -> None:
         """Wait until all saved states are whole on disk, and delete all but the latest two.
@@ -160,8 +167,9 @@ class Checkpoints:
         with self._reported(step):
             self._orbax.wait_until_finished()
         with places.changing(self._shown):
-            for old in places.steps(self._shown)[:-KEPT]:
-                places.remove(self.directory / str(old))
+            for old in _steps(self._shown)[:-KEPT]:
+                if pod.first():
+                    places.remove(self.directory / str(old))
 
     def close(self) -> None:
         """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
@@ -192,8 +200,9 @@ class Checkpoints:
             except Exception as error:
                 reason = orbax_faults.of_system(error)
                 self._writing = None
-                orbax_faults.join_threads()  # they may be writing yet, and complain later
-                self._tidy()
+                if pod.count() == 1:  # of several, each ends now; the next start tidies up
+                    orbax_faults.join_threads()  # they may be writing yet, and complain later
+                    self._tidy()
                 if reason is None:
                     raise
             if reason is not None:
@@ -216,18 +225,22 @@ class Checkpoints:
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
-                read = self._orbax.restore(
+                read = self._reader.restore(
                     self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
                 )[ITEM]
-                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
-                    reason = "its numbers differ from the numbers that were written"
-                elif int(fields(read).get("step", step)) != step:
-                    reason = f"it holds update {int(fields(read)['step'])}"
             except Exception as error:  # orbax and tensorstore raise many kinds
                 if orbax_faults.out_of_memory(error):
                     raise
                 reason, system = one_line(error)[:120], orbax_faults.of_system(error)
                 unreachable = orbax_faults.unreachable(error)
+            reason = next(
+                filter(None, pod.gathered("restored", reason)), None
+            )  # each process reads its own shards
+            if reason is None:
+                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
+                    reason = "its numbers differ from the numbers that were written"
+                elif int(fields(read).get("step", step)) != step:
+                    reason = f"it holds update {int(fields(read)['step'])}"
             if reason is not None:
                 free()
         if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
@@ -261,10 +274,31 @@ class Checkpoints:
     def _aside(self, step: int) -> Place:
         """Give a checkpoint a name that is not a step's, and return it."""
         name = f"{step}{DAMAGED}"
-        with places.changing(self._shown / name):
-            places.remove(self.directory / name)
-            (self.directory / str(step)).rename(self.directory / name)
+        if pod.first():
+            with places.changing(self._shown / name):
+                places.remove(self.directory / name)
+                (self.directory / str(step)).rename(self.directory / name)
+        pod.meet("aside")
         return self._shown / name
+
+
+def _own_reader() -> ocp.Checkpointer:
+    """A reader that waits for no other process: one that finds a checkpoint damaged must not leave the others waiting."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _steps(directory: Place) -> list[int]:
+    """The steps whose checkpoints are whole, in order, as process 0 sees them."""
+    found: list[int] = pod.agreed("steps", lambda: places.steps(directory))
+    return found
 
 
 def _abstract(like: Any) -> Any:
