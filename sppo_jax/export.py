@@ -65,16 +65,25 @@ def export(
 def export_policy(policy: "Transformer", source: "Snapshot", run: "RunDir", t: int) -> None:
     """Write the policy after iteration t, and its adapters, if it has any, as a PEFT directory.
 
-    The adapters serve beside the base, and a resumed run reads them.
+    The adapters serve beside the base, and a resumed run reads them. All processes that hold the policy call this together;
+    process 0 writes.
     """
     from sppo_jax.files import replacing
-    from sppo_jax.models import lora
+    from sppo_jax.models import hf, lora
+    from sppo_jax.run import pod
 
+    if not pod.first():
+        if policy.architecture.lora_rank:
+            hf.take_part(policy, lora.table())
+        hf.take_part(policy)
+        pod.meet("export")
+        return
     if policy.architecture.lora_rank:
         with replacing(run.adapter(t)) as part:
             part.mkdir()
             lora.save(policy, part, source.name, source.revision)
     export(policy, source.directory, run.export(t))
+    pod.meet("export")
 
 
 def main(words: Sequence[str]) -> None:
@@ -109,7 +118,10 @@ def main(words: Sequence[str]) -> None:
     if args.push and repositories.parse(args.push)[1] is not None:
         raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
     if args.run is not None:
-        _from_run(_path("--run", args.run), args.iteration, to, args.dtype)
+        from sppo_jax.run import bucket
+
+        with bucket.reading(args.run, bucket.weights_of(args.iteration)):
+            _from_run(_path("--run", str(bucket.local(args.run))), args.iteration, to, args.dtype)
         print(to)
     if args.push:
         _push(to, args.push, args.private)
@@ -214,11 +226,14 @@ def mend(
 
     `free` frees the policy in memory before another is read. Raises BadInput where no checkpoint is whole.
     """
-    if t == BASE or not (fault := _fault(run, config, t)):
+    from sppo_jax.run import pod
+    from sppo_jax.training import checkpoint
+
+    if t == BASE or not (fault := pod.agreed("fault", lambda: _fault(run, config, t))):
         return
     free()
     found = None
-    if files.is_dir(run.checkpoints(t)):
+    if checkpoint.begun(run.checkpoints(t)):
         found = _from_checkpoint(run, config, t, source.directory, mesh, last=True)
     if found is None:
         raise BadInput(
@@ -226,7 +241,8 @@ def mend(
             f"{run.iteration(t)} and the iterations after it, and run the same command again, which plays them again"
         )
     export_policy(found[1], source, run, t)
-    command.say(f"{fault}; it is written again from its checkpoint")
+    if pod.first():
+        command.say(f"{fault}; it is written again from its checkpoint")
 
 
 def _fault(run: RunDir, config: "Config", t: int) -> str:

@@ -14,6 +14,7 @@ from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.losses import LOSSES
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Pair
+from sppo_jax.run import pod
 from sppo_jax.run.stage import Stage
 from sppo_jax.training import effect
 from sppo_jax.training.batches import Batches
@@ -22,6 +23,8 @@ from sppo_jax.training.optimizer import schedule
 from sppo_jax.training.profiling import Profiler
 from sppo_jax.training.trainer import Trainer
 from sppo_jax.training.update import Programs, Scalars, split
+
+SKIPPED = 5  # updates in a row whose gradients may be infinite or NaN; the next one ends the run
 
 
 def fit(
@@ -85,14 +88,16 @@ def train(
                 profiler.step(step - start)
             state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
             log.add(step, scalars)
-            stopping = stage.metrics.stop_requested and step + 1 < total
+            stopping = stage.metrics.stop_agreed() and step + 1 < total
             if stopping or (step + 1) % config.fit.checkpoint_every == 0 or step + 1 == total:
                 log.flush()  # raises where this update's loss is not finite
                 if step + 1 == total and moves and sums({"params": state.params}) == before:
                     raise effect.unchanged(config.fit, stage.iteration, total, log.gradient_norm)
-                checkpoints.save(step + 1, state)
+                if step + 1 == total or not log.skipped:  # else the last checkpoint is from before that began
+                    checkpoints.save(step + 1, state)
             if stopping:
                 checkpoints.wait()
+                pod.meet("stopped")
                 raise Terminated
     checkpoints.wait()
     checkpoints.keep_only(total)
@@ -110,6 +115,7 @@ class _Log:
         self._rate, self._last = schedule(config.fit, batches.steps_per_epoch), len(batches) - 1
         self._unread: tuple[int, Scalars] | None = None
         self.gradient_norm = 0.0  # of the last update read
+        self.skipped = 0  # the last updates in a row that changed nothing
 
     def add(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of an update just dispatched, and report the one before."""
@@ -135,14 +141,29 @@ class _Log:
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            raise BadInput(
-                f"iteration {self._stage.iteration}: the loss is {values['loss']} with gradient norm {values['grad_norm']} "
-                f"at update {step}; lower fit.learning_rate or set fit.max_grad_norm, and start in a new --out"
-            )
+            self._skip(step, values)
+            return
+        self.skipped = 0
         if step == 0 and values["max_log_ratio"] != 0:  # the same program on the same batch: exactly 0
             raise RuntimeError(
                 f"log-ratio at step 0 is {values['max_log_ratio']}: reference and policy differ"
             )
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        """Report an update that changed nothing. Raises BadInput where it did change weights, or where it is not the exception.
+
+        Too many in a row, or a loss that is not finite at the end, are no exception: the policy itself is damaged.
+        """
+        found = f"the loss is {values['loss']} with gradient norm {values['grad_norm']} at update {step}"
+        ends = step == self._last and not np.isfinite(values["loss"])
+        if ends or np.isfinite(values["grad_norm"]) or self.skipped == SKIPPED:
+            before = f" after {self.skipped} others that were skipped" if self.skipped else ""
+            raise BadInput(
+                f"iteration {self._stage.iteration}: {found}{before}; lower fit.learning_rate or set fit.max_grad_norm, and "
+                "start in a new --out (the last checkpoint is from before)"
+            )
+        self.skipped += 1
+        self._stage.say("fit", f"{found}: skipped, number {self.skipped} in a row of at most {SKIPPED}")
 
 
 def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None:

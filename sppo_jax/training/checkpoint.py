@@ -2,12 +2,9 @@
 
 import contextlib
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +13,13 @@ import orbax.checkpoint as ocp
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
-from sppo_jax.training import orbax_faults
+from sppo_jax.run import pod
+from sppo_jax.training import orbax_faults, places
+from sppo_jax.training.places import Place
 
 ITEM = "default"  # orbax's name of a checkpoint's only item
 KEPT = 2  # checkpoints of a training that goes on
-NUMBER = re.compile("0|[1-9][0-9]*")
-DAMAGED, UNFINISHED = ".damaged", ".orbax-checkpoint-tmp"  # ends of the names beside the checkpoints
+DAMAGED = ".damaged"  # ends the names of those moved aside
 
 
 @functools.partial(
@@ -44,30 +42,35 @@ class NoneWhole(Exception):
     """An iteration had checkpoints, and none is whole. They have been moved aside, so that its training begins again."""
 
 
-def begun(directory: Path) -> bool:
-    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read."""
+def begun(directory: Place) -> bool:
+    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read.
+
+    All processes of a run call this together, as all functions here.
+    """
     return bool(_steps(directory))
 
 
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: Place, *, read_only: bool = False):
         """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it.
 
         Raises BadInput where it cannot be made or written.
         """
-        self._shown, self.directory = directory, Path(os.path.abspath(directory))
-        if not read_only:
-            with files.writing(directory):
+        self._shown, self.directory = directory, places.absolute(directory)
+        if not read_only and pod.first():
+            with places.changing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
+        pod.meet("checkpoints")
         # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=at_once)
         )
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once)
+        self._reader = self._orbax if pod.count() == 1 else _own_reader()
         self._writing: int | None = None  # the step that is written in the background
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(orbax_faults.silent_threads())
@@ -146,11 +149,12 @@ class Checkpoints:
 
     def keep_only(self, step: int) -> None:
         """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
-        with files.writing(self._shown):
+        with places.changing(self._shown):
             for other in _steps(self._shown):
-                if other != step:
-                    _remove(self.directory / str(other))
-            self._remove(DAMAGED)
+                if other != step and pod.first():
+                    places.remove(self.directory / str(other))
+            if pod.first():
+                places.tidy(self.directory, DAMAGED)
 
     def wait(self) -> None:
         """Wait until all saved states are whole on disk, and delete all but the latest two.
@@ -162,9 +166,10 @@ class Checkpoints:
             return
         with self._reported(step):
             self._orbax.wait_until_finished()
-        with files.writing(self._shown):
+        with places.changing(self._shown):
             for old in _steps(self._shown)[:-KEPT]:
-                _remove(self.directory / str(old))
+                if pod.first():
+                    places.remove(self.directory / str(old))
 
     def close(self) -> None:
         """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
@@ -195,8 +200,9 @@ class Checkpoints:
             except Exception as error:
                 reason = orbax_faults.of_system(error)
                 self._writing = None
-                orbax_faults.join_threads()  # they may be writing yet, and complain later
-                self._tidy()
+                if pod.count() == 1:  # of several, each ends now; the next start tidies up
+                    orbax_faults.join_threads()  # they may be writing yet, and complain later
+                    self._tidy()
                 if reason is None:
                     raise
             if reason is not None:
@@ -208,28 +214,33 @@ class Checkpoints:
         """Delete what a failed write has left, as well as can be: tensorstore's own threads may still add to it."""
         for _ in range(10):
             try:
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
                 return
-            except OSError:
+            except (OSError, BadInput):
                 time.sleep(0.1)
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
         """Read a checkpoint, and compare its step and its bits with what was written."""
-        path, reason, system = self._shown / str(step), None, None
+        path, reason, system, unreachable = self._shown / str(step), None, None, ""
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
-                read = self._orbax.restore(
+                read = self._reader.restore(
                     self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
                 )[ITEM]
-                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
-                    reason = "its numbers differ from the numbers that were written"
-                elif int(fields(read).get("step", step)) != step:
-                    reason = f"it holds update {int(fields(read)['step'])}"
             except Exception as error:  # orbax and tensorstore raise many kinds
                 if orbax_faults.out_of_memory(error):
                     raise
                 reason, system = one_line(error)[:120], orbax_faults.of_system(error)
+                unreachable = orbax_faults.unreachable(error)
+            reason = next(
+                filter(None, pod.gathered("restored", reason)), None
+            )  # each process reads its own shards
+            if reason is None:
+                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
+                    reason = "its numbers differ from the numbers that were written"
+                elif int(fields(read).get("step", step)) != step:
+                    reason = f"it holds update {int(fields(read)['step'])}"
             if reason is not None:
                 free()
         if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
@@ -237,6 +248,8 @@ class Checkpoints:
                 f"{path}: cannot be read: {system.strerror}; mend that, and run the same command again, or delete it to go "
                 "on without it"
             )
+        if unreachable:
+            raise BadInput(f"{path}: cannot be read: {unreachable}; run the same command again")
         if reason is not None:
             raise Damaged(f"{path}: damaged, or not a checkpoint of this model ({reason})")
         return read
@@ -258,38 +271,34 @@ class Checkpoints:
                 damaged.append(error.with_traceback(None))  # which would hold what was read
         return None, damaged
 
-    def _aside(self, step: int) -> Path:
+    def _aside(self, step: int) -> Place:
         """Give a checkpoint a name that is not a step's, and return it."""
         name = f"{step}{DAMAGED}"
-        with files.writing(self._shown / name):
-            _remove(self.directory / name)
-            (self.directory / str(step)).rename(self.directory / name)
+        if pod.first():
+            with places.changing(self._shown / name):
+                places.remove(self.directory / name)
+                (self.directory / str(step)).rename(self.directory / name)
+        pod.meet("aside")
         return self._shown / name
 
-    def _remove(self, end: str) -> None:
-        """Delete what is named like a step with `end`; other names may be anyone's."""
-        for path in self.directory.iterdir():
-            name, found, _ = path.name.partition(end)
-            if found and NUMBER.fullmatch(name):
-                _remove(path)
+
+def _own_reader() -> ocp.Checkpointer:
+    """A reader that waits for no other process: one that finds a checkpoint damaged must not leave the others waiting."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints have their final name, in order."""
-    if not files.is_dir(directory):
-        return []
-    try:
-        names = os.listdir(directory)
-    except OSError as error:
-        raise BadInput(f"{directory}: {error.strerror}") from None
-    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        files.remove(path)
+def _steps(directory: Place) -> list[int]:
+    """The steps whose checkpoints are whole, in order, as process 0 sees them."""
+    found: list[int] = pod.agreed("steps", lambda: places.steps(directory))
+    return found
 
 
 def _abstract(like: Any) -> Any:
@@ -314,7 +323,7 @@ def _added(fields: dict[str, Any]) -> dict[str, jax.Array]:
     return {name: sum(map(bits, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}
 
 
-def _sums_written(checkpoint: Path) -> dict[str, int] | None:
+def _sums_written(checkpoint: Place) -> dict[str, int] | None:
     """The sums in a checkpoint's metadata; None in one of a version that wrote none."""
     custom = files.read_json(checkpoint / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
     found = custom.get("sums")
