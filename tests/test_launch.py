@@ -363,6 +363,7 @@ def test_the_vms_run_a_unit_that_is_started_again_and_hands_sigterm_on(stubs, sc
     assert {"--init", "--network=host", "--privileged", "--env=JAX_COORDINATOR_PORT=8476"} <= set(container)
     image = container.index(PLACE["IMAGE"])
     assert container[image - 1] == "--entrypoint=python"
+    assert "a $$b's file.yaml" in container
     run = [word.replace("$$", "$") for word in container[image + 1 :]]  # as systemd does
     assert run == ["-m", "sppo_jax.main", *WORDS]
 
