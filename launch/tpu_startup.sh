@@ -14,7 +14,8 @@ esac
 systemctl stop sppo 2>/dev/null || true
 
 # The unit ends before docker does, when the machine goes down. No shell stands between docker and Python, since it would
-# keep SIGTERM to itself. systemd reads $$ as $. /mnt is there for shared directories.
+# keep SIGTERM to itself. systemd reads $$ as $. /mnt is there for shared directories; the cache keeps compiled programs,
+# and what a bucket does not have yet.
 exec systemd-run --unit=sppo --collect \
     --property=After=docker.service \
     --property=Restart=on-failure --property=RestartSec=10 --property=StartLimitIntervalSec=0 \
@@ -22,5 +23,5 @@ exec systemd-run --unit=sppo --collect \
     --property=KillMode=mixed --property=TimeoutStopSec=120 \
     --property='ExecStartPre=-/usr/bin/env docker rm --force sppo' \
     docker run --rm --name=sppo --init --stop-timeout=120 --privileged --network=host --volume=/mnt:/mnt \
-    --env=JAX_COORDINATOR_PORT=8476 --entrypoint=python \
+    --volume=/var/cache/sppo:/root/.cache --env=JAX_COORDINATOR_PORT=8476 --entrypoint=python \
     "$image" -m sppo_jax.main "${words[@]//\$/\$\$}"

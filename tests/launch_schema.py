@@ -123,7 +123,7 @@ GROUP = "gcloud compute instance-groups managed"
 FLAGS = {  # the flags in use, all of which the command's reference has
     "gcloud compute tpus queued-resources create": PLACE
     | {"node-id", "accelerator-type", "runtime-version", "valid-until-duration", "spot", "reserved"}
-    | {"metadata-from-file"},
+    | {"metadata-from-file", "scopes"},
     "gcloud compute tpus queued-resources delete": PLACE | {"force", "quiet"},
     "gcloud compute tpus queued-resources describe": PLACE | {"format"},
     "gcloud compute tpus tpu-vm ssh": PLACE | {"worker", "command"},

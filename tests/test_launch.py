@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -526,8 +527,8 @@ def test_images(kind, extra):
         "ENTRYPOINT",
         '["python", "-m", "sppo_jax.main"]',
     ] in lines  # no shell, which would take the SIGTERM
-    assert f"'.[{extra}]'" in text
-    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra, "bucket"} == set(re.search(r"'\.\[(.*)\]'", text)[1].split(",")) <= set(extras)
     assert "JAX_COORDINATOR_PORT=8476" in text
 
 
