@@ -284,6 +284,8 @@ def _outcome(error: BaseException | None, given: str) -> bool:
     if error is None:
         if distributed.global_state.num_processes == 1:
             return False
+        # Two collectives of CPUs at the same time may begin in another order in each process, and then wait for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         aborting.instead(LOST, f"error: process 0 is gone: its connection broke; {AGAIN}")
         aborting.watch(distributed.global_state.coordinator_address or "")
         return True
