@@ -1,6 +1,7 @@
 """OUT in a bucket: the same files as in a directory, on whichever machine the run goes on, and nothing lost when it fails."""
 
 import contextlib
+import errno
 import importlib
 import re
 import shutil
@@ -314,6 +315,37 @@ def test_a_deleted_checkpoint_is_deleted_in_the_bucket(two):
     assert not (second.root / "iter_1/checkpoints/1/default/d/x").exists()
 
 
+def test_a_run_that_was_deleted_in_the_bucket_does_not_come_back(two, tmp_path):
+    first = two[0]
+    write(first, "config.yaml", "seed: 1")
+    first.push()
+    write(first, "iter_1/pairs.parquet", "not sent")
+    MemoryFileSystem.store.clear()
+    again = Mirror(RUN, tmp_path / "first")
+    again._known = first._known
+    again.pull(start=True)
+    again.push()
+    assert stored() == {}
+    assert not again.root.exists()
+
+
+def test_names_that_no_file_can_have_are_left_out(two):
+    put({"../outside": b"x", "a//b": b"x", "iter_1/..": b"x", "iter_1/pairs.parquet": b"rows", "x\0": b"x"})
+    two[0].pull(start=True)
+    assert list(of_directory(two[0].root)) == ["iter_1/pairs.parquet"]
+
+
+def test_a_state_that_is_damaged_only_costs_a_comparison(two, tmp_path):
+    write(two[0], "iter_1/pairs.parquet", "rows")
+    two[0].push()
+    two[0].save()
+    (tmp_path / "first/state.json").write_text('{"own": "x"}')
+    again = Mirror(RUN, tmp_path / "first")
+    again.pull(start=True)
+    again.push()
+    assert stored() == {"iter_1/pairs.parquet": b"rows"}
+
+
 def test_a_damaged_file_is_named_by_the_bucket(tmp_path):
     run = run_directory.measured(tmp_path)
     put(of_directory(run.root) | {"manifest.json": b"{"})
@@ -438,6 +470,28 @@ def test_a_failure_at_the_end_does_not_hide_what_ended_the_run(hasty, capsys, mo
         Flaky.failures = 10**6
         raise ZeroDivisionError
     assert "warning: flaky://b/run: the network is gone" in capsys.readouterr().err
+
+
+def test_a_bucket_that_never_answers_is_given_up_early(hasty, monkeypatch):
+    monkeypatch.setattr(objects, "PATIENCE", 1000.0)
+    monkeypatch.setattr(objects, "FIRST", 0.2)
+    monkeypatch.setattr(Flaky, "failures", 10**6)
+    with (
+        pytest.raises(BadInput, match=r"^flaky://b/run: the network is gone$"),
+        bucket.opened("flaky://b/run"),
+    ):
+        pass
+
+
+def test_a_full_disk_here_is_not_tried_again(monkeypatch):
+    def full(self, name, path, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    put({"config.yaml": b"seed: 1"}, "flaky://b/run")
+    monkeypatch.setattr(Flaky, "get_file", full)
+    line = "flaky://b/run/.config.yaml.part: cannot be written: No space left on device; make room"
+    with pytest.raises(BadInput, match=line), bucket.opened("flaky://b/run"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -27,7 +26,7 @@ from sppo_jax.run.objects import Objects, Version
 
 EVERY = 20.0  # seconds between two looks at what has changed
 AT_ONCE = 8  # objects sent or fetched at the same time
-MARK = ".complete"
+MARK, CONFIG = ".complete", "config.yaml"
 DIRECT = "gs://"  # begins the URLs to which orbax writes itself
 CHECKPOINTS = re.compile(r"iter_\d+/checkpoints/.*")
 # Directories below OUT that appear at once; names of what is being written; weights; all that a run deletes for good.
@@ -151,15 +150,15 @@ class Mirror:
         self.objects = Objects(url)
         self._turn = threading.RLock()  # one sending or fetching at a time
         self._failed: Exception | None = None
-        found: dict[str, Any] = {}
-        with contextlib.suppress(BadInput):
-            found = files.read_json(self._state)
         # What both sides had when they were last equal: {path below OUT: (local stat, version in the bucket)}.
-        self._known: dict[str, tuple[Stat, Version]] = {
-            name: ((size, changed), version)
-            for name, ((size, changed), version) in found.get("known", {}).items()
-        }
-        self.own = str(found.get("own") or os.urandom(8).hex())  # names `home`, in the lock of the run
+        self._known: dict[str, tuple[Stat, Version]] = {}
+        self.own = os.urandom(8).hex()  # names `home`, in the lock of the run
+        with contextlib.suppress(BadInput, KeyError):
+            found = files.read_json(self._state)
+            self.own = found["own"]
+            self._known = {
+                name: ((stat[0], stat[1]), version) for name, (stat, version) in found["known"].items()
+            }
 
     def pull(self, *, start: bool = False, wanted: Wanted | None = None) -> None:
         """Make the local copy equal to the bucket, but for files that are newer here.
@@ -169,7 +168,11 @@ class Mirror:
         needs stay in the bucket, unless `wanted` says which paths are fetched.
         """
         with self._turn:
-            listed, here = self._there(), self._here()
+            listed = self._there()
+            if start and CONFIG in self._known and CONFIG not in listed:  # the run was deleted there
+                files.remove(self.root)
+                self._known.clear()
+            here = self._here()
             there = {name: found for name, found in listed.items() if _counts(name, listed)}
             wanted = wanted or _needed(there)
             fetched = []

@@ -13,9 +13,11 @@ from sppo_jax import command, files
 from sppo_jax.errors import BadInput, one_line
 
 PATIENCE = 600.0  # seconds for which a failing bucket is tried again
-ENDING = 20.0  # the same once the run is ending
+FIRST = 60.0  # the same until it has answered once
+ENDING = 20.0  # and once the run is ending
 PAUSES = (1.0, 30.0)  # seconds between two tries: the first, and the longest
 IN_MEMORY = 1 << 26  # bytes; a smaller file is read at once, since it may be growing
+ODD = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|\0")  # names of objects that no file below a directory can have
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}  # of the protocols that need one
 VERSIONS = ("generation", "etag", "ETag", "mtime", "LastModified", "last_modified", "created")
 # Errors that no second try mends.
@@ -38,6 +40,7 @@ class Objects:
 
         self.url = url
         self.kept = ""  # what is to be said of work that cannot be sent
+        self._answered = False
         self.ending = threading.Event()  # once set, there is less patience
         protocol = url.partition("://")[0]
         # Also for the instance that orbax makes: other processes write, too.
@@ -57,13 +60,15 @@ class Objects:
             raise BadInput(f"{url}: name a folder in the bucket, as {url}/run")
 
     def listed(self) -> dict[str, tuple[int, Version]]:
-        """{name: (bytes, version)} of all objects."""
+        """{name: (bytes, version)} of all objects that have names of files."""
         self._files.invalidate_cache()
         found = self.tried(lambda: self._files.find(self._base, detail=True))
+        begin = f"{self._base}/"
+        named = {path.removeprefix(begin): info for path, info in found.items() if path.startswith(begin)}
         return {
-            path.removeprefix(f"{self._base}/"): (int(info.get("size") or 0), _version(info))
-            for path, info in found.items()
-            if path.startswith(f"{self._base}/") and info.get("type") != "directory"
+            name: (int(info.get("size") or 0), _version(info))
+            for name, info in named.items()
+            if info.get("type") != "directory" and not ODD.search(name)
         }
 
     def read(self, name: str) -> bytes | None:
@@ -149,12 +154,19 @@ class Objects:
         start, pause = time.monotonic(), PAUSES[0]
         while True:
             try:
-                return act()
+                result = act()
+                self._answered = True
+                return result
             except Exception as error:  # the protocols raise many kinds
                 reason = one_line(error)[:300] or type(error).__name__
+                if (
+                    isinstance(error, OSError) and error.errno in files.MEND
+                ):  # of this machine, not of the bucket
+                    raise files.unwritten(Path(error.filename or "."), error) from None
                 if isinstance(error, REFUSED) or NO_ACCESS.search(reason):
                     raise BadInput(f"{self.url}: {reason}; check its name, and your access to it") from None
-                left = start + (ENDING if self.ending.is_set() else PATIENCE) - time.monotonic()
+                patience = ENDING if self.ending.is_set() else PATIENCE if self._answered else FIRST
+                left = start + patience - time.monotonic()
                 if left < pause:
                     raise BadInput(f"{self.url}: {reason}{self.kept}") from None
                 if pause == PAUSES[0]:
