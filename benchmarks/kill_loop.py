@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.hosts import Hosts  # noqa: E402  (the root is on the path only now)
+from tests.kill_points import contents  # noqa: E402
 from tests.small_game import words  # noqa: E402
 
 ITERATIONS, SHARDS = 2, 3
@@ -35,9 +36,6 @@ STAGES = ("loading", "sampling", "judging", "log-probs", "training", "export", "
 HEARTBEAT = 5  # seconds
 WITHIN = {"KILL": HEARTBEAT + 5.0, "TERM": 15.0}
 CODE = {"KILL": 144, "TERM": 143}
-# What the end of a game is compared by; the rest has times in it, or follows from these.
-COMPARED = ("iter_*/responses/*.parquet", "iter_*/preferences/*.parquet", "iter_*/pairs.parquet", "iter_*/heldout/*",
-            "iter_*/eval.json", "iter_*/export/*.safetensors")  # fmt: skip
 
 
 def command(out: Path, processes: int, devices: int) -> list[str]:
@@ -52,8 +50,7 @@ def command(out: Path, processes: int, devices: int) -> list[str]:
 
 def digests(out: Path) -> dict[str, str]:
     """{path: sha256} of the files that must be equal."""
-    found = sorted(path for pattern in COMPARED for path in out.glob(pattern))
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents(out).items()}
 
 
 def place(out: Path, log: str, updates: int = 1) -> tuple[int, str]:
@@ -230,7 +227,7 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as parent, tempfile.TemporaryDirectory() as cache:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
         loop = Loop(Path(parent), args)
         loop.undisturbed()
         loop.play()

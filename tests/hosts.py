@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What stands in a host's environment, apart from the number of its devices.
-ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(ROOT),
-}
+
+
+def start(words, log, environment=(), prepare=()):
+    """Start a command with its output in the file `log`, as tests.nursery does in less time; it prepares nothing."""
+    assert not prepare
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | dict(environment)
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sppo_jax.main", *words],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+        )  # fmt: skip
 
 
 def free_port():
@@ -30,30 +34,22 @@ class Hosts:
     """The processes of one command, begun at once. A context manager: none outlives it."""
 
     def __init__(
-        self, words, logs, processes=1, devices=1, entry=("-m", "sppo_jax.main"), own=lambda rank: {}
+        self, words, logs, processes=2, devices=1, start=start, own=lambda rank: {}, prepare=lambda rank: ()
     ):
         """`words`: the command line; `logs`: a directory for one log each; `devices`: of each process, on the CPU.
 
-        `entry`: what Python runs; `own(rank)`: more words of one process, by their knobs.
+        `start` starts a process; `own(rank)`: more words of one process, by their knobs; `prepare(rank)`: as the nursery's.
         """
         logs.mkdir(parents=True, exist_ok=True)
         shared = {"coordinator": f"127.0.0.1:{free_port()}", "num_processes": processes}
-        environment = (
-            os.environ | ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        )
+        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         self._logs = [logs / f"process-{rank}.log" for rank in range(processes)]
         self.processes = []
-        for rank, path in enumerate(self._logs):
+        for rank, log in enumerate(self._logs):
             named = shared | {"process_id": rank} if processes > 1 else {}
             knobs = {f"distributed.{key}": value for key, value in named.items()} | own(rank)
             more = [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
-            with path.open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *entry, *words, *more],
-                        stdout=log, stderr=subprocess.STDOUT, env=environment | {"HOST": str(rank)}, cwd=ROOT,
-                    )
-                )  # fmt: skip
+            self.processes.append(start([*words, *more], log, environment, prepare(rank)))
 
     def __enter__(self):
         return self

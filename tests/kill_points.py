@@ -1,11 +1,18 @@
-"""Moments at which a run is killed: before and after a file or directory gets its final name."""
+"""Moments at which a run is killed, before and after a file or directory gets its final name, and what is on disk then."""
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
 from tests.faults import refusing
+
+# The same however a run was interrupted; the rest has times in it.
+COMPARED = [
+    "iter_*/responses/*", "iter_*/preferences/*", "iter_*/heldout/*", "iter_*/pairs.parquet", "iter_*/eval.json",
+    "iter_*/export/*.safetensors",
+]  # fmt: skip
 
 
 def watch(root, at):
@@ -42,3 +49,28 @@ def kill_at(root, name, when):
 def no_room(root, pattern):
     """The disk is full for what this process writes below `root` with a path that matches `pattern`."""
     refusing(f"{root}/{pattern}", errno.ENOSPC).__enter__()
+
+
+def contents(out):
+    """Return {path: bytes} of what is compared."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for pattern in COMPARED
+        for path in sorted(out.glob(pattern))
+    }
+
+
+def copy(source, target):
+    """Copy a directory that is being written to.
+
+    In the order of the names: what was made of other files is copied before these are.
+    """
+    target.mkdir(parents=True)
+    for name in sorted(os.listdir(source)):
+        try:
+            if (source / name).is_dir():
+                copy(source / name, target / name)
+            else:
+                shutil.copyfile(source / name, target / name)
+        except FileNotFoundError:  # removed meanwhile
+            continue

@@ -26,36 +26,10 @@ RENAMED = [
     "iter_1/export/README.md",
     "report.html",
 ]  # fmt: skip
-# The same however a run was interrupted; the rest has times in it.
-COMPARED = [
-    "iter_1/responses/*", "iter_1/preferences/*", "iter_*/heldout/*", "iter_1/pairs.parquet", "iter_*/eval.json",
-    "iter_1/export/*.safetensors",
-]  # fmt: skip
 
 
 class Killed(BaseException):
     """Ends the game where a signal would."""
-
-
-def contents(out):
-    """Return {path: bytes} of what is compared."""
-    return {
-        str(p.relative_to(out)): p.read_bytes() for pattern in COMPARED for p in sorted(out.glob(pattern))
-    }
-
-
-def copy(source, target):
-    """Copy a directory that is being written to. In order of the names: what is judged before the responses to it."""
-    for path in sorted(source.rglob("*")):
-        there = target / path.relative_to(source)
-        try:
-            if path.is_dir():
-                there.mkdir(parents=True, exist_ok=True)
-            else:
-                there.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, there)
-        except FileNotFoundError:  # removed meanwhile
-            continue
 
 
 class Kills:
@@ -89,7 +63,7 @@ class Kills:
     def _at(self, path, when):
         if (path, when) not in self.places and not self._killed.is_set():
             self.places.append((path, when))
-            copy(self._out, self._next())
+            kill_points.copy(self._out, self._next())
             self._killed.set()
         self._end()
 
@@ -112,6 +86,6 @@ def test_T16_killed_before_and_after_each_rename_gives_the_same_bits(played, tmp
     out = kills.play()
     for path in RENAMED:
         assert [when for name, when in kills.places if name == path] == ["before", "after"], path
-    found, expected = contents(out), contents(played)
+    found, expected = kill_points.contents(out), kill_points.contents(played)
     assert found == {path: data for path, data in expected.items() if path in found}
     assert len(found) == 13
