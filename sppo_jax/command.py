@@ -16,11 +16,12 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from sppo_jax import files
-from sppo_jax.errors import BadInput, Terminated, one_line
+from sppo_jax.errors import BadInput, Elsewhere, Terminated, one_line
 
 # Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BAD_INPUT, SIGNALLED = 2, 128  # exit codes; the second has the signal's number added
+LOST = 144  # exit code where another process of the run is gone
 LONGEST = 6000  # characters of an error line, more than the longest path
 # Errors of the disk, the limits and the places that the user chose; any other error of the system is a fault of ours.
 SYSTEM = frozenset(
@@ -134,7 +135,8 @@ def say(text: str) -> None:
 def call(entry: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point with the command line's words.
 
-    Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM. Output that cannot
+    Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM, 144 where another
+    process of the run is gone. Output that cannot
     be shown ends nothing: the command does all its work, and then exits with 2 and a line on standard error. Where the
     reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
@@ -192,6 +194,9 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
         _ending()
         name = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
         return SIGNALLED + stop.number, f"stopped by {name} with all work on disk; {again}"
+    except Elsewhere as end:
+        _ending()
+        return end.code, _short(printable(one_line(end)))
     except OSError as error:
         if error.errno not in SYSTEM:
             raise

@@ -100,6 +100,21 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Distributed:
+    coordinator: str = knob(
+        "",
+        "HOST:PORT at which process 0 of several is found. Empty: found by itself on TPU pods, GKE, SLURM and Open MPI; else "
+        "there is one process",
+    )
+    process_id: int = knob(-1, "number of this process, from 0; -1: found with the coordinator", low=-1)
+    num_processes: int = knob(0, "number of all processes; 0: found with the coordinator", low=0)
+    initialization_timeout: int = knob(900, "seconds in which all processes have to come", low=1)
+    heartbeat_timeout: int = knob(
+        100, "seconds without a sign of life after which a process is lost, and the others end", low=2
+    )
+
+
+@dataclass(frozen=True)
 class Prompts:
     source: str = knob(
         "",
@@ -247,6 +262,7 @@ class Config:
     iterations: int = knob(3, "iterations of self-play", low=1)
     model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
+    distributed: Distributed = field(default_factory=Distributed)
     prompts: Prompts = field(default_factory=Prompts)
     sampling: Sampling = field(default_factory=Sampling)
     judge: Judge = field(default_factory=Judge)
@@ -261,6 +277,7 @@ FREE_TO_CHANGE = (
     "out",
     "iterations",
     "mesh.",
+    "distributed.",
     "log.",
     "fit.checkpoint_every",
     "fit.remat",

@@ -1,4 +1,4 @@
-"""How commands fail: bad input from the user, and a request to stop."""
+"""How commands fail: bad input from the user, a request to stop, and the end of another process of the same run."""
 
 import os
 import signal
@@ -17,6 +17,14 @@ class Terminated(BaseException):
     """SIGTERM or Ctrl-C has arrived. This is raised only where all finished work is on disk."""
 
     number: int = signal.SIGTERM  # of the signal
+
+
+class Elsewhere(BaseException):
+    """Another process of the run has ended it: `code` is the exit code of all of them, the message the line to show."""
+
+    def __init__(self, code: int, line: str):
+        super().__init__(line)
+        self.code = code
 
 
 def one_line(error: BaseException) -> str:

@@ -17,9 +17,10 @@ def main(words: Sequence[str]) -> None:
     config = config_file.load([file for _, file in files], overrides)
     # Only now, since these import jax: a wrong flag is refused at once.
     from sppo_jax import compilation, selfplay, session
+    from sppo_jax.run import cluster
 
     compilation.keep_programs()
-    with session.opened(config) as opened:
+    with cluster.joined(config.distributed), session.opened(config) as opened:
         selfplay.play(opened)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sppo_jax import command, files
-from sppo_jax.run import evaluations
+from sppo_jax.run import cluster, evaluations, pod
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.events import Events
 from sppo_jax.run.stopping import Stop
@@ -29,7 +30,8 @@ class Metrics:
     """
 
     def __init__(self, run: RunDir):
-        self._run = run
+        """Process 0 writes and shows them; the other processes of a run only count."""
+        self._run, self._silent = run, not pod.first()
         self._begun = False
         self._events = Events(run.tensorboard)
         # A pipe or file has no width of its own: don't fold log lines at 80 columns. What cannot be shown is dropped.
@@ -43,6 +45,8 @@ class Metrics:
 
         Raises BadInput where the system refuses the write.
         """
+        if self._silent:
+            return
         now = time.time()
         line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
         with self._writing:
@@ -65,7 +69,8 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """Print a line for people."""
-        self._console.print(text)
+        if not self._silent:
+            self._console.print(text)
 
     @contextlib.contextmanager
     def progress(
@@ -76,7 +81,9 @@ class Metrics:
         `done` units were complete before: they count, except for the rate and the time left. A `minor` stage is printed
         to a plain log only if it takes more than 5 seconds.
         """
-        if self._console.is_terminal:
+        if self._silent:
+            yield lambda *_, **__: None
+        elif self._console.is_terminal:
             with self._bar(label, total, unit, done) as advance:
                 yield advance
         else:
@@ -130,18 +137,35 @@ class Metrics:
 
             yield advance
 
-    def stopping_on_signals(self) -> contextlib.AbstractContextManager[None]:
-        """Turn Ctrl-C and SIGTERM into a request; `poll` raises Terminated at the next safe place (`Stop.on_signals`)."""
-        return self._stop.on_signals()
+    @contextlib.contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """Turn Ctrl-C and SIGTERM into a request; `poll` raises Terminated at the next safe place (`Stop.on_signals`).
+
+        One to any process of the run is a request to all of them.
+        """
+        member = cluster.member()
+        with self._stop.on_signals(), member.following(self._stop) if member else contextlib.nullcontext():
+            yield
 
     @property
     def stop_requested(self) -> bool:
         """Whether SIGTERM or Ctrl-C has arrived."""
         return self._stop.requested is not None
 
-    def poll(self) -> None:
-        """Raise Terminated if SIGTERM or Ctrl-C has arrived."""
-        self._stop.check()
+    def stop_agreed(self) -> bool:
+        """Whether all processes of the run stop here: what process 0 knows. All of them call this together."""
+        if not pod.agreed("stop", lambda: self.stop_requested):
+            return False
+        self._stop.request(signal.SIGTERM)
+        return True
+
+    def poll(self, *, together: bool = False) -> None:
+        """Raise Terminated if SIGTERM or Ctrl-C has arrived at any process of the run.
+
+        `together`: all processes call this, and all or none end. Needed wherever each waits for the others.
+        """
+        if not together or self.stop_agreed():
+            self._stop.check()
 
     def chunks(
         self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict

@@ -20,6 +20,10 @@ class Stop:
     def __init__(self) -> None:
         self.requested: int | None = None  # the number of the first signal
 
+    def request(self, number: int) -> None:
+        """Ask for a stop as signal `number` would, from any thread."""
+        self.requested = self.requested or number
+
     def check(self) -> None:
         """Raise Terminated if a signal has arrived."""
         if self.requested is not None:
@@ -55,7 +59,7 @@ class Stop:
             os.close(read)
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = self.requested or number
+        self.request(number)
 
     def _watch(self, read: int, end: Callable[[int], None]) -> None:
         """Wait for signals' numbers until the other end of the pipe is closed."""
