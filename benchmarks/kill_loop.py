@@ -1,6 +1,6 @@
 """Kills the small game at random moments, again and again, and compares each finished game with one that nobody killed.
 
-python benchmarks/kill_loop.py [--kills 100] [--processes 1] [--devices 1] [--signal KILL] [--seed 0] [--uniform 0.5] [--json]
+python benchmarks/kill_loop.py [--kills 100] [--processes 1] [--devices 1] [--signal KILL] [--seed 0] [--uniform 0.25] [--json]
 
 A game is started again until it is finished; then the next one begins, until so many signals have been delivered. Of the
 moments a share of `--uniform` is uniform over the time that a whole game takes, from its start on; the others lie in a stage
@@ -147,12 +147,14 @@ class Loop:
     def _moment(self, out: Path, hosts: Hosts) -> bool:
         """Wait for a moment; returns whether the game was still being played then."""
         had, last = Counter(row["stage"] for row in self.rows), self._place(out, "prompts, iteration")
+        # The last iteration's stages come again; the first one's only if they are still to come.
+        left = STAGES if last[0] < ITERATIONS else ("loading", *STAGES[STAGES.index(last[1]) :])
+        stage = min(left, key=lambda name: (had[name], self._random.random()))
+        if had[stage] > min(had[name] for name in STAGES) + 1:
+            return False  # the next game has those that lack signals
+        seconds = self.takes[stage] / (1 if stage in ("loading", "report") else ITERATIONS)
         if self._random.random() < self._args.uniform:
             stage, seconds = "loading", self.seconds
-        else:  # the last iteration's stages come again; the first one's only if they are still to come
-            left = STAGES if last[0] < ITERATIONS else ("loading", *STAGES[STAGES.index(last[1]) :])
-            stage = min(left, key=lambda name: (had[name], self._random.random()))
-            seconds = self.takes[stage] / (1 if stage in ("loading", "report") else ITERATIONS)
         order = STAGES.index(stage)
 
         def reached() -> bool:
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("--signal", choices=list(CODE), default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--uniform", type=float, default=0.5, help="share of moments uniform over a whole game"
+        "--uniform", type=float, default=0.25, help="share of moments uniform over a whole game"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
     args = parser.parse_args()

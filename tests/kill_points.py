@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 from tests.faults import refusing
@@ -74,3 +75,10 @@ def copy(source, target):
                 shutil.copyfile(source / name, target / name)
         except FileNotFoundError:  # removed meanwhile
             continue
+
+
+def judged_by(program, plan):
+    """The judge's process of this process is `program` (tests/faulty_sidecar.py) with this plan of faults."""
+    from sppo_jax.pairrm import launch
+
+    launch.sidecar_command = lambda *_: [sys.executable, program, plan, "stand-in"]

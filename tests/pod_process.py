@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import jax
-
 from sppo_jax import config_file, models, selfplay, session, sharding
 from sppo_jax.config import Distributed, Sampling
 from sppo_jax.hub import names
@@ -73,6 +71,3 @@ def play(out, end=lambda: None):
         selfplay.play(opened)
     end()
     pod.meet("played")
-
-
-_ = jax
