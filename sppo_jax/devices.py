@@ -108,7 +108,7 @@ class Devices:
 
                 def on_progress(done: int) -> None:
                     advance(done)
-                    stage.metrics.poll()
+                    stage.metrics.poll(together=True)
 
                 return self._trainer.logprobs(self.policy(t), pairs, stage.iteration, on_progress)
 

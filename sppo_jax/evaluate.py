@@ -1,16 +1,19 @@
 """Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from sppo_jax import files, pairs, records
+from sppo_jax import files, judges, pairs, records
 from sppo_jax.judges import Judge, prefer
 from sppo_jax.preferences import TIE, probability_matrix
-from sppo_jax.records import Pair, Preferences, Responses
+from sppo_jax.records import Pair, Preferences, Prompt, Responses
+from sppo_jax.run import pod
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.metrics import from_totals
+from sppo_jax.run.stage import Stage, there
 from sppo_jax.sampler import Sampler
 from sppo_jax.session import Session
 
@@ -20,14 +23,7 @@ def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Respon
     stage, path, asked = run.heldout_stage(t, policy=t), run.paths.heldout(t, "responses"), run.sets.heldout
 
     def drawn() -> list[Responses]:
-        with stage.progress("held-out", len(asked), "prompts") as advance:
-            return sampler().generate(
-                asked,
-                seed=stage.seed,
-                iteration=t,
-                responses=2 if t == BASE else 1,
-                on_progress=stage.metrics.chunks(advance),
-            )
+        return _generated("held-out", asked, sampler(), stage, t, responses=2 if t == BASE else 1)
 
     found = stage.kept(path, Responses, drawn)
     records.check_prompts(path, found, asked)
@@ -42,13 +38,35 @@ def draw_probe(
     Empty where the probe is on disk already. `facts` are shown beside the progress; an exception in it ends the sampling.
     """
     stage, asked = run.heldout_stage(t, policy=t - 1), run.sets.heldout[: run.config.eval.probe_prompts]
-    if run.paths.heldout(t, "probe").exists():
+    if there(run.paths.heldout(t, "probe")):
         return []
-    stage.metrics.poll()
-    with stage.progress("probe", len(asked), "prompts") as advance:
-        return sampler().generate(
-            asked, seed=stage.seed, iteration=t, on_progress=stage.metrics.chunks(advance, facts)
+    stage.metrics.poll(together=True)
+    return _generated("probe", asked, sampler(), stage, t, facts=facts)
+
+
+def _generated(
+    name: str,
+    asked: Sequence[Prompt],
+    engine: Sampler,
+    stage: Stage,
+    t: int,
+    *,
+    responses: int | None = None,
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> list[Responses]:
+    """Responses to held-out prompts, in order. Several processes share the prompts, unless they sample together."""
+    together = not engine.alone
+    share = list(asked) if together else pod.dealt(asked)
+    with stage.progress(name, len(share), "prompts") as advance:
+        chunks = stage.metrics.chunks(advance, facts, together=together)
+        drawn = (
+            engine.generate(share, seed=stage.seed, iteration=t, responses=responses, on_progress=chunks)
+            if share
+            else []
         )
+    if together or pod.count() == 1:
+        return drawn
+    return [Responses(**row) for row in pod.collected(name, [asdict(row) for row in drawn])]
 
 
 def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
@@ -62,7 +80,7 @@ def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
     stage, c = run.heldout_stage(t, policy=t - 1), run.config
     comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
     with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
-        judged = prefer(drawn, run.judge, c.judge, run.as_judged, from_totals(advance))
+        judged = prefer(drawn, judges.Shared(run.judge), c.judge, run.as_judged, from_totals(advance))
     ranked = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
     return ranked or [_unranked(row, found) for row, found in zip(drawn, judged, strict=True)]
 
@@ -107,14 +125,14 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         with run.devices.sampling(i) as sampler:
             found[i] = respond(run, i, sampler)
     policy, previous, base = found[t], found[t - 1], found[BASE]
-    judges = {"judge": run.judge} | ({"oracle": run.oracle} if run.oracle else {})
+    by = {"judge": judges.Shared(run.judge)} | ({"oracle": judges.Shared(run.oracle)} if run.oracle else {})
 
     def rate(
         name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
     ) -> dict[str, float]:
         with stage.progress(f"win rate, {name}", 2 * len(mine), "pairs", minor=True) as advance:
             return win_rate(
-                judges[name],
+                by[name],
                 mine,
                 against,
                 k=k,
@@ -123,15 +141,21 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
             )
 
     with run.devices.judging():
-        rates = {name: {"base": rate(name, base)} for name in judges}
-        for name in judges:  # in iteration 1 the previous policy is the base
+        rates = {name: {"base": rate(name, base)} for name in by}
+        for name in by:  # in iteration 1 the previous policy is the base
             rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
-        at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in judges} if t == 1 else {}
+        at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in by} if t == 1 else {}
     with run.devices.scoring(t, stage) as logprob:
         moved = log_ratios(probe, logprob(probe))
-    if t == 1:
-        files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base))
-    files.write_json(run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": _finite(moved)})
+
+    def write() -> None:
+        if t == 1:
+            files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base))
+        files.write_json(
+            run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": _finite(moved)}
+        )
+
+    pod.written("eval.json", write)
     flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
     stage.scalars("evaluate", flat | moved | lengths(policy))
     shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())

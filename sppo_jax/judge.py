@@ -16,7 +16,7 @@ from sppo_jax import preferences, records
 from sppo_jax.errors import Terminated
 from sppo_jax.judges import CheckedJudge, prefer
 from sppo_jax.records import Preferences, Responses
-from sppo_jax.run.pod import mine, wait_for_all
+from sppo_jax.run import pod
 from sppo_jax.run.shards import KeptRow, Shards
 from sppo_jax.run.stage import Stage
 
@@ -50,9 +50,11 @@ class Judging:
     ):
         """`prompts` is their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
         self._stage, self._judge, self._settings, self._as_shown = stage, judge, settings, as_shown
-        self._shards = Shards(stage, "preferences", Preferences, prompts)
-        self._own = {i for i in self._shards.missing if mine(i)}
+        self._shards = Shards(stage, "preferences", Preferences, prompts, source="responses")
+        self._own = self._shards.own
         self._kept = {key: row for i in self._shards.missing for key, row in self._shards.kept(i).items()}
+        # A judge on the mesh is used by all processes together, and so they can stop together alone.
+        self._together = judge.on_mesh and pod.count() > 1
         self._taken: set[int] = set()
         self._pairs_kept = 0
         self._thread = futures.ThreadPoolExecutor(1, "judge")
@@ -62,6 +64,7 @@ class Judging:
         self._open = {i: _Shard() for i in self._shards.missing}
         self._prompts_judged = self._pairs_judged = 0
         self._cut: Counter[str] = Counter()
+        self._facts: dict[int, dict[str, float]] = {}  # by shard of this process
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +91,8 @@ class Judging:
             for unit in [shard] if self._judge.on_mesh else [{n: row} for n, row in shard.items()]:
                 self._submit(unit)
         self._wait(_ordered_pairs(responses[:1]))
-        wait_for_all(self._stage.label("judge"))
+        self._share_facts()
+        pod.meet("preferences")
         found: list[Preferences] = []
         for i, members in enumerate(self._shards.ranges):
             found += self._shards.read(i, _provenance([responses[n] for n in members]))
@@ -117,10 +121,21 @@ class Judging:
             while self._waiting:
                 futures.wait([self._waiting[0]], POLL_SECONDS)
                 self.progress()
-                self._stage.metrics.poll()
+                if not self._together:
+                    self._stage.metrics.poll()
                 now = self._pairs_judged
                 advance(now - shown)
                 shown = now
+
+    def _share_facts(self) -> None:
+        """Collect what the other processes' judges report: process 0 writes and prints."""
+        if pod.count() == 1:
+            return
+        for process, (facts, cut) in enumerate(pod.gathered("judged", [self._facts, self._cut])):
+            for i, values in facts.items() if process else ():
+                self._stage.scalars("judge_shard", values, step=int(i))
+            if process != pod.index() and not self._together:
+                self._cut += Counter(cut)
 
     def _report(self, responses: Sequence[Responses], found: Sequence[Preferences]) -> None:
         if self._cut:
@@ -166,7 +181,9 @@ class Judging:
         before, cut, start = self._pairs_judged, self._judge.cut, time.monotonic()
 
         def on_progress(done: int, _total: int) -> None:
-            if self._stop.is_set() or self._stage.metrics.stop_requested:
+            if self._together:
+                self._stage.metrics.poll(together=True)
+            elif self._stop.is_set() or self._stage.metrics.stop_requested:
                 raise Terminated
             self._pairs_judged = before + done
 
@@ -186,9 +203,8 @@ class Judging:
         rate = _ordered_pairs(responses) / max(facts.pop("seconds"), 1e-9)
         # Metrics before the shard: after a crash in between, the shard is redone and its line rewritten; readers keep
         # the last line.
-        self._stage.scalars(
-            "judge_shard", _diagnostics(responses, rows) | facts | {"pairs_per_second": rate}, step=i
-        )
+        self._facts[i] = _diagnostics(responses, rows) | facts | {"pairs_per_second": rate}
+        self._stage.scalars("judge_shard", self._facts[i], step=i)
         self._shards.write(i, rows, _provenance(responses))
 
 

@@ -17,6 +17,7 @@ from sppo_jax import pairrm, preferences
 from sppo_jax.command import say
 from sppo_jax.errors import BadInput, Terminated, one_line
 from sppo_jax.records import Preferences, Responses
+from sppo_jax.run import pod
 
 TRIAL = ("one", "another")  # responses on which a judge is tried
 Progress = Callable[[int, int], None]
@@ -340,6 +341,31 @@ def _kind(value: object) -> str:
     """The type of a value as words."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
+class Shared:
+    """A judge whose comparisons the processes of a run share: all of them call `compare` together, with the same texts."""
+
+    def __init__(self, judge: CheckedJudge):
+        self._judge = judge
+
+    @property
+    def identity(self) -> str:
+        """The judge's identity."""
+        return self._judge.identity
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        on_progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Logits [n, K, K] of the judge's `compare`, in every process. A judge on the mesh is not shared out: all compute."""
+        if self._judge.on_mesh or pod.count() == 1:
+            return self._judge.compare(prompts, responses, on_progress)
+        own = pod.dealt(prompts), pod.dealt(responses)
+        logits = self._judge.compare(*own, on_progress).tolist() if own[0] else []
+        return np.asarray(pod.collected("compared", logits))
 
 
 def prefer(

@@ -12,7 +12,8 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
-from sppo_jax.run.stage import Stage
+from sppo_jax.run import pod
+from sppo_jax.run.stage import Stage, there, visible
 from sppo_jax.training import checkpoint
 
 GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal
@@ -63,15 +64,19 @@ def scored(selected: Callable[[], Sequence[Pair]], logprob: LogProb, stage: Stag
     machine gives other last bits, and the log-ratio must start at exactly 0.
     """
     run, t = stage.run, stage.iteration
-    before = records.read(run.pairs(t), Pair, stage.made_from) if run.pairs(t).exists() else None
-    if before and (checkpoint.begun(run.checkpoints(t)) or run.export(t).exists()):
+    before = None
+    if there(run.pairs(t)):
+        visible(run.pairs(t))
+        before = records.read(run.pairs(t), Pair, stage.made_from)
+    if before and (checkpoint.begun(run.checkpoints(t)) or there(run.export(t))):
         return before
     if before is None:
-        stage.metrics.poll()
+        stage.metrics.poll(together=True)
     chosen = before or selected()
     filled = with_reference(chosen, logprob(chosen))
     if filled != before:
-        records.replace(run.pairs(t), Pair, filled, stage.made_from)
+        pod.written("pairs", lambda: records.replace(run.pairs(t), Pair, filled, stage.made_from))
+        visible(run.pairs(t))
     return records.read(run.pairs(t), Pair, stage.made_from)
 
 

@@ -5,11 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import jax
-
 from sppo_jax import records
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.run.pod import anywhere, as_first_says, mine, wait_for_all
+from sppo_jax.run import pod
 from sppo_jax.run.shards import Shards
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler, Stats
@@ -32,19 +30,19 @@ def respond(
 ) -> list[Responses]:
     """Responses to every prompt, in order. Those on disk, in whole shards or begun ones, are read, and the rest are drawn.
 
-    `sampler` is called only when a response is missing. On a pod each process makes its own shards, unless a replica of
-    the sampler spans processes.
+    `sampler` is called only when a response is missing. Each of several processes makes its own shards, unless a replica of
+    the sampler spans them.
     """
     shards = Shards(stage, "responses", Responses, len(prompts))
-    pod = jax.process_count() > 1
-    # On a pod all processes make their samplers together: the weights come from all of them.
-    engine = sampler() if pod and anywhere(bool(shards.missing)) else None
+    # Several processes make their samplers together, before they know what is left to each: the weights come from all.
+    engine = sampler() if pod.count() > 1 and shards.missing else None
     together = engine is not None and not engine.alone
     # Where all processes sample the same prompts, process 0 decides which, and writes alone.
-    writer = _Writer(prompts, shards, follower, (lambda _: jax.process_index() == 0) if together else mine)
+    own = set(shards.missing if pod.first() else ()) if together else shards.own
+    writer = _Writer(prompts, shards, follower, own)
     todo, total = writer.begin()
     if together:
-        todo, total = as_first_says(todo, len(prompts)), len(prompts)
+        todo, total = pod.agreed("prompts", lambda: (todo, total))
     speed: dict[str, float] = {}
     if todo:
         engine = engine or sampler()
@@ -54,12 +52,13 @@ def respond(
                 [prompts[n] for n in todo],
                 seed=stage.seed,
                 iteration=stage.iteration,
-                on_progress=stage.metrics.chunks(advance, follower.progress),
+                on_progress=stage.metrics.chunks(advance, follower.progress, together=together),
             )
             for place, row in rows:
                 writer.add(todo[place], row)
         speed = _speed(engine.stats, before, time.monotonic() - start)
-    wait_for_all(stage.label("respond"))
+    pod.meet("responses")
+    speed = _over_all(pod.gathered("speed", speed), together)
     found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
     reasons = [reason for row in found for reason in row.finish_reason]
     lengths = [len(ids) for row in found for ids in row.response_ids]
@@ -82,6 +81,18 @@ def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
     }
 
 
+def _over_all(speeds: Sequence[dict[str, float]], together: bool) -> dict[str, float]:
+    """The speed of all processes from that of each: of those that had something to sample."""
+    found = [speed for speed in speeds if speed]
+    if not found or together:
+        return speeds[0]
+    return {
+        "seconds": max(speed["seconds"] for speed in found),
+        "tokens_per_second": sum(speed["tokens_per_second"] for speed in found),
+        "slot_efficiency": sum(speed["slot_efficiency"] for speed in found) / len(found),
+    }
+
+
 class _Writer:
     """Puts responses on disk as they come, and passes them on to the follower."""
 
@@ -90,33 +101,32 @@ class _Writer:
         prompts: Sequence[Prompt],
         shards: Shards[Responses],
         follower: Follower,
-        own: Callable[[int], bool],
+        own: set[int],
     ):
-        """`own(i)` returns whether this process writes shard i."""
+        """`own`: the missing shards that this process writes."""
         self._prompts, self._shards, self._follower, self._own = prompts, shards, follower, own
         self._waiting: dict[int, Responses] = {}  # responses of incomplete shards
 
     def begin(self) -> tuple[list[int], int]:
         """Pass on the responses on disk. Returns our shards' prompts without responses, and the number of all their prompts."""
         todo: list[int] = []
-        own = [i for i in range(len(self._shards.ranges)) if self._own(i)]
-        for i in own:
-            members, whole = self._shards.ranges[i], i not in self._shards.missing
-            kept = {} if whole else self._shards.kept(i)
-            rows = self.read(i) if whole else [kept.get(self._key(n), (None,))[0] for n in members]
-            for n, row in zip(members, rows, strict=True):
-                if row is None:
+        whole = [i for i in range(len(self._shards.ranges)) if i not in self._shards.missing]
+        for i in whole:
+            for n, row in zip(self._shards.ranges[i], self.read(i), strict=True):
+                self._follower.take(n, row)
+        for i in sorted(self._own):
+            kept = self._shards.kept(i)
+            for n in self._shards.ranges[i]:
+                if (found := kept.get(self._key(n))) is None:
                     todo.append(n)
-                elif whole:
-                    self._follower.take(n, row)
                 else:
-                    self._finished(n, row)
-        return todo, sum(len(self._shards.ranges[i]) for i in own)
+                    self._finished(n, found[0])
+        return todo, sum(len(self._shards.ranges[i]) for i in {*whole, *self._own})
 
     def add(self, n: int, row: Responses) -> None:
         """Keep the responses to prompt n, which the sampler has finished."""
         i = self._shards.holding(n)
-        if self._own(i):
+        if i in self._own:
             self._shards.keep(i, self._key(n), row)
             self._finished(n, row)
         else:

@@ -4,7 +4,8 @@ from sppo_jax import evaluate, export, fit, pairs, respond
 from sppo_jax.judge import Judging
 from sppo_jax.records import Pair
 from sppo_jax.report import model_card, page
-from sppo_jax.run.stage import Stage
+from sppo_jax.run import pod
+from sppo_jax.run.stage import Stage, there
 from sppo_jax.session import Session
 from sppo_jax.training.checkpoint import NoneWhole
 
@@ -14,16 +15,17 @@ def play(run: Session) -> None:
     for line in run.notes():
         run.metrics.say(line)
     for t in range(1, run.config.iterations + 1):
-        if not run.paths.evaluation(t).exists():
-            for done in (t - 1, t) if run.paths.export(t).exists() else (t - 1,):
+        if not there(run.paths.evaluation(t)):
+            for done in (t - 1, t) if there(run.paths.export(t)) else (t - 1,):
                 export.mend(run.paths, run.config, run.source, done, run.mesh, run.devices.free)
             iterate(run, t)
-            if t < run.config.iterations:
+            if t < run.config.iterations and pod.first():
                 page.write(run.paths)
-        if run.paths.export(t).exists():
+        if pod.first() and run.paths.export(t).exists():
             model_card.write(run.paths, t)
-    page.write(run.paths)
-    run.metrics.say(page.table(run.paths))
+    if pod.first():
+        page.write(run.paths)
+        run.metrics.say(page.table(run.paths))
     run.metrics.say(f"report: {run.paths.report}")
 
 
@@ -32,7 +34,7 @@ def iterate(run: Session, t: int) -> None:
     stage = run.stage(t)
     trained_on, probe = _given(run, t, stage) if run.given else _played(run, t, stage)
 
-    if not run.paths.export(t).exists():
+    if not there(run.paths.export(t)):
         try:
             with run.devices.training(t - 1) as hand_over:
                 # pi_{t+1} = argmin E ( log pi/pi_t - target )^2

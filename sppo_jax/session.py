@@ -14,7 +14,7 @@ from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
 from sppo_jax.records import Pair
-from sppo_jax.run import directory, manifest
+from sppo_jax.run import directory, manifest, pod
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -120,7 +120,8 @@ class Session:
 
     def _try_judges(self) -> None:
         """Try the judge and the oracle, unless nothing is left to judge: better now than after hours of sampling."""
-        if all(exists(self.paths.evaluation(t)) for t in range(1, self.config.iterations + 1)):
+        numbers = range(1, self.config.iterations + 1)
+        if pod.agreed("played", lambda: all(exists(self.paths.evaluation(t)) for t in numbers)):
             return
         texts = [prompt.text for prompt in self.sets.heldout[:2]]
         judges.try_out(self.judge, [self.as_judged(text) for text in texts], self.config.sampling.responses)
@@ -158,14 +159,18 @@ def opened(config: Config) -> Iterator[Session]:
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
             stack.callback(session.oracle.close)
-        manifest.write(
-            run,
-            config,
-            source=session.source,
-            mesh=session.mesh,
-            judge_sources=judge.sources,
-            inputs=session.provenance.inputs,
-            prompts=session.sets.counts,
+        pod.same("inputs", session.provenance.inputs, "the sha256 of {key}")
+        pod.written(
+            "manifest",
+            lambda: manifest.write(
+                run,
+                config,
+                source=session.source,
+                mesh=session.mesh,
+                judge_sources=judge.sources,
+                inputs=session.provenance.inputs,
+                prompts=session.sets.counts,
+            ),
         )
         # Only now: until here nothing is lost, and a signal ends a download or a long reading at once.
         signals.enter_context(metrics.stopping_on_signals())

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections import Counter
 from concurrent import futures
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from sppo_jax.records import Prompt, Responses
-from sppo_jax.run import pod
+from sppo_jax.run import cluster
 from sppo_jax.sampler import Stats
 
 PROMPTS = [Prompt(f"Question {n}?", [1, 2, 3 + n]) for n in range(7)]
@@ -66,26 +67,33 @@ class Counting:
 
 
 class Pod:
-    """Two processes, played by threads, which meet at a barrier where jax lets processes meet."""
+    """Two processes, played by threads, with a store between them. `waits`: the names of their meetings, by process."""
 
     def __init__(self, monkeypatch):
-        self._who, self._barrier, self._said = (
-            threading.local(),
-            threading.Barrier(2, timeout=20),
-            [None, None],
-        )
-        self.waits = []
+        self._who, self._store, self.waits = threading.local(), {}, [[], []]
+        self._members = []
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda: self._who.i)
-        meet = pod.multihost_utils
-        monkeypatch.setattr(meet, "process_allgather", lambda x: np.stack(self._exchanged(x)))
-        monkeypatch.setattr(meet, "broadcast_one_to_all", lambda x: self._exchanged(x)[0])
-        monkeypatch.setattr(
-            meet, "sync_global_devices", lambda name: self.waits.append(self._exchanged(name))
-        )
+        monkeypatch.setattr(cluster, "member", lambda: self._members[self._who.i])
+        submit = futures.ThreadPoolExecutor.submit
+
+        def inherited(executor, call, *words):
+            """Threads that a process starts are the process's."""
+            who = getattr(self._who, "i", None)
+
+            def as_process(*words):
+                if who is not None:
+                    self._who.i = who
+                return call(*words)
+
+            return submit(executor, as_process, *words)
+
+        monkeypatch.setattr(futures.ThreadPoolExecutor, "submit", inherited)
 
     def run(self, process):
         """Return [process(0), process(1)], which run at the same time."""
+        self._store.clear()
+        self._members = [Member(self, i) for i in range(2)]
 
         def as_process(i):
             self._who.i = i
@@ -94,9 +102,33 @@ class Pod:
         with futures.ThreadPoolExecutor(2, "process") as threads:
             return list(threads.map(as_process, range(2), timeout=60))
 
-    def _exchanged(self, said):
-        self._said[self._who.i] = said
-        self._barrier.wait()
-        both = list(self._said)
-        self._barrier.wait()
-        return both
+
+class Member:
+    """One process of a Pod."""
+
+    def __init__(self, pod, index):
+        self.index, self.count, self.calls, self.read = index, 2, Counter(), []
+        self._pod, self._store = pod, pod._store
+
+    def set(self, key, text):
+        assert key not in self._store
+        if key.startswith("meet ") and key.endswith(f"/{self.index}"):
+            self._pod.waits[self.index].append(key.removeprefix("meet ").rpartition(" ")[0])
+        self._store[key] = text
+
+    def get(self, key):
+        for _ in range(20_000):
+            if key in self._store:
+                return self._store[key]
+            time.sleep(0.001)
+        raise AssertionError(f"{key} did not come")
+
+    def entries(self, folder):
+        return {key: text for key, text in dict(self._store).items() if key.startswith(f"{folder}/")}
+
+    def forget(self, key):
+        for name in [name for name in self._store if name == key or name.startswith(f"{key}/")]:
+            del self._store[name]
+
+    def check(self):
+        pass

@@ -227,7 +227,7 @@ def test_on_a_pod_each_process_judges_its_shards_but_on_the_mesh_all_do(tmp_path
     judges, pod = [Counting(on_mesh), Counting(on_mesh)], Pod(monkeypatch)
     found, same = pod.run(lambda i: play(judges[i], beside=False))
     assert found == same
-    assert pod.waits == [["iteration 1 judge"] * 2] * 2
+    assert pod.waits == [["preferences"]] * 2
     first, second = ([text for call in judge_.calls for text in call] for judge_ in judges)
     texts = [prompt.text for prompt in PROMPTS]
     assert first == (texts if on_mesh else texts[:3] + texts[6:])

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 
 from sppo_jax import command
 from sppo_jax.command import LOST
@@ -40,6 +41,8 @@ class Member:
         self.index, self.count = index, count
         self._client, self._heartbeat = client, settings.heartbeat_timeout
         self._stop: Stop | None = None  # set while the game is played
+        self.calls: Counter[str] = Counter()  # of each agreement with the others (`sppo_jax.run.pod`)
+        self.read: list[str] = []  # process 0: keys that all have read by the next meeting
         self._told = False  # whether the others know of our stop
         self._verdict: Elsewhere | Terminated | None = None
         self._seen: dict[
@@ -236,7 +239,7 @@ def _initialised(settings: Distributed) -> bool:
         )
     _check(given, index, count)
     explicit = bool(given) and index is not None and count is not None
-    if count == 1:
+    if count == 1 or (not given and xla_bridge.backends_are_initialized()):  # a notebook, say, is one process
         return False
     where = given or "process 0"
     come = f"error: distributed.coordinator={where}: not all processes have come within {settings.initialization_timeout} s"
@@ -279,7 +282,7 @@ def _outcome(error: BaseException | None, given: str) -> bool:
         if distributed.global_state.num_processes == 1:
             return False
         aborting.instead(LOST, f"error: process 0 is gone: its connection broke; {AGAIN}")
-        aborting.watch(distributed.global_state.coordinator_address)
+        aborting.watch(distributed.global_state.coordinator_address or "")
         return True
     aborting.off()
     if isinstance(error, ValueError) and not given and "coordinator_address" in str(error):

@@ -4,11 +4,14 @@ A file exists under its final name only when it is complete (`sppo_jax.files.rep
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import io
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +20,13 @@ from sppo_jax import config as configuration
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
+from sppo_jax.run import pod
 
 LOCK = ".lock"
 FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
 # Errors of a lock that another process holds. Others mean that the file system has no locks.
 IN_USE = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+MARK_SECONDS = 5  # in which a file of another process must be seen
 BASE = 0  # iteration number of the untouched base policy
 
 
@@ -79,11 +84,20 @@ class RunDir:
 
 @contextlib.contextmanager
 def opened(config: Config) -> Iterator[RunDir]:
-    """Claim OUT for this process and this configuration.
+    """Claim OUT for this process, and all others of the run, and this configuration.
 
-    Raises BadInput if another process holds it, if it was made with a configuration whose results differ, or
-    if it cannot be written. A run that does not begin leaves nothing of its own, and everything else.
+    Raises BadInput if another run holds it, if it was made with a configuration whose results differ, if it cannot be
+    written, or if the processes see different directories under its name. A run that does not begin leaves nothing of its own, and everything else.
     """
+    pod.same("configuration", _shared_knobs(config), "{key} =")
+    with _claimed(config) if pod.first() else contextlib.nullcontext(RunDir(config.out)) as run:
+        _check_seen(run, config)
+        yield run
+
+
+@contextlib.contextmanager
+def _claimed(config: Config) -> Iterator[RunDir]:
+    """Claim OUT for this process, which writes there for all."""
     run = RunDir(config.out)
     made: list[Path] = []  # by us, in this order
     try:
@@ -105,6 +119,43 @@ def opened(config: Config) -> Iterator[RunDir]:
         raise
 
 
+def _shared_knobs(config: Config) -> dict[str, object]:
+    """The knobs that all processes of a run have in common."""
+    return {k: v for k, v in configuration.flat(config).items() if not k.startswith("distributed.")}
+
+
+def _check_seen(run: RunDir, config: Config) -> None:
+    """Raise BadInput, in every process, unless all of them see the same directory: each leaves a mark, process 0 looks."""
+    if pod.count() == 1:
+        return
+    token = pod.agreed("token", lambda: secrets.token_hex(8))
+    marks = [run.root / f".{token}-{i}" for i in range(pod.count())]
+    with contextlib.suppress(OSError):
+        marks[pod.index()].touch()
+    hosts = pod.gathered("hosts", socket.gethostname())
+    unseen = pod.agreed("seen", lambda: _unseen(marks))
+    with contextlib.suppress(OSError):
+        marks[pod.index()].unlink()
+    pod.meet("seen")
+    if unseen:
+        i = unseen[0]
+        raise BadInput(
+            f"--out {config.out}: process {i} on {hosts[i]} sees another directory there than process 0 on {hosts[0]}; choose "
+            "one on a file system that all hosts share"
+        )
+
+
+def _unseen(marks: list[Path]) -> list[int]:
+    """The numbers of the marks that do not appear within a few seconds."""
+    deadline = time.monotonic() + MARK_SECONDS
+    while True:
+        names = files.entries(marks[0].parent)
+        missing = [i for i, mark in enumerate(marks) if mark.name not in names]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+
+
 def shard_ranges(total: int, size: int) -> list[range]:
     """Cut [0, total) into consecutive ranges of `size`, the last one possibly shorter."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
@@ -112,8 +163,11 @@ def shard_ranges(total: int, size: int) -> list[range]:
 
 def claim(run: RunDir, config: Config) -> None:
     """Write the resolved configuration, which claims OUT for it. To be called once every input has been checked."""
+    shared = dataclasses.replace(
+        config, distributed=configuration.Distributed()
+    )  # a process's number is not the run's
     with replacing(run.config) as part:
-        part.write_text(config_file.dump(config), encoding="utf-8")
+        part.write_text(config_file.dump(shared), encoding="utf-8")
 
 
 def _make(root: Path, out: str, made: list[Path]) -> None:

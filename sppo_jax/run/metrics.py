@@ -168,11 +168,15 @@ class Metrics:
             self._stop.check()
 
     def chunks(
-        self, advance: Callable[..., None], facts: Callable[[], dict[str, Any]] = dict
+        self,
+        advance: Callable[..., None],
+        facts: Callable[[], dict[str, Any]] = dict,
+        *,
+        together: bool = False,
     ) -> Callable[[int, int, int], None]:
         """Return a callback for the sampler, which passes each chunk's prompts, tokens and slots in use to `advance` and polls.
 
-        The result of `facts()` is shown as well.
+        The result of `facts()` is shown as well. `together`: all processes of the run sample the same prompts.
         """
         start, tokens = time.monotonic(), 0
 
@@ -181,7 +185,7 @@ class Metrics:
             tokens += new_tokens
             rate = round(tokens / max(time.monotonic() - start, 1e-9))
             advance(prompts, **{"tokens/s": rate, "slots in use": slots_in_use}, **facts())
-            self.poll()
+            self.poll(together=together)
 
         return on_progress
 

@@ -6,16 +6,13 @@ each is trivial.
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sppo_jax.errors import BadInput
 from sppo_jax.run import cluster
 
 T = TypeVar("T")
-_calls: Counter[str] = Counter()  # of each name: the same in all processes
-_given: list[str] = []  # keys of process 0 that all processes have read by the next meeting
 
 
 def count() -> int:
@@ -40,6 +37,14 @@ def dealt(things: Sequence[T]) -> list[T]:
     return list(things[index() :: count()])
 
 
+def collected(name: str, own: Sequence[Any]) -> list[Any]:
+    """Return what all processes made of the things dealt to them, which JSON holds, in the order of the things."""
+    if count() == 1:
+        return list(own)
+    parts = gathered(name, list(own))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def meet(name: str) -> None:
     """Wait until all processes are here: what each has written is on disk then.
 
@@ -48,7 +53,7 @@ def meet(name: str) -> None:
     found = cluster.member()
     if found is None:
         return
-    key = _key(f"meet {name}")
+    key = _key(found, f"meet {name}")
     found.set(f"{key}/{found.index}", "")
     if found.index == 0:
         pause = 0.0005
@@ -56,11 +61,11 @@ def meet(name: str) -> None:
             found.check()
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
-        for old in _given:
+        for old in found.read:
             found.forget(old)
-        _given.clear()
+        found.read.clear()
         found.set(f"{key} met", "")
-        _given.append(key)
+        found.read.append(key)
     else:
         found.get(f"{key} met")
 
@@ -70,11 +75,11 @@ def agreed(name: str, value: Callable[[], T]) -> T:
     found = cluster.member()
     if found is None:
         return value()
-    key = _key(f"agreed {name}")
+    key = _key(found, f"agreed {name}")
     if found.index == 0:
         own = value()
         found.set(key, json.dumps(own))
-        _given.append(key)
+        found.read.append(key)
         return own
     given: T = json.loads(found.get(key))
     return given
@@ -85,10 +90,10 @@ def gathered(name: str, value: Any) -> list[Any]:
     found = cluster.member()
     if found is None:
         return [value]
-    key = _key(f"gathered {name}")
+    key = _key(found, f"gathered {name}")
     found.set(f"{key}/{found.index}", json.dumps(value))
     values = [json.loads(found.get(f"{key}/{i}")) for i in range(found.count)]
-    _given.append(key)
+    found.read.append(key)
     return values
 
 
@@ -104,29 +109,18 @@ def written(name: str, write: Callable[[], None]) -> None:
     meet(name)
 
 
-def same(name: str, value: str, what: str) -> None:
-    """Raise BadInput, in every process, unless all have the same `value`."""
-    values = gathered(name, value)
-    other = next((i for i, found in enumerate(values) if found != values[0]), None)
-    if other is not None:
-        raise BadInput(what.format(process=other, first=values[0], other=values[other]))
+def same(name: str, values: Mapping[str, Any], what: str) -> None:
+    """Raise BadInput, in every process, unless all have the same `values`; `what` names one of them, by its {key}."""
+    for process, found in enumerate(all_values := gathered(name, dict(values))):
+        for key, value in found.items():
+            if value != all_values[0].get(key):
+                raise BadInput(
+                    f"process {process} has {what.format(key=key)} {value!r}, process 0 {all_values[0].get(key)!r}: start all "
+                    "processes with the same configuration and the same files"
+                )
 
 
-def _key(name: str) -> str:
-    _calls[name] += 1
-    return f"{name} {_calls[name]}"
-
-
-def mine(i: int) -> bool:
-    """Whether this process makes shard i: shards go to the processes in turn."""
-    return i % count() == index()
-
-
-def wait_for_all(name: str) -> None:
-    """The same as `meet`."""
-    meet(name)
-
-
-def as_first_says(chosen: Sequence[int], among: int) -> list[int]:
-    """Process 0's choice of numbers, returned in every process."""
-    return agreed("choice", lambda: list(chosen))
+def _key(member: cluster.Member, name: str) -> str:
+    """A new key: the number of calls of a name is the same in all processes."""
+    member.calls[name] += 1
+    return f"{name} {member.calls[name]}"

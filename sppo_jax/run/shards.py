@@ -1,8 +1,8 @@
 """The shards of a stage on disk, whole or absent, and the rows of a shard that is still being made.
 
 Rows come one by one and in any order. Each is appended at once as a line of JSON to a hidden file beside its shard, so
-that a killed process loses none. With the last row the shard is written and the hidden file deleted. On a pod the
-directory is shared, and each shard belongs to one process (`sppo_jax.run.pod`).
+that a killed process loses none. With the last row the shard is written and the hidden file deleted. Several processes
+share the directory, and each shard is dealt to one of them, anew at each start.
 """
 
 import json
@@ -14,26 +14,42 @@ from typing import Generic
 from sppo_jax import files, records
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Record
+from sppo_jax.run import pod
 from sppo_jax.run.directory import shard_ranges
-from sppo_jax.run.stage import Stage
+from sppo_jax.run.stage import Stage, visible
 
 # A row, and figures about its making, such as seconds.
 KeptRow = tuple[Record, dict[str, float]]
 
 
 class Shards(Generic[Record]):
-    """The shards of one stage in one iteration: `ranges` of prompt numbers, and the indices of shards `missing` on disk."""
+    """The shards of one stage in one iteration: `ranges` of prompt numbers, and the indices of shards `missing` on disk.
 
-    def __init__(self, stage: Stage, name: str, kind: type[Record], prompts: int):
-        """`name`: the folder of the shards; `prompts`: their number over all shards."""
+    `own`: those of the missing ones that this process makes. All processes of the run make this object together.
+    """
+
+    def __init__(self, stage: Stage, name: str, kind: type[Record], prompts: int, source: str = ""):
+        """`name`: the folder of the shards; `prompts`: their number over all shards.
+
+        `source`: the folder of the shards from which these are made. A process that makes one there makes the same one here.
+        """
         self.ranges = shard_ranges(prompts, stage.shard_prompts)
-        self.paths = [
-            stage.run.shard(stage.iteration, name, i, len(self.ranges)) for i in range(len(self.ranges))
-        ]
-        self.missing = [i for i, path in enumerate(self.paths) if not files.exists(path)]
+
+        def paths(folder: str) -> list[Path]:
+            count = len(self.ranges)
+            return [stage.run.shard(stage.iteration, folder, i, count) for i in range(count)]
+
+        def absent(folder: str) -> list[int]:
+            return [i for i, path in enumerate(paths(folder)) if not files.exists(path)]
+
+        self.paths = paths(name)
+        self.missing = pod.agreed(f"missing {name}", lambda: absent(name))
+        first = pod.agreed(f"missing {source}", lambda: absent(source)) if source else []
+        order = sorted(self.missing, key=lambda i: (i not in first, i))
+        self.own = set(pod.dealt(order))
         self._kind: type[Record] = kind
         self._size, self._made_from = stage.shard_prompts, stage.made_from
-        for i in set(range(len(self.ranges))) - set(self.missing):
+        for i in set(range(len(self.ranges))) - set(self.missing) if pod.first() else ():
             # A crash after the shard was written and before its rows' file was deleted leaves both.
             self._forget(i)
 
@@ -43,6 +59,7 @@ class Shards(Generic[Record]):
 
     def read(self, i: int, also_from: Mapping[str, str] = {}) -> list[Record]:
         """Rows of shard i, in order. Raises BadInput if it is damaged, or was made from something else."""
+        visible(self.paths[i])
         return records.read(self.paths[i], self._kind, {**self._made_from, **also_from})
 
     def write(self, i: int, rows: Sequence[Record], also_from: Mapping[str, str] = {}) -> None:

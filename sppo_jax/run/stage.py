@@ -1,5 +1,6 @@
 """One stage of a run: where it reads and writes, and the inputs of its files."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sppo_jax import files, records
+from sppo_jax.errors import BadInput
 from sppo_jax.records import Record
+from sppo_jax.run import pod
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
+
+LATE_SECONDS = 60  # in which a file that another process has written must be seen
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,34 @@ class Stage:
     def kept(self, path: Path, kind: type[Record], make: Callable[[], list[Any]]) -> list[Record]:
         """Rows of `path`; where it does not exist, `make` them and write them first, unless a stop was requested.
 
-        They are read back either way: a resumed run trains on the same bits. Raises BadInput if the file is damaged
+        All processes of the run make them together; process 0 writes them. They are read back either way: a resumed run trains on the same bits. Raises BadInput if the file is damaged
         or was made from something else.
         """
-        if not files.exists(path):
-            self.metrics.poll()
-            records.replace(path, kind, make(), self.made_from)
+        if not there(path):
+            self.metrics.poll(together=True)
+            rows = make()
+            pod.written(path.name, lambda: records.replace(path, kind, rows, self.made_from))
+        visible(path)
         return records.read(path, kind, self.made_from)
+
+
+def there(path: Path) -> bool:
+    """Whether process 0 sees `path`. All processes of the run call this together, and all of them get the same answer."""
+    return pod.agreed(f"there {path.name}", lambda: files.exists(path))
+
+
+def visible(path: Path) -> None:
+    """Wait until this process sees `path`, which another one has written: network file systems show it late.
+
+    Raises BadInput where it does not come.
+    """
+    deadline = time.monotonic() + LATE_SECONDS
+    while pod.count() > 1 and not files.exists(path):
+        if time.monotonic() > deadline:
+            raise BadInput(
+                f"{path}: another process of the run has written it, and this one cannot see it after {LATE_SECONDS} s; "
+                "look at the file system, and run the same command again"
+            )
+        time.sleep(0.1)
+        if files.is_dir(path.parent):
+            files.entries(path.parent)  # a listing refreshes what the file system has cached
