@@ -1,5 +1,6 @@
 """Moments at which a run is killed, before and after a file or directory gets its final name, and what is on disk then."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -14,6 +15,8 @@ COMPARED = [
     "iter_*/responses/*", "iter_*/preferences/*", "iter_*/heldout/*", "iter_*/pairs.parquet", "iter_*/eval.json",
     "iter_*/export/*.safetensors",
 ]  # fmt: skip
+
+FAULTS = contextlib.ExitStack()  # of this process, to its end
 
 
 def watch(root, at):
@@ -49,7 +52,7 @@ def kill_at(root, name, when):
 
 def no_room(root, pattern):
     """The disk is full for what this process writes below `root` with a path that matches `pattern`."""
-    refusing(f"{root}/{pattern}", errno.ENOSPC).__enter__()
+    FAULTS.enter_context(refusing(f"{root}/{pattern}", errno.ENOSPC))
 
 
 def contents(out):
