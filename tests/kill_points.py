@@ -40,12 +40,12 @@ def watch(root, at):
     return lambda: [setattr(os, name, function) for name, function in plain.items()]
 
 
-def kill_at(root, name, when):
-    """Kill this process before or after the path `name` below `root` gets its name."""
+def kill_at(root, name, when, number=signal.SIGKILL):
+    """Send this process a signal before or after the path `name` below `root` gets its name."""
 
     def at(path, moment):
         if (path, moment) == (name, when):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     watch(root, at)
 

@@ -182,7 +182,11 @@ def said_in(both, line):
 def test_a_directory_that_is_not_shared_is_refused(hosts, tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    fails(hosts(out="run", prepare=lambda rank: ("os:chdir", str(tmp_path / str(rank)))), REFUSED, "sees another directory")
+    fails(
+        hosts(out="run", prepare=lambda rank: ("os:chdir", str(tmp_path / str(rank)))),
+        REFUSED,
+        "sees another directory",
+    )
 
 
 def test_a_peer_that_never_comes_is_one_line(nursery, tmp_path):
