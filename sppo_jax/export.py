@@ -65,16 +65,25 @@ def export(
 def export_policy(policy: "Transformer", source: "Snapshot", run: "RunDir", t: int) -> None:
     """Write the policy after iteration t, and its adapters, if it has any, as a PEFT directory.
 
-    The adapters serve beside the base, and a resumed run reads them.
+    The adapters serve beside the base, and a resumed run reads them. All processes that hold the policy call this together;
+    process 0 writes.
     """
     from sppo_jax.files import replacing
-    from sppo_jax.models import lora
+    from sppo_jax.models import hf, lora
+    from sppo_jax.run import pod
 
+    if not pod.first():
+        if policy.architecture.lora_rank:
+            hf.take_part(policy, lora.table())
+        hf.take_part(policy)
+        pod.meet("export")
+        return
     if policy.architecture.lora_rank:
         with replacing(run.adapter(t)) as part:
             part.mkdir()
             lora.save(policy, part, source.name, source.revision)
     export(policy, source.directory, run.export(t))
+    pod.meet("export")
 
 
 def main(words: Sequence[str]) -> None:
@@ -214,11 +223,13 @@ def mend(
 
     `free` frees the policy in memory before another is read. Raises BadInput where no checkpoint is whole.
     """
-    if t == BASE or not (fault := _fault(run, config, t)):
+    from sppo_jax.run import pod
+
+    if t == BASE or not (fault := pod.agreed("fault", lambda: _fault(run, config, t))):
         return
     free()
     found = None
-    if files.is_dir(run.checkpoints(t)):
+    if pod.agreed("checkpoints", lambda: files.is_dir(run.checkpoints(t))):
         found = _from_checkpoint(run, config, t, source.directory, mesh, last=True)
     if found is None:
         raise BadInput(
@@ -226,7 +237,8 @@ def mend(
             f"{run.iteration(t)} and the iterations after it, and run the same command again, which plays them again"
         )
     export_policy(found[1], source, run, t)
-    command.say(f"{fault}; it is written again from its checkpoint")
+    if pod.first():
+        command.say(f"{fault}; it is written again from its checkpoint")
 
 
 def _fault(run: RunDir, config: "Config", t: int) -> str:

@@ -14,6 +14,7 @@ from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.losses import LOSSES
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Pair
+from sppo_jax.run import pod
 from sppo_jax.run.stage import Stage
 from sppo_jax.training import effect
 from sppo_jax.training.batches import Batches
@@ -22,6 +23,8 @@ from sppo_jax.training.optimizer import schedule
 from sppo_jax.training.profiling import Profiler
 from sppo_jax.training.trainer import Trainer
 from sppo_jax.training.update import Programs, Scalars, split
+
+SKIPPED = 5  # updates in a row whose gradients may be infinite or NaN; the next one ends the run
 
 
 def fit(
@@ -85,7 +88,7 @@ def train(
                 profiler.step(step - start)
             state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
             log.add(step, scalars)
-            stopping = stage.metrics.stop_requested and step + 1 < total
+            stopping = stage.metrics.stop_agreed() and step + 1 < total
             if stopping or (step + 1) % config.fit.checkpoint_every == 0 or step + 1 == total:
                 log.flush()  # raises where this update's loss is not finite
                 if step + 1 == total and moves and sums({"params": state.params}) == before:
@@ -93,6 +96,7 @@ def train(
                 checkpoints.save(step + 1, state)
             if stopping:
                 checkpoints.wait()
+                pod.meet("stopped")
                 raise Terminated
     checkpoints.wait()
     checkpoints.keep_only(total)
@@ -110,6 +114,7 @@ class _Log:
         self._rate, self._last = schedule(config.fit, batches.steps_per_epoch), len(batches) - 1
         self._unread: tuple[int, Scalars] | None = None
         self.gradient_norm = 0.0  # of the last update read
+        self._skipped = 0  # updates in a row
 
     def add(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of an update just dispatched, and report the one before."""
@@ -135,10 +140,22 @@ class _Log:
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            raise BadInput(
-                f"iteration {self._stage.iteration}: the loss is {values['loss']} with gradient norm {values['grad_norm']} "
-                f"at update {step}; lower fit.learning_rate or set fit.max_grad_norm, and start in a new --out"
+            self._skipped += 1
+            found = f"the loss is {values['loss']} with gradient norm {values['grad_norm']} at update {step}"
+            if np.isfinite(values["grad_norm"]) or self._skipped > SKIPPED:
+                raise BadInput(
+                    f"iteration {self._stage.iteration}: {found}"
+                    + (f", after {SKIPPED} more that were skipped" if self._skipped > SKIPPED else "")
+                    + "; the last checkpoint is from before. Lower fit.learning_rate or set fit.max_grad_norm, and start in a "
+                    "new --out"
+                )
+            self._stage.say(
+                "fit",
+                f"{found}: skipped ({self._skipped} in a row; {SKIPPED + 1} end the run)",
             )
+            values["skipped"] = float(self._skipped)
+            return
+        self._skipped = 0
         if step == 0 and values["max_log_ratio"] != 0:  # the same program on the same batch: exactly 0
             raise RuntimeError(
                 f"log-ratio at step 0 is {values['max_log_ratio']}: reference and policy differ"

@@ -5,9 +5,10 @@ B batch, T time, K candidates, D model, H query heads, N kv heads, C channels of
 V vocabulary, L layers, R rank of an adapter (in training code: responses of a prompt).
 """
 
+import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -105,6 +106,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def spread(mesh: Mesh) -> NamedSharding:
     """The placement of an array whose first dimension is cut over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+
+
+def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Copy an array, which every process of the mesh has whole, to its devices."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    # jax.device_put would compare the processes' copies, bit by bit, over the network.
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def whole(x: jax.Array, mesh: Mesh) -> np.ndarray:
+    """The array on the host, also where it is cut over several processes, all of which call this together."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(_copied(mesh)(x).addressable_data(0))
+
+
+@functools.cache
+def _copied(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

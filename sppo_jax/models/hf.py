@@ -93,12 +93,18 @@ class Tensor:
         part = x[tuple(rows)].reshape([lengths[letter] for letter in flat])
         return part.transpose([flat.index(letter) for letter in self.ours])
 
-    def write(self, x: jax.Array, a: Architecture, dtype: np.dtype) -> np.ndarray:
-        """Return the checkpoint's tensor, filled from the shards of one layer's parameter without a further copy."""
+    def write(self, x: jax.Array, a: Architecture, dtype: np.dtype, mesh: Mesh) -> np.ndarray:
+        """Return the checkpoint's tensor, filled from the shards of one layer's parameter without a further copy.
+
+        Where several processes hold the shards, all of them are needed (`take_part`).
+        """
         flat = self.theirs.replace(" ", "")
-        assert x.is_fully_addressable, "a checkpoint is written by one process"
         tensor = np.empty([a.size(letter) for letter in flat], dtype)
         ours = tensor.transpose([flat.index(letter) for letter in self.ours])
+        if not x.is_fully_addressable:
+            with np.errstate(over="ignore"):
+                ours[...] = sharding.whole(x, mesh)
+            return tensor.reshape(self.checkpoint_shape(a))
         for shard in x.addressable_shards:
             if shard.replica_id == 0:
                 # Read through a handle of its own, because an array keeps every host copy made of it.
@@ -216,11 +222,18 @@ def load(
 def save(model: Transformer, directory: str | Path, dtype: Any = jnp.float32) -> None:
     """Write a model as safetensors into an existing `directory`, tensor by tensor; beyond 5 GB, as files with an index.
 
-    The product of an adapter is added to its matrix: the written checkpoint needs no adapter. Raises BadInput for a
+    Where several processes hold the model, one of them calls this, and the others `take_part`. The product of an adapter is added to its matrix: the written checkpoint needs no adapter. Raises BadInput for a
     parameter that is not finite in `dtype`, and where the system refuses a write.
     """
     with disk.writing(Path(directory)):
         _save(model, Path(directory), np.dtype(dtype))
+
+
+def take_part(model: Transformer, tensors: Sequence[Tensor] | None = None) -> None:
+    """Give another process, which writes a model that several hold, this one's shards, tensor by tensor."""
+    for t in table(model.architecture) if tensors is None else tensors:
+        for layer in range(len(t.names(model.architecture))):
+            sharding.whole(_merged(model, t, layer), _mesh(model))
 
 
 def _save(model: Transformer, directory: Path, dtype: np.dtype) -> None:
@@ -337,12 +350,20 @@ def entries(model: Transformer, t: Tensor, dtype: np.dtype) -> Iterator[Entry]:
     for layer, name in enumerate(t.names(a)):
 
         def read(layer: int = layer, name: str = name) -> np.ndarray:
-            tensor = t.write(_merged(model, t, layer), a, dtype)
+            tensor = t.write(_merged(model, t, layer), a, dtype, _mesh(model))
             if not np.isfinite(tensor).all():
                 raise BadInput(f"{name} is not finite, or not in {dtype}'s range; write another dtype")
             return tensor
 
         yield Entry(name, t.checkpoint_shape(a), dtype, read)
+
+
+def _mesh(model: Transformer) -> Mesh:
+    where = model.norm[...].sharding
+    assert isinstance(where, jax.sharding.NamedSharding)
+    mesh = where.mesh
+    assert isinstance(mesh, Mesh)
+    return mesh
 
 
 def _merged(model: Transformer, t: Tensor, layer: int) -> jax.Array:

@@ -69,7 +69,10 @@ def attach(model: Transformer, rank: int, key: jax.Array, mesh: Mesh) -> Transfo
 
 
 def save(model: Transformer, directory: Path, base: str, revision: str | None = None) -> None:
-    """Write the adapters in PEFT's format into an existing `directory`; `base` and `revision` name the frozen model."""
+    """Write the adapters in PEFT's format into an existing `directory`; `base` and `revision` name the frozen model.
+
+    Where several processes hold them, one of them calls this, and the others `hf.take_part` with `table()`.
+    """
     a = model.architecture
     entries = [entry for t in table() for entry in hf.entries(model, t, np.dtype(np.float32))]
     write_safetensors(directory / WEIGHTS, entries)

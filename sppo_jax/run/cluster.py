@@ -229,6 +229,9 @@ def joined(settings: Distributed) -> Iterator[None]:
 
 def _initialised(settings: Distributed) -> bool:
     """Start jax.distributed where there are several processes, and return whether there are."""
+    os.environ.setdefault(
+        "GLOO_LOG_LEVEL", "ERROR"
+    )  # of CPUs' collectives, which would print each connection
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     given = settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     index = settings.process_id if settings.process_id >= 0 else None

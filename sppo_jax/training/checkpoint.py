@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
+from sppo_jax.run import pod
 from sppo_jax.training import orbax_faults
 
 ITEM = "default"  # orbax's name of a checkpoint's only item
@@ -45,7 +46,10 @@ class NoneWhole(Exception):
 
 
 def begun(directory: Path) -> bool:
-    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read."""
+    """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read.
+
+    All processes of a run call this together, as all functions here.
+    """
     return bool(_steps(directory))
 
 
@@ -58,16 +62,18 @@ class Checkpoints:
         Raises BadInput where it cannot be made or written.
         """
         self._shown, self.directory = directory, Path(os.path.abspath(directory))
-        if not read_only:
+        if not read_only and pod.first():
             with files.writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 self._remove(UNFINISHED)
+        pod.meet("checkpoints")
         # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=at_once)
         )
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once)
+        self._reader = self._orbax if pod.count() == 1 else _own_reader()
         self._writing: int | None = None  # the step that is written in the background
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(orbax_faults.silent_threads())
@@ -148,9 +154,10 @@ class Checkpoints:
         """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
         with files.writing(self._shown):
             for other in _steps(self._shown):
-                if other != step:
+                if other != step and pod.first():
                     _remove(self.directory / str(other))
-            self._remove(DAMAGED)
+            if pod.first():
+                self._remove(DAMAGED)
 
     def wait(self) -> None:
         """Wait until all saved states are whole on disk, and delete all but the latest two.
@@ -164,7 +171,8 @@ class Checkpoints:
             self._orbax.wait_until_finished()
         with files.writing(self._shown):
             for old in _steps(self._shown)[:-KEPT]:
-                _remove(self.directory / str(old))
+                if pod.first():
+                    _remove(self.directory / str(old))
 
     def close(self) -> None:
         """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
@@ -195,8 +203,9 @@ class Checkpoints:
             except Exception as error:
                 reason = orbax_faults.of_system(error)
                 self._writing = None
-                orbax_faults.join_threads()  # they may be writing yet, and complain later
-                self._tidy()
+                if pod.count() == 1:  # of several, each ends now; the next start tidies up
+                    orbax_faults.join_threads()  # they may be writing yet, and complain later
+                    self._tidy()
                 if reason is None:
                     raise
             if reason is not None:
@@ -219,17 +228,21 @@ class Checkpoints:
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
-                read = self._orbax.restore(
+                read = self._reader.restore(
                     self.directory / str(step), args=ocp.args.Composite(**{ITEM: args})
                 )[ITEM]
-                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
-                    reason = "its numbers differ from the numbers that were written"
-                elif int(fields(read).get("step", step)) != step:
-                    reason = f"it holds update {int(fields(read)['step'])}"
             except Exception as error:  # orbax and tensorstore raise many kinds
                 if orbax_faults.out_of_memory(error):
                     raise
                 reason, system = one_line(error)[:120], orbax_faults.of_system(error)
+            reason = next(
+                filter(None, pod.gathered("restored", reason)), None
+            )  # each process reads its own shards
+            if reason is None:
+                if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
+                    reason = "its numbers differ from the numbers that were written"
+                elif int(fields(read).get("step", step)) != step:
+                    reason = f"it holds update {int(fields(read)['step'])}"
             if reason is not None:
                 free()
         if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
@@ -261,9 +274,11 @@ class Checkpoints:
     def _aside(self, step: int) -> Path:
         """Give a checkpoint a name that is not a step's, and return it."""
         name = f"{step}{DAMAGED}"
-        with files.writing(self._shown / name):
-            _remove(self.directory / name)
-            (self.directory / str(step)).rename(self.directory / name)
+        if pod.first():
+            with files.writing(self._shown / name):
+                _remove(self.directory / name)
+                (self.directory / str(step)).rename(self.directory / name)
+        pod.meet("aside")
         return self._shown / name
 
     def _remove(self, end: str) -> None:
@@ -274,8 +289,26 @@ class Checkpoints:
                 _remove(path)
 
 
+def _own_reader() -> ocp.Checkpointer:
+    """A reader that waits for no other process: one that finds a checkpoint damaged must not leave the others waiting."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None,
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints have their final name, in order."""
+    """The steps whose checkpoints have their final name, in order, as process 0 sees them."""
+    found: list[int] = pod.agreed("steps", lambda: _listed(directory))
+    return found
+
+
+def _listed(directory: Path) -> list[int]:
     if not files.is_dir(directory):
         return []
     try:

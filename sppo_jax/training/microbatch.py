@@ -42,7 +42,7 @@ class Microbatch:
     def placed(self, mesh: Mesh) -> "Microbatch":
         """Copy the arrays to the devices: rows are cut over the mesh's batch axes, the rest is on every device."""
         return Microbatch(
-            **{name: jax.device_put(getattr(self, name), _sharding(name, mesh)) for name in _DIMENSIONS}
+            **{name: sharding.put(getattr(self, name), _sharding(name, mesh)) for name in _DIMENSIONS}
         )
 
     @staticmethod

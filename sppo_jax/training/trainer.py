@@ -84,7 +84,7 @@ def logprobs(
         for part, pair_G, logprob_GR in zip(batch.microbatches, batch.pairs, found, strict=True):
             if out is None:
                 out = np.full((count, logprob_GR.shape[-1]), np.nan)
-            out[pair_G[part.real]] = np.asarray(logprob_GR)[part.real]
+            out[pair_G[part.real]] = sharding.whole(logprob_GR, mesh)[part.real]
         if on_progress is not None:
             on_progress(batch.prompts)
     assert out is not None

@@ -78,7 +78,7 @@ class Programs:
 
     def first_state(self, params: Params) -> TrainState:
         """The state before the first update."""
-        step = jax.device_put(np.int32(0), self.shardings.step)
+        step = sharding.put(np.asarray(0, np.int32), self.shardings.step)
         return TrainState(step, params, self.init_optimizer(params))
 
 
@@ -168,10 +168,16 @@ def _combined(parts: Sequence[Scalars]) -> Scalars:
 def update(
     state: TrainState, grads: Params, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Scalars]:
-    """Apply one optimiser step."""
+    """Apply one optimiser step; a gradient that is not finite changes nothing but the step's number."""
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), {"grad_norm": optax.tree.norm(grads)}
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    return TrainState(state.step + 1, params, opt_state), {"grad_norm": norm}
 
 
 @functools.partial(
