@@ -4,6 +4,7 @@
 its children with itself.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -16,6 +17,9 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+
+from jax._src import compiler, lru_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = [
@@ -92,6 +96,7 @@ def serve():
     """Answer requests until there are no more, and then kill what is left."""
     for name in IMPORTS:
         importlib.import_module(name)
+    keep_programs_of_all()
     warnings.simplefilter(
         "ignore", RuntimeWarning
     )  # JAX's of os.fork, though no device has been started here
@@ -115,6 +120,20 @@ def serve():
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def keep_programs_of_all():
+    """Let every process of a run write into JAX's cache of programs, each entry whole; JAX itself has process 0 alone write."""
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
+    lru_cache.LRUCache.put = put
+
+
+def put(cache, key, value):
+    path = Path(cache.path) / f"{key}{lru_cache._CACHE_SUFFIX}"
+    if not path.exists():
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_bytes(value)
+        part.replace(path)
 
 
 def become(asked):
@@ -141,19 +160,12 @@ def become(asked):
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        with contextlib.suppress(BaseException):
+        with contextlib.suppress(BaseException):  # what the interpreter does at its end
+            threading._shutdown()
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-            atexit_()
         os._exit(code)
-
-
-def atexit_():
-    """End as the interpreter does: jax.distributed and the judge's process are closed there."""
-    import atexit
-
-    threading._shutdown()
-    atexit._run_exitfuncs()
 
 
 if __name__ == "__main__":
