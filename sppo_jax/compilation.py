@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from sppo_jax import command
+from sppo_jax import command, files
 from sppo_jax.errors import one_line
 
 LARGEST = 4 * 2**30  # bytes on disk; the programs used longest ago are deleted first
@@ -24,7 +24,7 @@ def keep_programs() -> None:
     Call it before anything is compiled. A cache that cannot be used, or that fails later, costs one line and nothing else.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        caches = _caches()
+        caches = files.caches()
         if caches is None:
             _switch_off("no home directory is known, and XDG_CACHE_HOME names no absolute path")
             return
@@ -48,15 +48,6 @@ def return_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def _caches() -> Path | None:
-    """The folder of the user's caches; None where there is none. A relative path is no folder: it differs by run."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):
-        return Path(named)
-    home = os.path.expanduser("~")
-    return Path(home) / ".cache" if os.path.isabs(home) else None
 
 
 def _refusal(folder: Path) -> str:

@@ -257,7 +257,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Config:
-    out: str = knob("runs/sppo", "the run directory")
+    out: str = knob("runs/sppo", "the run directory, or a folder in a bucket, as gs://BUCKET/RUN")
     seed: int = knob(42, "seed of sampling and of the order of the data", low=0, below=2**32)
     iterations: int = knob(3, "iterations of self-play", low=1)
     model: Model = field(default_factory=Model)

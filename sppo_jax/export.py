@@ -118,7 +118,10 @@ def main(words: Sequence[str]) -> None:
     if args.push and repositories.parse(args.push)[1] is not None:
         raise BadInput(f"--push {args.push}: no revision here; the hub makes a commit")
     if args.run is not None:
-        _from_run(_path("--run", args.run), args.iteration, to, args.dtype)
+        from sppo_jax.run import bucket
+
+        with bucket.reading(args.run, bucket.weights_of(args.iteration)):
+            _from_run(_path("--run", str(bucket.local(args.run))), args.iteration, to, args.dtype)
         print(to)
     if args.push:
         _push(to, args.push, args.private)
@@ -224,12 +227,13 @@ def mend(
     `free` frees the policy in memory before another is read. Raises BadInput where no checkpoint is whole.
     """
     from sppo_jax.run import pod
+    from sppo_jax.training import checkpoint
 
     if t == BASE or not (fault := pod.agreed("fault", lambda: _fault(run, config, t))):
         return
     free()
     found = None
-    if pod.agreed("checkpoints", lambda: files.is_dir(run.checkpoints(t))):
+    if checkpoint.begun(run.checkpoints(t)):
         found = _from_checkpoint(run, config, t, source.directory, mesh, last=True)
     if found is None:
         raise BadInput(

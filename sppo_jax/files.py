@@ -72,6 +72,15 @@ def expand(name: str) -> str:
     return expanded
 
 
+def caches() -> Path | None:
+    """The folder of the user's caches; None where there is none. A relative path is no folder: it differs by run."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):
+        return Path(named)
+    home = os.path.expanduser("~")
+    return Path(home) / ".cache" if os.path.isabs(home) else None
+
+
 def working_directory_gone() -> bool:
     """Whether the directory that relative paths begin with was deleted."""
     try:

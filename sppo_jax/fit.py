@@ -93,7 +93,8 @@ def train(
                 log.flush()  # raises where this update's loss is not finite
                 if step + 1 == total and moves and sums({"params": state.params}) == before:
                     raise effect.unchanged(config.fit, stage.iteration, total, log.gradient_norm)
-                checkpoints.save(step + 1, state)
+                if step + 1 == total or not log.skipped:  # else the last checkpoint is from before that began
+                    checkpoints.save(step + 1, state)
             if stopping:
                 checkpoints.wait()
                 pod.meet("stopped")
@@ -114,7 +115,7 @@ class _Log:
         self._rate, self._last = schedule(config.fit, batches.steps_per_epoch), len(batches) - 1
         self._unread: tuple[int, Scalars] | None = None
         self.gradient_norm = 0.0  # of the last update read
-        self._skipped = 0  # updates in a row
+        self.skipped = 0  # the last updates in a row that changed nothing
 
     def add(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of an update just dispatched, and report the one before."""
@@ -140,26 +141,29 @@ class _Log:
 
     def _check(self, step: int, values: dict[str, float]) -> None:
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-            self._skipped += 1
-            found = f"the loss is {values['loss']} with gradient norm {values['grad_norm']} at update {step}"
-            if np.isfinite(values["grad_norm"]) or self._skipped > SKIPPED:
-                raise BadInput(
-                    f"iteration {self._stage.iteration}: {found}"
-                    + (f", after {SKIPPED} more that were skipped" if self._skipped > SKIPPED else "")
-                    + "; the last checkpoint is from before. Lower fit.learning_rate or set fit.max_grad_norm, and start in a "
-                    "new --out"
-                )
-            self._stage.say(
-                "fit",
-                f"{found}: skipped ({self._skipped} in a row; {SKIPPED + 1} end the run)",
-            )
-            values["skipped"] = float(self._skipped)
+            self._skip(step, values)
             return
-        self._skipped = 0
+        self.skipped = 0
         if step == 0 and values["max_log_ratio"] != 0:  # the same program on the same batch: exactly 0
             raise RuntimeError(
                 f"log-ratio at step 0 is {values['max_log_ratio']}: reference and policy differ"
             )
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        """Report an update that changed nothing. Raises BadInput where it did change weights, or where it is not the exception.
+
+        Too many in a row, or a loss that is not finite at the end, are no exception: the policy itself is damaged.
+        """
+        found = f"the loss is {values['loss']} with gradient norm {values['grad_norm']} at update {step}"
+        ends = step == self._last and not np.isfinite(values["loss"])
+        if ends or np.isfinite(values["grad_norm"]) or self.skipped == SKIPPED:
+            before = f" after {self.skipped} others that were skipped" if self.skipped else ""
+            raise BadInput(
+                f"iteration {self._stage.iteration}: {found}{before}; lower fit.learning_rate or set fit.max_grad_norm, and "
+                "start in a new --out (the last checkpoint is from before)"
+            )
+        self.skipped += 1
+        self._stage.say("fit", f"{found}: skipped, number {self.skipped} in a row of at most {SKIPPED}")
 
 
 def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None:

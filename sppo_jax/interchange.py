@@ -18,6 +18,7 @@ from sppo_jax.command import Flags, call
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Pair, prompt_id
+from sppo_jax.run import bucket
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt, written_ids
@@ -94,14 +95,15 @@ def main(words: Sequence[str]) -> None:
         "--to", required=True, metavar="FILE", help="new parquet file, outside of run directories"
     )
     given = parser.read(words)
-    run = RunDir(files.expand(given.run))
-    path = run.pairs(given.iteration)
-    if not files.is_file(path):
-        raise BadInput(f"--run {given.run}: {_no_iteration(run, given.iteration)}")
-    to = Path(files.expand(given.to))
-    if reason := _unfit(to, run):
-        raise BadInput(f"--to {given.to}: {reason}")
-    pairs = records.read(path, Pair)
+    with bucket.reading(given.run, bucket.without_weights):
+        run = RunDir(files.expand(given.run))
+        path = run.pairs(given.iteration)
+        if not files.is_file(path):
+            raise BadInput(f"--run {given.run}: {_no_iteration(run, given.iteration)}")
+        to = Path(files.expand(given.to))
+        if reason := _unfit(to, run):
+            raise BadInput(f"--to {given.to}: {reason}")
+        pairs = records.read(path, Pair)
     write(pairs, to)
     print(f"{len(pairs)} pairs written to {given.to}")
 

@@ -17,10 +17,14 @@ def main(words: Sequence[str]) -> None:
     config = config_file.load([file for _, file in files], overrides)
     # Only now, since these import jax: a wrong flag is refused at once.
     from sppo_jax import compilation, selfplay, session
-    from sppo_jax.run import cluster
+    from sppo_jax.run import bucket, cluster, pod
 
     compilation.keep_programs()
-    with cluster.joined(config.distributed), session.opened(config) as opened:
+    with (
+        cluster.joined(config.distributed),
+        bucket.opened(config.out, pod.index(), pod.count()),
+        session.opened(config) as opened,
+    ):
         selfplay.play(opened)
 
 

@@ -4,7 +4,7 @@ from sppo_jax import evaluate, export, fit, pairs, respond
 from sppo_jax.judge import Judging
 from sppo_jax.records import Pair
 from sppo_jax.report import model_card, page
-from sppo_jax.run import pod
+from sppo_jax.run import bucket, pod
 from sppo_jax.run.stage import Stage, there
 from sppo_jax.session import Session
 from sppo_jax.training.checkpoint import NoneWhole
@@ -26,7 +26,7 @@ def play(run: Session) -> None:
     if pod.first():
         page.write(run.paths)
         run.metrics.say(page.table(run.paths))
-    run.metrics.say(f"report: {run.paths.report}")
+    run.metrics.say(f"report: {bucket.shown(run.paths.report)}")
 
 
 def iterate(run: Session, t: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import signal
 
@@ -22,7 +23,7 @@ from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.training import trainer, update
-from sppo_jax.training.batches import Batches, steps_per_epoch
+from sppo_jax.training.batches import Batch, Batches, steps_per_epoch
 from sppo_jax.training.checkpoint import Checkpoints
 from sppo_jax.training.packing import Packing
 from sppo_jax.training.profiling import Profiler
@@ -281,10 +282,39 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, one_device):
 @pytest.mark.parametrize("every", [1, 50])
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_reaches_no_checkpoint(tmp_path, one_device, every):
     settings = dataclasses.replace(SETTINGS, learning_rate=1e38, warmup=0.0, checkpoint_every=every)
-    with pytest.raises(BadInput, match=r"loss is .* at update 1; lower fit\.learning_rate"):
+    with pytest.raises(BadInput, match=r"loss is nan .* after 2 others that were skipped; lower fit"):
         train(tmp_path, pairs_of(8), settings, one_device)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest() == (1 if every == 1 else None)  # update 0 was sound
+
+
+def test_a_gradient_that_is_not_finite_skips_its_update_and_too_many_end_the_run(
+    tmp_path, one_device, monkeypatch, capsys
+):
+    """Update 1 alone: training goes on from the weights of update 0. Updates 1 to 7: it ends, and the first checkpoint stays."""
+    placed, broken = Batch.placed, {1}
+    count = itertools.count()
+
+    def damaged(batch, mesh):
+        trains = np.isfinite(
+            batch.microbatches[0].ref_logprob
+        ).all()  # else these are the reference's own log-probs
+        number = next(count) if trains else None
+        for part in placed(batch, mesh):
+            nan = jnp.full_like(part.ref_logprob, jnp.nan)
+            yield dataclasses.replace(part, ref_logprob=nan) if number in broken else part
+
+    monkeypatch.setattr(Batch, "placed", damaged)
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=1)
+    train(tmp_path / "once", pairs_of(36), settings, one_device)
+    shown = capsys.readouterr().out
+    assert "nan at update 1: skipped, number 1 in a row of at most 5" in shown
+    assert "number 2" not in shown
+    count, broken = itertools.count(), set(range(1, 8))
+    with pytest.raises(BadInput, match="at update 6 after 5 others that were skipped"):
+        train(tmp_path / "often", pairs_of(36), settings, one_device)
+    with Checkpoints(tmp_path / "often/checkpoints") as checkpoints:
+        assert checkpoints.latest() == 1
 
 
 def test_scalars_are_read_one_update_behind_and_before_a_checkpoint(tmp_path, one_device, monkeypatch):

@@ -15,7 +15,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.records import Responses
 from sppo_jax.report import pictures
-from sppo_jax.run import evaluations, metrics
+from sppo_jax.run import bucket, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Evaluation, Rate, Tell
@@ -207,11 +207,12 @@ def main(words: Sequence[str]) -> None:
     given = flags.read(words).run
     if len(given) > 1:
         raise BadInput("--run is given twice; give one run directory")
-    run = RunDir(files.expand(given[0]))
-    if not files.is_dir(run.root):
-        what = "not a directory" if files.exists(run.root) else "no such directory"
-        raise BadInput(f"--run {given[0]}: {what}; give the directory that --out named")
-    if not os.path.lexists(run.config):  # one that cannot be read is noted on the page
-        raise BadInput(f"--run {given[0]}: not a run directory (it has no config.yaml)")
-    write(run)
-    print(run.report)
+    with bucket.reading(given[0], bucket.without_weights):
+        run = RunDir(files.expand(given[0]))
+        if not files.is_dir(run.root):
+            what = "not a directory" if files.exists(run.root) else "no such directory"
+            raise BadInput(f"--run {given[0]}: {what}; give the directory that --out named")
+        if not os.path.lexists(run.config):  # one that cannot be read is noted on the page
+            raise BadInput(f"--run {given[0]}: not a run directory (it has no config.yaml)")
+        write(run)
+        print(bucket.shown(run.report))

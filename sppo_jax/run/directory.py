@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from sppo_jax import command, config_file, files
 from sppo_jax import config as configuration
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
-from sppo_jax.run import pod
+from sppo_jax.run import bucket, pod
 
 LOCK = ".lock"
 FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
@@ -31,10 +33,10 @@ BASE = 0  # iteration number of the untouched base policy
 
 
 class RunDir:
-    """Paths below OUT."""
+    """Paths below OUT; of a bucket, below its local copy."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root, self._checkpoints = bucket.local(root), bucket.checkpoints(root)
         self.config = self.root / "config.yaml"
         self.manifest = self.root / "manifest.json"
         self.metrics = self.root / "metrics.jsonl"
@@ -58,9 +60,9 @@ class RunDir:
         """A held-out file of iteration t: `responses` of its new policy, or the `probe` of its reference."""
         return self.iteration(t) / "heldout" / f"{kind}.parquet"
 
-    def checkpoints(self, t: int) -> Path:
-        """The directory of orbax checkpoints of iteration t's training."""
-        return self.iteration(t) / "checkpoints"
+    def checkpoints(self, t: int) -> Path | epath.Path:
+        """The directory of orbax checkpoints of iteration t's training. In a bucket it may have no local copy."""
+        return self._checkpoints / f"iter_{t}" / "checkpoints"
 
     def export(self, t: int) -> Path:
         """The Hugging Face directory of the policy after iteration t."""
@@ -127,6 +129,9 @@ def _shared_knobs(config: Config) -> dict[str, object]:
 def _check_seen(run: RunDir, config: Config) -> None:
     """Raise BadInput, in every process, unless all of them see the same directory: each leaves a mark, process 0 looks."""
     if pod.count() == 1:
+        return
+    if bucket.is_url(config.out):  # the same name is the same place
+        pod.meet("seen")  # after which all have what process 0 has sent
         return
     token = pod.agreed("token", lambda: secrets.token_hex(8))
     marks = [run.root / f".{token}-{i}" for i in range(pod.count())]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sppo_jax.errors import BadInput
-from sppo_jax.run import cluster
+from sppo_jax.run import bucket, cluster
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ def meet(name: str) -> None:
     found = cluster.member()
     if found is None:
         return
+    bucket.send()
     key = _key(found, f"meet {name}")
     found.set(f"{key}/{found.index}", "")
     if found.index == 0:
@@ -68,6 +69,7 @@ def meet(name: str) -> None:
         found.read.append(key)
     else:
         found.get(f"{key} met")
+    bucket.fetch()
 
 
 def agreed(name: str, value: Callable[[], T]) -> T:

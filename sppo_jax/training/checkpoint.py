@@ -2,12 +2,9 @@
 
 import contextlib
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,12 +14,12 @@ import orbax.checkpoint as ocp
 from sppo_jax import files
 from sppo_jax.errors import BadInput, one_line
 from sppo_jax.run import pod
-from sppo_jax.training import orbax_faults
+from sppo_jax.training import orbax_faults, places
+from sppo_jax.training.places import Place
 
 ITEM = "default"  # orbax's name of a checkpoint's only item
 KEPT = 2  # checkpoints of a training that goes on
-NUMBER = re.compile("0|[1-9][0-9]*")
-DAMAGED, UNFINISHED = ".damaged", ".orbax-checkpoint-tmp"  # ends of the names beside the checkpoints
+DAMAGED = ".damaged"  # ends the names of those moved aside
 
 
 @functools.partial(
@@ -45,7 +42,7 @@ class NoneWhole(Exception):
     """An iteration had checkpoints, and none is whole. They have been moved aside, so that its training begins again."""
 
 
-def begun(directory: Path) -> bool:
+def begun(directory: Place) -> bool:
     """Whether `directory` has a checkpoint to resume from. Raises BadInput where it cannot be read.
 
     All processes of a run call this together, as all functions here.
@@ -56,16 +53,16 @@ def begun(directory: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one iteration: the latest two while training, the last one for good."""
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: Place, *, read_only: bool = False):
         """Open `directory`, and make it if need be. `read_only`: make and delete nothing; another process may own it.
 
         Raises BadInput where it cannot be made or written.
         """
-        self._shown, self.directory = directory, Path(os.path.abspath(directory))
+        self._shown, self.directory = directory, places.absolute(directory)
         if not read_only and pod.first():
-            with files.writing(directory):
+            with places.changing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
         pod.meet("checkpoints")
         # Directories are made before `save` returns: else a thread would wait five minutes for one that cannot be made.
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -152,12 +149,12 @@ class Checkpoints:
 
     def keep_only(self, step: int) -> None:
         """Delete the other checkpoints, and damaged ones: a finished iteration is not resumed from its middle."""
-        with files.writing(self._shown):
+        with places.changing(self._shown):
             for other in _steps(self._shown):
                 if other != step and pod.first():
-                    _remove(self.directory / str(other))
+                    places.remove(self.directory / str(other))
             if pod.first():
-                self._remove(DAMAGED)
+                places.tidy(self.directory, DAMAGED)
 
     def wait(self) -> None:
         """Wait until all saved states are whole on disk, and delete all but the latest two.
@@ -169,10 +166,10 @@ class Checkpoints:
             return
         with self._reported(step):
             self._orbax.wait_until_finished()
-        with files.writing(self._shown):
+        with places.changing(self._shown):
             for old in _steps(self._shown)[:-KEPT]:
                 if pod.first():
-                    _remove(self.directory / str(old))
+                    places.remove(self.directory / str(old))
 
     def close(self) -> None:
         """Wait for all writes, and free orbax's threads. Raises BadInput if a write has failed."""
@@ -217,14 +214,14 @@ class Checkpoints:
         """Delete what a failed write has left, as well as can be: tensorstore's own threads may still add to it."""
         for _ in range(10):
             try:
-                self._remove(UNFINISHED)
+                places.tidy(self.directory)
                 return
-            except OSError:
+            except (OSError, BadInput):
                 time.sleep(0.1)
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
         """Read a checkpoint, and compare its step and its bits with what was written."""
-        path, reason, system = self._shown / str(step), None, None
+        path, reason, system, unreachable = self._shown / str(step), None, None, ""
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
@@ -235,6 +232,7 @@ class Checkpoints:
                 if orbax_faults.out_of_memory(error):
                     raise
                 reason, system = one_line(error)[:120], orbax_faults.of_system(error)
+                unreachable = orbax_faults.unreachable(error)
             reason = next(
                 filter(None, pod.gathered("restored", reason)), None
             )  # each process reads its own shards
@@ -250,6 +248,8 @@ class Checkpoints:
                 f"{path}: cannot be read: {system.strerror}; mend that, and run the same command again, or delete it to go "
                 "on without it"
             )
+        if unreachable:
+            raise BadInput(f"{path}: cannot be read: {unreachable}; run the same command again")
         if reason is not None:
             raise Damaged(f"{path}: damaged, or not a checkpoint of this model ({reason})")
         return read
@@ -271,22 +271,15 @@ class Checkpoints:
                 damaged.append(error.with_traceback(None))  # which would hold what was read
         return None, damaged
 
-    def _aside(self, step: int) -> Path:
+    def _aside(self, step: int) -> Place:
         """Give a checkpoint a name that is not a step's, and return it."""
         name = f"{step}{DAMAGED}"
         if pod.first():
-            with files.writing(self._shown / name):
-                _remove(self.directory / name)
+            with places.changing(self._shown / name):
+                places.remove(self.directory / name)
                 (self.directory / str(step)).rename(self.directory / name)
         pod.meet("aside")
         return self._shown / name
-
-    def _remove(self, end: str) -> None:
-        """Delete what is named like a step with `end`; other names may be anyone's."""
-        for path in self.directory.iterdir():
-            name, found, _ = path.name.partition(end)
-            if found and NUMBER.fullmatch(name):
-                _remove(path)
 
 
 def _own_reader() -> ocp.Checkpointer:
@@ -302,27 +295,10 @@ def _own_reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints have their final name, in order, as process 0 sees them."""
-    found: list[int] = pod.agreed("steps", lambda: _listed(directory))
+def _steps(directory: Place) -> list[int]:
+    """The steps whose checkpoints are whole, in order, as process 0 sees them."""
+    found: list[int] = pod.agreed("steps", lambda: places.steps(directory))
     return found
-
-
-def _listed(directory: Path) -> list[int]:
-    if not files.is_dir(directory):
-        return []
-    try:
-        names = os.listdir(directory)
-    except OSError as error:
-        raise BadInput(f"{directory}: {error.strerror}") from None
-    return sorted(int(name) for name in names if NUMBER.fullmatch(name))
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        files.remove(path)
 
 
 def _abstract(like: Any) -> Any:
@@ -347,7 +323,7 @@ def _added(fields: dict[str, Any]) -> dict[str, jax.Array]:
     return {name: sum(map(bits, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}
 
 
-def _sums_written(checkpoint: Path) -> dict[str, int] | None:
+def _sums_written(checkpoint: Place) -> dict[str, int] | None:
     """The sums in a checkpoint's metadata; None in one of a version that wrote none."""
     custom = files.read_json(checkpoint / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
     found = custom.get("sums")

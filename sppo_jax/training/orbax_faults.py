@@ -16,12 +16,43 @@ from typing import Any
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 CODE = re.compile(r"os_error_code='(\d+)'")  # as tensorstore writes it
 STATUS = re.compile("[A-Z]+(_[A-Z]+)*: ")  # how tensorstore's other messages begin
+# What libraries raise that ask a bucket, by their packages, and how they say that there is no answer.
+NETWORK = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
+NO_ANSWER = re.compile("^(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED): |^Forbidden: ")
 PATIENCE = 5.0  # seconds
 LOGGERS = ("absl", "asyncio")
 
 
 def of_system(error: BaseException) -> OSError | None:
     """The error of the system behind an exception, wherever it stands in its chain; None for a fault of another kind."""
+    chain = _chain(error)
+    for one in chain:
+        if isinstance(one, OSError) and one.errno:
+            return OSError(one.errno, one.strerror or os.strerror(one.errno))
+        if found := CODE.search(str(one)):
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+    for one in chain:
+        if isinstance(one, OSError) or (isinstance(one, ValueError) and STATUS.match(str(one))):
+            return OSError(0, " ".join(str(one).split())[:200])
+    if reason := unreachable(error):
+        return OSError(0, reason)
+    return None
+
+
+def unreachable(error: BaseException) -> str:
+    """The reason why a bucket could not be asked, if that is what is behind an exception; else ""."""
+    for one in _chain(error):
+        if (
+            type(one).__module__.partition(".")[0] in NETWORK
+            or isinstance(one, ConnectionError | TimeoutError)
+            or NO_ANSWER.search(str(one))
+        ):
+            return " ".join(str(one).split())[:200] or type(one).__name__
+    return ""
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception, and those that have led to it."""
     chain: list[BaseException] = []
     todo = [error]
     while todo:
@@ -31,15 +62,7 @@ def of_system(error: BaseException) -> OSError | None:
         chain.append(one)
         todo += [e for e in (one.__cause__, one.__context__) if e is not None]
         todo += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
-    for one in chain:
-        if isinstance(one, OSError) and one.errno:
-            return OSError(one.errno, one.strerror or os.strerror(one.errno))
-        if found := CODE.search(str(one)):
-            return OSError(int(found[1]), os.strerror(int(found[1])))
-    for one in chain:
-        if isinstance(one, OSError) or (isinstance(one, ValueError) and STATUS.match(str(one))):
-            return OSError(0, " ".join(str(one).split())[:200])
-    return None
+    return chain
 
 
 def out_of_memory(error: BaseException) -> bool:
