@@ -1,49 +1,10 @@
-"""Sampling on a mesh over several processes: each on its own devices if the model fits there, else all together."""
-
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""The mesh of the sampler on a pod: each process on its own devices if the model fits there, else all together."""
 
 import pytest
 
 from sppo_jax import sharding
-from sppo_jax.config import Sampling
 from sppo_jax.plan.chips import Device
-from sppo_jax.sampler import Sampler, capacity
-from tests.pod_process import PROMPTS
-
-CHILD = Path(__file__).with_name("pod_process.py")
-
-
-def test_two_processes_sample_what_one_does(policy, tokenizer):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(CHILD), port, str(rank)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], outputs[0][1] + outputs[1][1]
-    found = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
-    one = Sampler(policy, tokenizer, Sampling(responses=2, max_new_tokens=10, slots=8))
-    expected = [row.response_ids for row in one.generate(PROMPTS, seed=0)]
-    for rank, (apart, together, for_the_kernel) in enumerate(found):
-        assert apart == {"alone": True, "mesh": [2, 1, 1], "slots": 8, "rows": expected[rank::2]}
-        assert together == {"alone": False, "mesh": [1, 1, 4], "slots": 16, "rows": expected}
-        assert for_the_kernel == together
-
+from sppo_jax.sampler import capacity
 
 ANY = range(1, 17)
 

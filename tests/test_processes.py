@@ -1,30 +1,42 @@
-"""Whole games in processes of their own: killed, stopped, on eight devices, with a judge that dies."""
+"""Whole games in processes of their own: stopped, on eight devices, with a judge that dies."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.small_game import ONE_DEVICE, digest, words
+from tests.nursery import Nursery
+from tests.small_game import ONE_DEVICE, words
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
-def start(words_, tmp_path, flags=ONE_DEVICE, name="log"):
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
-    log = (tmp_path / name).open("w")
-    return subprocess.Popen(
-        [sys.executable, "-m", "sppo_jax.main", *words_], stdout=log, stderr=subprocess.STDOUT, env=env
-    )
+@pytest.fixture(scope="module")
+def nursery():
+    with Nursery() as found:
+        yield found
 
 
-def finish(process, tmp_path, name="log", code=0):
-    assert process.wait(300) == code, (tmp_path / name).read_text()
-    return (tmp_path / name).read_text()
+@pytest.fixture
+def start(nursery, tmp_path):
+    """A function that starts a game, with its output in `log`."""
+    begun = []
+
+    def start(words, flags=ONE_DEVICE):
+        begun.append(nursery.start(words, tmp_path / "log", {"XLA_FLAGS": flags}))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+
+
+def finish(process, tmp_path, code=0):
+    log = tmp_path / "log"
+    assert process.wait(300) == code, log.read_text()
+    return log.read_text()
 
 
 def wait_for(path, process, pattern=None):
@@ -37,28 +49,11 @@ def wait_for(path, process, pattern=None):
     raise AssertionError(f"{path} did not come")
 
 
-def test_T16_killed_in_three_places_and_started_again_gives_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(words(whole), tmp_path), tmp_path)
-    for milestone in (
-        "iter_1/responses/shard-00001-of-00003.parquet",
-        "iter_1/pairs.parquet",
-        "iter_1/checkpoints/1",
-    ):
-        process = start(words(killed), tmp_path)
-        wait_for(killed / milestone, process)
-        process.kill()
-        process.wait()
-        assert not (killed / "iter_1/eval.json").exists()
-    finish(start(words(killed), tmp_path), tmp_path)
-    assert digest(whole) == digest(killed)
-
-
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_path):
+def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_path, start):
     out = tmp_path / "run"
     options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
-    process = start(words(out, **options), tmp_path)
+    process = start(words(out, **options))
     wait_for(out / "metrics.jsonl", process, '"stage": "fit"')
     process.send_signal(number)
     last = finish(process, tmp_path, code=128 + number).splitlines()[-1]
@@ -68,7 +63,7 @@ def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_p
     assert saved[0] < 400
 
 
-def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
+def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path, start):
     responses = []
     for name, flags, mesh in (
         ("one", ONE_DEVICE, {}),
@@ -77,23 +72,21 @@ def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path):
         out = tmp_path / name
         options = mesh | {"sampling__temperature": 0, "sampling__responses": 2, "fit__global_batch": 4}
         # Greedy responses are all alike: there is nothing to train on, and the run ends with one line.
-        log = finish(start(words(out, **options), tmp_path, flags), tmp_path, code=2)
+        log = finish(start(words(out, **options), flags), tmp_path, code=2)
         assert log.splitlines()[-1].startswith("error: iteration 1: no prompt has a preferred response")
         shards = sorted((out / "iter_1/responses").iterdir())
         responses.append([row["response_ids"] for path in shards for row in pq.read_table(path).to_pylist()])
     assert responses[0] == responses[1]
 
 
-def test_eight_devices_play_the_whole_game(tmp_path):
-    log = finish(
-        start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), tmp_path, EIGHT_DEVICES), tmp_path
-    )
+def test_eight_devices_play_the_whole_game(tmp_path, start):
+    log = finish(start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), EIGHT_DEVICES), tmp_path)
     assert "report:" in log
 
 
-def test_a_judge_that_dies_in_the_middle_is_started_again_and_the_run_goes_on(tmp_path):
+def test_a_judge_that_dies_in_the_middle_is_started_again_and_the_run_goes_on(tmp_path, start):
     out = tmp_path / "run"
-    process = start(words(out, judge__backend="torch", sampling__shard_prompts=1), tmp_path)
+    process = start(words(out, judge__backend="torch", sampling__shard_prompts=1))
     wait_for(out / "iter_1/responses/shard-00001-of-00007.parquet", process)
     child = next(
         int(pid) for pid in os.listdir("/proc")
