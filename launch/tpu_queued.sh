@@ -46,7 +46,7 @@ case $mode in '' | --spot | --reserved) ;; *) refuse "MODE=$mode must be --spot,
 create() {
     run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-id="$name" \
         --accelerator-type="${TPU:-v5litepod-16}" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" \
-        --valid-until-duration="${VALID:-6h}" ${mode:+"$mode"} --scopes=cloud-platform \
+        --valid-until-duration="${VALID:-6h}" ${mode:+"$mode"} --scopes=https://www.googleapis.com/auth/cloud-platform \
         --metadata-from-file=startup-script="$startup"
 }
 
