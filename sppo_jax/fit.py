@@ -40,7 +40,7 @@ def fit(
         stage.say("fit", line)
     batches, profiler = trainer.batches(trained_on, t), None
     with Checkpoints(run.checkpoints(t)) as checkpoints, contextlib.ExitStack() as stack:
-        if t == 1 and profiled:
+        if t == 1 and profiled and pod.first():
             profiler = stack.enter_context(Profiler(run.profile, profiled))
         return train(
             hand_over(),
@@ -163,6 +163,7 @@ class _Log:
                 "start in a new --out (the last checkpoint is from before)"
             )
         self.skipped += 1
+        values["skipped"] = 1.0
         self._stage.say("fit", f"{found}: skipped, number {self.skipped} in a row of at most {SKIPPED}")
 
 

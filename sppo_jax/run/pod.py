@@ -99,6 +99,11 @@ def gathered(name: str, value: Any) -> list[Any]:
     return values
 
 
+def least(name: str, value: int | None) -> int | None:
+    """The smallest value of all processes; None where it is None in each of them."""
+    return min((found for found in gathered(name, value) if found is not None), default=None)
+
+
 def anywhere(true: bool) -> bool:
     """Whether `true` holds in any process."""
     return any(gathered("anywhere", true))

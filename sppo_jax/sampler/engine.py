@@ -21,6 +21,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Prompt, Responses
+from sppo_jax.run import pod
 from sppo_jax.sampler import capacity, paging
 from sppo_jax.sampler.paging import PAGE, Pages
 from sppo_jax.sampler.programs import Programs
@@ -58,7 +59,8 @@ class Sampler:
         self.tokenizer, self.sampling, self.architecture = tokenizer, sampling, model.architecture
         self.eos = tuple(own_eos_ids(tokenizer) if eos is None else eos)
         _check_ids("eos", self.eos, model.architecture.vocab)
-        whole = capacity.choose(model, mesh, sampling, sharding.memory_limit(mesh))
+        limit = pod.least("memory", sharding.memory_limit(mesh))  # of all processes: they choose the same
+        whole = capacity.choose(model, mesh, sampling, limit)
         self.capacity = whole.own()
         self._whole, self.mesh, self.replicas = whole.mesh, self.capacity.mesh, self.capacity.replicas
         self.stats = Stats(self.capacity.slots)

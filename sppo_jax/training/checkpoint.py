@@ -221,7 +221,7 @@ class Checkpoints:
 
     def _restore(self, step: int, args: Any, fields: Callable[[Any], dict[str, Any]]) -> Any:
         """Read a checkpoint, and compare its step and its bits with what was written."""
-        path, reason, system, unreachable = self._shown / str(step), None, None, ""
+        path, reason, refusal = self._shown / str(step), "", ""
         with orbax_faults.silent() as free:
             try:
                 written = _sums_written(self.directory / str(step))
@@ -231,26 +231,21 @@ class Checkpoints:
             except Exception as error:  # orbax and tensorstore raise many kinds
                 if orbax_faults.out_of_memory(error):
                     raise
-                reason, system = one_line(error)[:120], orbax_faults.of_system(error)
-                unreachable = orbax_faults.unreachable(error)
-            reason = next(
-                filter(None, pod.gathered("restored", reason)), None
-            )  # each process reads its own shards
-            if reason is None:
+                reason, refusal = one_line(error)[:120], _refusal(error)
+            # Each process reads its own part; what one of them cannot read, all of them leave.
+            reason, refusal = (
+                max(found) for found in zip(*pod.gathered("read", [reason, refusal]), strict=True)
+            )
+            if not reason:
                 if written and any(written.get(k) != v for k, v in sums(fields(read)).items()):
                     reason = "its numbers differ from the numbers that were written"
                 elif int(fields(read).get("step", step)) != step:
                     reason = f"it holds update {int(fields(read)['step'])}"
-            if reason is not None:
+            if reason:
                 free()
-        if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
-            raise BadInput(
-                f"{path}: cannot be read: {system.strerror}; mend that, and run the same command again, or delete it to go "
-                "on without it"
-            )
-        if unreachable:
-            raise BadInput(f"{path}: cannot be read: {unreachable}; run the same command again")
-        if reason is not None:
+        if refusal:
+            raise BadInput(f"{path}: cannot be read: {refusal}")
+        if reason:
             raise Damaged(f"{path}: damaged, or not a checkpoint of this model ({reason})")
         return read
 
@@ -280,6 +275,16 @@ class Checkpoints:
                 (self.directory / str(step)).rename(self.directory / name)
         pod.meet("aside")
         return self._shown / name
+
+
+def _refusal(error: Exception) -> str:
+    """Why the system does not let a checkpoint be read, and what to do; "" where it is the checkpoint's own fault."""
+    system, unreachable = orbax_faults.of_system(error), orbax_faults.unreachable(error)
+    if system is not None and system.errno and system.errno not in orbax_faults.MISSING:
+        return (
+            f"{system.strerror}; mend that, and run the same command again, or delete it to go on without it"
+        )
+    return f"{unreachable}; run the same command again" if unreachable else ""
 
 
 def _own_reader() -> ocp.Checkpointer:

@@ -11,6 +11,7 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.models import Architecture, Transformer
 from sppo_jax.records import Pair
+from sppo_jax.run import pod
 from sppo_jax.training import memory, update
 from sppo_jax.training.batches import Batches
 
@@ -47,7 +48,7 @@ class Trainer:
             epochs=c.fit.epochs,
             seed=c.seed,
             iteration=iteration,
-            packing=needs.packing(sharding.memory_limit(self.mesh)),
+            packing=needs.packing(pod.least("memory", sharding.memory_limit(self.mesh))),
         )
 
     def logprobs(

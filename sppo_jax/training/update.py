@@ -168,12 +168,14 @@ def _combined(parts: Sequence[Scalars]) -> Scalars:
 def update(
     state: TrainState, grads: Params, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Scalars]:
-    """Apply one optimiser step; a gradient that is not finite changes nothing but the step's number."""
+    """Apply one optimiser step; a gradient that is not finite changes nothing but counts of steps, and so the rate."""
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
+        lambda new, old: (
+            new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(jnp.isfinite(norm), new, old)
+        ),
         (params, opt_state),
         (state.params, state.opt_state),
     )
