@@ -123,6 +123,16 @@ def whole(x: jax.Array, mesh: Mesh) -> np.ndarray:
     return np.asarray(_copied(mesh)(x).addressable_data(0))
 
 
+def one_at_a_time(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The program; on CPUs of several processes with a wait for its results after each call.
+
+    There the collectives of two programs at once may wait for each other for ever (jaxlib 0.10, over Gloo).
+    """
+    if platform(mesh) != "cpu" or not mesh.is_multi_process:
+        return program
+    return lambda *args: jax.block_until_ready(program(*args))
+
+
 @functools.cache
 def _copied(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))

@@ -178,7 +178,8 @@ def forward(network: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
         check_vma=False,
     )
     # Every process of a pod needs every logit; within one, nothing has to be exchanged.
-    return jax.jit(all_devices, out_shardings=whole if mesh.is_multi_process else spread)
+    program = jax.jit(all_devices, out_shardings=whole if mesh.is_multi_process else spread)
+    return sharding.one_at_a_time(program, mesh)
 
 
 def bucket(length: int, platform: str) -> int:

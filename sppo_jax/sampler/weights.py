@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sppo_jax import sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf, lora
 from sppo_jax.models.transformer import Transformer
@@ -56,7 +57,8 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
         raise BadInput(
             f"the policy's weights are damaged: {bad[0]} is not finite in {model.compute_dtype}, in which it is sampled"
         )
-    found = jax.device_put(converted, shardings)
+    put = sharding.one_at_a_time(jax.device_put, whole)
+    found = jax.tree.map(put, converted, shardings)
     del converted
     if own == whole:
         return serving, found

@@ -247,22 +247,29 @@ def make_programs(
         transform_non_params=lambda _: replicated,
     )
     shardings = TrainState(replicated, placed, opt_placed)
+    alone = functools.partial(sharding.one_at_a_time, mesh=mesh)
     of_loss = functools.partial(objective, loss=losses.LOSSES[fit.loss], eta=fit.eta)
     return Programs(
         graph,
         shardings,
-        init_optimizer=jax.jit(optimizer.init, out_shardings=opt_placed),
-        forward=jax.jit(functools.partial(forward, graph=graph, remat=fit.remat), compiler_options=options),
-        objective=jax.jit(of_loss, out_shardings=replicated),
-        # keep_unused: frozen weights stay on the devices either way; as arguments they show in memory_analysis().
-        backward=jax.jit(backward, keep_unused=True, out_shardings=placed, compiler_options=options),
-        accumulate=jax.jit(
-            accumulate, keep_unused=True, donate_argnums=0, out_shardings=placed, compiler_options=options
+        init_optimizer=alone(jax.jit(optimizer.init, out_shardings=opt_placed)),
+        forward=alone(
+            jax.jit(functools.partial(forward, graph=graph, remat=fit.remat), compiler_options=options)
         ),
-        update=jax.jit(
-            functools.partial(update, optimizer=optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated),
+        objective=alone(jax.jit(of_loss, out_shardings=replicated)),
+        # keep_unused: frozen weights stay on the devices either way; as arguments they show in memory_analysis().
+        backward=alone(jax.jit(backward, keep_unused=True, out_shardings=placed, compiler_options=options)),
+        accumulate=alone(
+            jax.jit(
+                accumulate, keep_unused=True, donate_argnums=0, out_shardings=placed, compiler_options=options
+            )
+        ),
+        update=alone(
+            jax.jit(
+                functools.partial(update, optimizer=optimizer),
+                donate_argnums=0,
+                out_shardings=(shardings, replicated),
+            )
         ),
     )
 
