@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 import signal
@@ -40,11 +41,11 @@ def watch(root, at):
     return lambda: [setattr(os, name, function) for name, function in plain.items()]
 
 
-def kill_at(root, name, when, number=signal.SIGKILL):
-    """Send this process a signal before or after the path `name` below `root` gets its name."""
+def kill_at(root, pattern, when, number=signal.SIGKILL):
+    """Send this process a signal before or after the first path below `root` that matches `pattern` gets its name."""
 
     def at(path, moment):
-        if (path, moment) == (name, when):
+        if fnmatch.fnmatch(path, pattern) and moment == when:
             os.kill(os.getpid(), number)
 
     watch(root, at)

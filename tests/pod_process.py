@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.small_game import words
 
 PROMPTS = [f"What is {word}?" for word in ("rain", "a fox", "two and two", "the sea")]
 SAMPLING = Sampling(responses=2, max_new_tokens=10, slots=8)
+EVERY = 6  # of the moments of a kill one in so many is played: each takes some 6 s
 MESH = {"mesh__fsdp": 4, "mesh__tensor": 2}
 
 
@@ -30,9 +32,19 @@ def main(coordinator, rank, root):
     with cluster.joined(Distributed(coordinator, rank, 2, initialization_timeout=60)):
         (root / f"sampled-{rank}.json").write_text(json.dumps(sampled(rank)))
         play(root / "whole", kill_points.watch(root / "whole", Copies(root, rank)))
-        for out in sorted(root.glob("killed-*")):
-            play(out)
+        for name in pod.agreed("killed", lambda: chosen(root)):
+            play(root / name)
     sys.exit()
+
+
+def chosen(root):
+    """The names of the killed games that are played: every sixth; with KILL_POINTS=all in the environment all of them."""
+    killed = sorted(root.glob("killed-*"))
+    (root / "killed.json").write_text(json.dumps([out.name for out in killed]))
+    if os.environ.get("KILL_POINTS") != "all":
+        for out in set(killed) - set(killed[::EVERY]):
+            shutil.rmtree(out)
+    return [out.name for out in killed if out.exists()]
 
 
 def sampled(rank):

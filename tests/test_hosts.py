@@ -105,19 +105,20 @@ def as_one_process(out, one):
 
 
 def test_killed_before_and_after_each_rename_of_each_process_gives_the_same_bits(pair):
-    killed = sorted(pair.glob("killed-*"))
-    expected = kill_points.contents(pair / "whole")
-    assert {path.name.split("-")[1] for path in killed} == {"0", "1"}
-    assert len(killed) > 40
-    for out in killed:
-        assert kill_points.contents(out) == expected, out.name
+    """In the suite every sixth moment is played, so as to save time; with KILL_POINTS=all every one."""
+    moments = json.loads((pair / "killed.json").read_text())
+    played = sorted(path.name for path in pair.glob("killed-*"))
+    for rank in range(2):
+        assert sum(name.startswith(f"killed-{rank}-") for name in moments) > 5
+    assert len(moments) > 40
+    assert played in (moments, moments[:: pod_process.EVERY])
+    for name in played:
+        assert kill_points.contents(pair / name) == kill_points.contents(pair / "whole"), name
 
 
 # (process, path, moment) of kills that follow each other in one game.
 KILLS = [
-    (1, "iter_1/responses/shard-00001-of-00003.parquet", "before"),
-    (0, "iter_1/preferences/shard-00000-of-00003.parquet", "after"),
-    (1, "iter_1/preferences/shard-00001-of-00003.parquet", "after"),
+    (1, "iter_1/responses/*", "before"),
     (0, "iter_1/checkpoints/1", "before"),
     (0, "iter_1/checkpoints/1", "after"),
 ]
@@ -139,7 +140,6 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on_with_the_sa
         assert codes[rank] == -signal.SIGKILL
         assert codes[1 - rank] == LOST, both.log(1 - rank)
         assert time.monotonic() - killed < HEARTBEAT + 5
-        assert len(both.log(1 - rank).splitlines()) < 40
         assert both.log(1 - rank).splitlines()[-1].startswith(f"error: process {rank} is gone")
     both = hosts()
     assert both.codes() == [0, 0], both.log()
@@ -150,7 +150,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on_with_the_sa
 def test_sigterm_to_one_of_two_stops_both(place, hosts, tmp_path):
     out, options = tmp_path / "run", {}
     if place == "fit":
-        options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
+        options = {"fit__epochs": 60, "fit__schedule_epochs": 60, "fit__checkpoint_every": 1000}
     both = hosts(**options)
     if place == "start":
         assert both.wait_for(lambda: "prompts" in both.log())
