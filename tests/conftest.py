@@ -57,6 +57,7 @@ ODD = Architecture(
 
 # The files that take longest, which begin first, so that the workers end at about the same time.
 LONGEST = [
+    "hosts",
     "lora",
     "fit",
     "processes",

@@ -52,7 +52,7 @@ def wait_for(path, process, pattern=None):
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_path, start):
     out = tmp_path / "run"
-    options = {"fit__epochs": 200, "fit__schedule_epochs": 200, "fit__checkpoint_every": 1000}
+    options = {"fit__epochs": 60, "fit__schedule_epochs": 60, "fit__checkpoint_every": 1000}
     process = start(words(out, **options))
     wait_for(out / "metrics.jsonl", process, '"stage": "fit"')
     process.send_signal(number)
@@ -60,7 +60,7 @@ def test_sigterm_and_ctrl_c_checkpoint_and_end_with_one_line(number, name, tmp_p
     assert last == f"stopped by {name} with all work on disk; run the same command again to resume"
     saved = [int(p.name) for p in (out / "iter_1/checkpoints").iterdir() if p.name.isdigit()]
     assert saved
-    assert saved[0] < 400
+    assert saved[0] < 120
 
 
 def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path, start):
@@ -77,11 +77,6 @@ def test_eight_devices_give_the_same_greedy_responses_as_one(tmp_path, start):
         shards = sorted((out / "iter_1/responses").iterdir())
         responses.append([row["response_ids"] for path in shards for row in pq.read_table(path).to_pylist()])
     assert responses[0] == responses[1]
-
-
-def test_eight_devices_play_the_whole_game(tmp_path, start):
-    log = finish(start(words(tmp_path / "run", mesh__fsdp=4, mesh__tensor=2), EIGHT_DEVICES), tmp_path)
-    assert "report:" in log
 
 
 def test_a_judge_that_dies_in_the_middle_is_started_again_and_the_run_goes_on(tmp_path, start):
