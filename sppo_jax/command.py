@@ -176,6 +176,25 @@ def check_module(words: Sequence[str]) -> None:
     sys.exit(BAD_INPUT)
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with `error`."""
+    if isinstance(error, Elsewhere):
+        return error.code
+    if isinstance(error, Terminated):
+        return SIGNALLED + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return SIGNALLED + signal.SIGINT
+    refused = isinstance(error, OSError) and error.errno in SYSTEM
+    return BAD_INPUT if isinstance(error, BadInput) or refused or _no_memory(error) else 1
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether the host's or a device's memory did not suffice. JAX's class is known by its name: most commands do not import jax."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "JaxRuntimeError" and NO_MEMORY in str(error)
+    )
+
+
 def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
     """Run `entry`; returns the exit code, and the line about what ended it."""
     again = "run the same command again to resume"
@@ -202,10 +221,7 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
             raise
         return BAD_INPUT, f"error: {printable(one_line(_refused(error)))}"
     except (MemoryError, RuntimeError) as error:
-        # JAX's own class, by its name: most commands do not import jax.
-        if isinstance(error, RuntimeError) and not (
-            type(error).__name__ == "JaxRuntimeError" and NO_MEMORY in str(error)
-        ):
+        if not _no_memory(error):
             raise
         told = f" ({printable(one_line(error))[:300]})" if str(error) else ""
         return BAD_INPUT, f"error: out of memory{told}; {SMALLER}"

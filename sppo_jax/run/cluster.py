@@ -20,7 +20,7 @@ import jax
 from jax._src import distributed, xla_bridge
 
 from sppo_jax import command
-from sppo_jax.command import LOST
+from sppo_jax.command import LOST, exit_code
 from sppo_jax.config import Distributed
 from sppo_jax.errors import BadInput, Elsewhere, Terminated, one_line
 from sppo_jax.run import aborting
@@ -94,7 +94,7 @@ class Member:
         """Tell the others that this process ends with `error`. Returns what it is to report: the first process's error."""
         if not isinstance(error, BadInput | Terminated | KeyboardInterrupt | Elsewhere):
             error = self._cause() or error
-        code = _code(error)
+        code = exit_code(error)
         with contextlib.suppress(Exception):
             self.set(f"left/{self.index}", json.dumps({"code": code, "line": self._line(error)}))
         self._over.set()
@@ -119,7 +119,7 @@ class Member:
             return str(error)
         if isinstance(error, Terminated | KeyboardInterrupt):
             return f"stopped by process {self.index}; {AGAIN}"
-        if isinstance(error, BadInput):
+        if exit_code(error) == command.BAD_INPUT:
             return f"error: process {self.index}: {one_line(error)}"
         text = one_line(error)[:500]
         return (
@@ -184,7 +184,7 @@ class Member:
             os.kill(os.getpid(), signal.SIGTERM)  # no game is played yet: that ends it at once
         if self._over.wait(STOP_SECONDS if stopped else END_SECONDS):
             return
-        code = _code(verdict)
+        code = exit_code(verdict)
         line = f"stopped; {AGAIN}" if stopped else str(verdict)
         with contextlib.suppress(Exception):
             self.set(f"left/{self.index}", json.dumps({"code": code, "line": line}))
@@ -274,7 +274,7 @@ def _initialised(settings: Distributed) -> bool:
             while thread.is_alive():
                 thread.join(0.1)
         except BaseException as error:
-            aborting.at_exit(_code(error))
+            aborting.at_exit(exit_code(error))
             raise
     return _outcome(result[0], given)
 
@@ -283,6 +283,7 @@ def _outcome(error: BaseException | None, given: str) -> bool:
     """Whether several processes have found each other."""
     if error is None:
         if distributed.global_state.num_processes == 1:
+            aborting.off()
             return False
         # Two collectives of CPUs at the same time may begin in another order in each process, and then wait for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -313,17 +314,6 @@ def _check(coordinator: str, index: int | None, count: int | None) -> None:
         raise BadInput(
             f"distributed.process_id={index} must be below distributed.num_processes={count}: numbers begin with 0"
         )
-
-
-def _code(error: BaseException) -> int:
-    """The exit code of an error."""
-    if isinstance(error, Elsewhere):
-        return error.code
-    if isinstance(error, BadInput):
-        return command.BAD_INPUT
-    if isinstance(error, Terminated):
-        return command.SIGNALLED + error.number
-    return command.SIGNALLED + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _verdict(code: int, line: str) -> Elsewhere | Terminated:
