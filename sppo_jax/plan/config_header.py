@@ -12,7 +12,16 @@ from sppo_jax.files import read_text, replacing
 
 BEGIN, END = "# Planned", "# (end of the plan)"
 # Prefixes of knobs that no plan depends on.
-NOT_PLANNED = ("out", "seed", "log.", "prompts.source", "prompts.heldout", "prompts.split", "prompts.column")
+NOT_PLANNED = (
+    "out",
+    "seed",
+    "log.",
+    "distributed.",
+    "prompts.source",
+    "prompts.heldout",
+    "prompts.split",
+    "prompts.column",
+)
 
 
 def digest(config: Config) -> str:
