@@ -109,7 +109,9 @@ def test_killed_before_and_after_each_rename_of_each_process_gives_the_same_bits
     moments = json.loads((pair / "killed.json").read_text())
     played = sorted(path.name for path in pair.glob("killed-*"))
     for rank in range(2):
-        assert sum(name.startswith(f"killed-{rank}-") for name in moments) > 5
+        assert (
+            sum(name.startswith(f"killed-{rank}-") for name in moments) >= 4
+        )  # process 1 has one shard of each kind
     assert len(moments) > 40
     assert played in (moments, moments[:: pod_process.EVERY])
     for name in played:
