@@ -110,8 +110,8 @@ class Member:
         """End together with the others, all of which have done everything."""
         self._over.set()
         self._thread.join()
-        aborting.off()
         jax.distributed.shutdown()
+        aborting.off()
 
     def _line(self, error: BaseException) -> str:
         """What process 0 prints about our end."""
