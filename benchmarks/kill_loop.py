@@ -151,7 +151,7 @@ class Loop:
         left = STAGES if last[0] < ITERATIONS else ("loading", *STAGES[STAGES.index(last[1]) :])
         stage = min(left, key=lambda name: (had[name], self._random.random()))
         if had[stage] > min(had[name] for name in STAGES) + 1:
-            return False  # the next game has those that lack signals
+            return False  # this stage has had enough signals; the next game is for the others
         seconds = self.takes[stage] / (1 if stage in ("loading", "report") else ITERATIONS)
         if self._random.random() < self._args.uniform:
             stage, seconds = "loading", self.seconds

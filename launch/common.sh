@@ -5,6 +5,15 @@ usage() { # the comment at the top of the script
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
+dry=
+first_word() { # --help, no word at all, or --dry-run, after which the caller shifts
+    case ${1:-} in
+    '') usage >&2 && exit 2 ;;
+    --help | -h) usage && exit 0 ;;
+    --dry-run) dry=yes ;;
+    esac
+}
+
 refuse() {
     echo "error: $1; see launch/${0##*/} --help" >&2
     exit 2

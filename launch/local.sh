@@ -24,15 +24,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
 # shellcheck source=launch/common.sh
 . "$here/launch/common.sh"
 
-case ${1:-} in
-'') usage >&2 && exit 2 ;;
---help | -h) usage && exit 0 ;;
-esac
-dry=
-if [ "$1" = --dry-run ]; then
-    dry=yes
-    shift
-fi
+first_word "$@"
+[ -z "$dry" ] || shift
 count=${1:-}
 whole "$count" || refuse "the first argument is the number of processes, from 1 to 9999, found '$count'"
 shift

@@ -25,15 +25,8 @@ here=$(dirname "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-case ${1:-} in
-'') usage >&2 && exit 2 ;;
---help | -h) usage && exit 0 ;;
-esac
-dry=
-if [ "$1" = --dry-run ]; then
-    dry=yes
-    shift
-fi
+first_word "$@"
+[ -z "$dry" ] || shift
 action=${1:-}
 [ $# -eq 0 ] || shift
 name=${NAME:-sppo}

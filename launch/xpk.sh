@@ -18,15 +18,8 @@ set -eu
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-case ${1:-} in
-'') usage >&2 && exit 2 ;;
---help | -h) usage && exit 0 ;;
-esac
-dry=
-if [ "$1" = --dry-run ]; then
-    dry=yes
-    shift
-fi
+first_word "$@"
+[ -z "$dry" ] || shift
 need CLUSTER PROJECT ZONE IMAGE
 name=${NAME:-sppo}
 label "$name" || refuse "NAME=$name must be lower-case letters, digits and hyphens, 38 at most"

@@ -136,9 +136,8 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
     """Run an entry point with the command line's words.
 
     Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM, 144 where another
-    process of the run is gone. Output that cannot
-    be shown ends nothing: the command does all its work, and then exits with 2 and a line on standard error. Where the
-    reader of a pipe has only closed it, as `head` does, it exits with 0.
+    process of the run is gone. Output that cannot be shown ends nothing: the command does all its work, and then exits with
+    2 and a line on standard error. Where the reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
     _open_streams()
     # Without a home, matplotlib warns of the folder of its list of fonts, and then goes on.

@@ -125,14 +125,16 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         with run.devices.sampling(i) as sampler:
             found[i] = respond(run, i, sampler)
     policy, previous, base = found[t], found[t - 1], found[BASE]
-    by = {"judge": judges.Shared(run.judge)} | ({"oracle": judges.Shared(run.oracle)} if run.oracle else {})
+    shared = {"judge": judges.Shared(run.judge)} | (
+        {"oracle": judges.Shared(run.oracle)} if run.oracle else {}
+    )
 
     def rate(
         name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
     ) -> dict[str, float]:
         with stage.progress(f"win rate, {name}", 2 * len(mine), "pairs", minor=True) as advance:
             return win_rate(
-                by[name],
+                shared[name],
                 mine,
                 against,
                 k=k,
@@ -141,10 +143,10 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
             )
 
     with run.devices.judging():
-        rates = {name: {"base": rate(name, base)} for name in by}
-        for name in by:  # in iteration 1 the previous policy is the base
+        rates = {name: {"base": rate(name, base)} for name in shared}
+        for name in shared:  # in iteration 1 the previous policy is the base
             rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
-        at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in by} if t == 1 else {}
+        at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in shared} if t == 1 else {}
     with run.devices.scoring(t, stage) as logprob:
         moved = log_ratios(probe, logprob(probe))
 

@@ -20,12 +20,10 @@ def main(words: Sequence[str]) -> None:
     from sppo_jax.run import bucket, cluster, pod
 
     compilation.keep_programs()
-    with (
-        cluster.joined(config.distributed),
-        bucket.opened(config.out, pod.index(), pod.count()),
-        session.opened(config) as opened,
-    ):
-        selfplay.play(opened)
+    with cluster.joined(config.distributed):
+        with bucket.opened(config.out, pod.index(), pod.count()), session.opened(config) as opened:
+            selfplay.play(opened)
+        pod.meet("end")  # a failure of any process until here is the run's
 
 
 def usage() -> str:

@@ -82,7 +82,7 @@ def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
 
 
 def _over_all(speeds: Sequence[dict[str, float]], together: bool) -> dict[str, float]:
-    """The speed of all processes from that of each: of those that had something to sample."""
+    """The speed of all processes, from each one's. A process that had nothing left to sample does not count."""
     found = [speed for speed in speeds if speed]
     if not found or together:
         return speeds[0]

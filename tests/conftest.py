@@ -35,6 +35,7 @@ from sppo_jax.models import hf
 from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.text import chat_template
 from tests import families
+from tests.buckets import caches  # noqa: F401  (a fixture)
 from tests.small_game import words
 
 

@@ -45,7 +45,11 @@ def test_two_processes_agree_collect_and_differ(monkeypatch):
             "own": own,
             "agreed": [pod.agreed("value", lambda n=n: i + n) for n in range(3)],
             "collected": pod.collected("rows", [10 * n for n in own]),
-            "anywhere": (pod.anywhere(i == 1), pod.anywhere(False)),
+            "least": (
+                pod.least("memory", [None, 7][i]),
+                pod.least("memory", None),
+                pod.least("memory", 3 - i),
+            ),
         }
         pod.same("equal", {"key": 1}, "{key}")
         with pytest.raises(BadInput) as refused:
@@ -58,7 +62,7 @@ def test_two_processes_agree_collect_and_differ(monkeypatch):
     assert first == second
     assert first["agreed"] == [0, 1, 2]
     assert first["collected"] == [0, 10, 20, 30, 40]
-    assert first["anywhere"] == (True, False)
+    assert first["least"] == (7, None, 2)
     assert first["refused"].startswith("process 1 has seed = 1, process 0 0")
 
 

@@ -86,8 +86,8 @@ def fetch() -> None:
 def opened(out: str, process: int = 0, processes: int = 1) -> Iterator[None]:
     """Fetch OUT where it is in a bucket, send what changes while the context lasts, and send the rest at its end.
 
-    Process 0 of `processes` holds the run's lock. Raises BadInput where the bucket cannot be used, where another run holds it, and where
-    it has failed for too long: nothing is lost then, since the local copy is kept for the next start.
+    Process 0 of `processes` holds the run's lock. Raises BadInput where the bucket cannot be used, where another run holds
+    it, and where it has failed for too long: nothing is lost then, since the local copy is kept for the next start.
     """
     if not is_url(out):
         yield

@@ -7,6 +7,7 @@ looks into it twice a second.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,9 @@ END_SECONDS = 4.0  # in which a process ends by itself once another one has fail
 STOP_SECONDS = 10.0  # the same, once another one was stopped
 OTHERS_SECONDS = 5.0  # in which process 0, which holds the store, waits for the others before it ends
 JAX_SECONDS = 60  # after us, JAX itself takes a process for lost
+NETWORK = re.compile(
+    "gloo|connection|unavailable|deadline|aborted|nccl|peer|barrier|collective", re.IGNORECASE
+)
 AGAIN = "run the same command again to resume"
 
 
@@ -45,9 +49,8 @@ class Member:
         self.read: list[str] = []  # process 0: keys that all have read by the next meeting
         self._told = False  # whether the others know of our stop
         self._verdict: Elsewhere | Terminated | None = None
-        self._seen: dict[
-            str, tuple[str, float]
-        ] = {}  # process 0: each process's last sign of life, and when it changed
+        # Process 0: each other process's last sign of life, and when it changed.
+        self._seen: dict[str, tuple[str, float]] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cluster", daemon=True)
         self._thread.start()
@@ -107,7 +110,9 @@ class Member:
         return error
 
     def finish(self) -> None:
-        """End together with the others, all of which have done everything."""
+        """End together with the others, all of which have done everything: a signal comes too late to stop the run."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         self._over.set()
         self._thread.join()
         jax.distributed.shutdown()
@@ -229,9 +234,6 @@ def joined(settings: Distributed) -> Iterator[None]:
 
 def _initialised(settings: Distributed) -> bool:
     """Start jax.distributed where there are several processes, and return whether there are."""
-    os.environ.setdefault(
-        "GLOO_LOG_LEVEL", "ERROR"
-    )  # of CPUs' collectives, which would print each connection
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     given = settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     index = settings.process_id if settings.process_id >= 0 else None
@@ -326,15 +328,4 @@ def _verdict(code: int, line: str) -> Elsewhere | Terminated:
 
 def _of_network(error: BaseException | None) -> bool:
     """Whether an error may come of a connection to another process that broke."""
-    words = (
-        "gloo",
-        "onnection",
-        "UNAVAILABLE",
-        "DEADLINE",
-        "ABORTED",
-        "NCCL",
-        "peer",
-        "barrier",
-        "ollective",
-    )
-    return isinstance(error, Exception) and any(word in str(error) for word in words)
+    return isinstance(error, Exception) and NETWORK.search(str(error)) is not None

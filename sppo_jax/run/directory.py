@@ -89,7 +89,8 @@ def opened(config: Config) -> Iterator[RunDir]:
     """Claim OUT for this process, and all others of the run, and this configuration.
 
     Raises BadInput if another run holds it, if it was made with a configuration whose results differ, if it cannot be
-    written, or if the processes see different directories under its name. A run that does not begin leaves nothing of its own, and everything else.
+    written, or if the processes see different directories under its name. A run that does not begin leaves nothing of its
+    own, and everything else.
     """
     pod.same("configuration", _shared_knobs(config), "{key} =")
     with _claimed(config) if pod.first() else contextlib.nullcontext(RunDir(config.out)) as run:
@@ -168,9 +169,8 @@ def shard_ranges(total: int, size: int) -> list[range]:
 
 def claim(run: RunDir, config: Config) -> None:
     """Write the resolved configuration, which claims OUT for it. To be called once every input has been checked."""
-    shared = dataclasses.replace(
-        config, distributed=configuration.Distributed()
-    )  # a process's number is not the run's
+    # Not which process this is.
+    shared = dataclasses.replace(config, distributed=configuration.Distributed())
     with replacing(run.config) as part:
         part.write_text(config_file.dump(shared), encoding="utf-8")
 

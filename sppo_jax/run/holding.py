@@ -21,7 +21,7 @@ class Lock:
     """The lock of one run, as held by the holder with the name `own`."""
 
     def __init__(self, objects: Objects, own: str):
-        """`own`: whoever finds its own name in the lock knows that the holder of then has ended."""
+        """`own`: a name that a later start on this machine has, too. It finds it in the lock, and need not wait."""
         self._objects, self._own = objects, own
 
     @contextlib.contextmanager

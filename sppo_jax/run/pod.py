@@ -104,11 +104,6 @@ def least(name: str, value: int | None) -> int | None:
     return min((found for found in gathered(name, value) if found is not None), default=None)
 
 
-def anywhere(true: bool) -> bool:
-    """Whether `true` holds in any process."""
-    return any(gathered("anywhere", true))
-
-
 def written(name: str, write: Callable[[], None]) -> None:
     """Let process 0 write something that all of them read afterwards."""
     if first():

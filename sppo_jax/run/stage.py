@@ -55,8 +55,8 @@ class Stage:
     def kept(self, path: Path, kind: type[Record], make: Callable[[], list[Any]]) -> list[Record]:
         """Rows of `path`; where it does not exist, `make` them and write them first, unless a stop was requested.
 
-        All processes of the run make them together; process 0 writes them. They are read back either way: a resumed run trains on the same bits. Raises BadInput if the file is damaged
-        or was made from something else.
+        All processes of the run make them together; process 0 writes them. They are read back either way: a resumed run
+        trains on the same bits. Raises BadInput if the file is damaged or was made from something else.
         """
         if not there(path):
             self.metrics.poll(together=True)

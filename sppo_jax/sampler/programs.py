@@ -58,10 +58,10 @@ class Programs:
         sizes = sorted(buckets - self.prefill.keys())
         lowered = [] if self.decode is not None else [self.lower_admit(), self.lower_decode()]
         lowered += [self.lower_prefill(size) for size in sizes]
-        compiled = []
+        compiled: list[Any] = []
         if sharding.platform(self.mesh) == "cpu":
             for program in lowered:
-                compiled.append(program.compile())
+                compiled.append(sharding.one_at_a_time(program.compile(), self.mesh))
                 compilation.return_memory()
         else:
             with ThreadPoolExecutor() as threads:

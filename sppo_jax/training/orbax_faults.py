@@ -52,7 +52,7 @@ def unreachable(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception, and those that have led to it."""
+    """Return an exception, its causes, and their causes."""
     chain: list[BaseException] = []
     todo = [error]
     while todo:
