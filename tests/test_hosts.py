@@ -90,12 +90,17 @@ def test_two_processes_play_the_game_of_one(pair, nursery, tmp_path):
 
 
 def as_one_process(out, one):
-    """Assert that a run of several processes has the files, the responses and the parameters of one process."""
+    """Assert that a run of several processes has the files, the responses, the figures and the parameters of one process."""
     assert files_of(out) == files_of(one)
     for kind in ("responses", "preferences"):
         for ours, its in zip(rows(out, kind), rows(one, kind), strict=True):
             np.testing.assert_allclose(ours.pop("logprobs", 0), its.pop("logprobs", 0), atol=1e-4)
             assert ours == its
+    ours, its = (json.loads((path / "iter_1/eval.json").read_text()) for path in (out, one))
+    assert ours["length"] == its["length"]
+    for judge, others in its["win_rate"].items():
+        for other, rate in others.items():
+            assert ours["win_rate"][judge][other] == pytest.approx(rate, abs=1e-6)
     ours, its = (load_file(path / "iter_1/export/model.safetensors") for path in (out, one))
     assert ours.keys() == its.keys()
     for name, x in its.items():
