@@ -6,7 +6,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.records import Prompt
 from sppo_jax.text import chat_template
+from sppo_jax.text.messages import Message, written
 
 # jax and modules that import it come in the functions, after the flags are checked: --help and bad flags need no jax.
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 RESET, QUIT = "/reset", "/quit"
 LONGEST = 512  # tokens of a response, if the policy's context has at least twice as many positions
-
-Message = dict[str, str]
 
 
 def main(words: Sequence[str]) -> None:
@@ -102,7 +100,7 @@ class Conversation:
                 f"the oldest {dropped} messages no longer fit into {self._room()} tokens and are forgotten"
             )
         # The random key is folded from the prompt's text: here the whole conversation.
-        prompt = Prompt(json.dumps(messages[dropped:], sort_keys=True), ids)
+        prompt = Prompt(written(messages[dropped:]), ids)
         (found,) = self.sampler.generate([prompt], seed=self.seed, iteration=self.responses)
         self.responses += 1
         self.history = [*messages[dropped:], {"role": "assistant", "content": found.responses[0]}]

@@ -16,6 +16,8 @@ from sppo_jax.run.metrics import from_totals
 from sppo_jax.run.stage import Stage, there
 from sppo_jax.sampler import Sampler
 from sppo_jax.session import Session
+from sppo_jax.text.messages import with_response
+from sppo_jax.text.reading import Reading, as_it_is
 
 
 def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
@@ -80,7 +82,7 @@ def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
     stage, c = run.heldout_stage(t, policy=t - 1), run.config
     comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
     with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
-        judged = prefer(drawn, judges.Shared(run.judge), c.judge, run.as_judged, from_totals(advance))
+        judged = prefer(drawn, judges.Shared(run.judge), c.judge, run.reading, from_totals(advance))
     ranked = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
     return ranked or [_unranked(row, found) for row, found in zip(drawn, judged, strict=True)]
 
@@ -88,13 +90,9 @@ def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
 def _unranked(row: Responses, judged: Preferences) -> Pair:
     """A prompt's responses as a Pair in which none is better than another, not scored yet."""
     k = len(row.responses)
-    first, last = (
-        [{"content": row.prompt, "role": "user"}, {"content": response, "role": "assistant"}]
-        for response in (row.responses[0], row.responses[-1])
-    )
     return Pair(
-        chosen=first,
-        rejected=last,
+        chosen=with_response(row.prompt, row.responses[0]),
+        rejected=with_response(row.prompt, row.responses[-1]),
         chosen_probs=judged.probability[0][-1],
         chosen_probs_win=0.5,
         chosen_probs_lose=0.5,
@@ -138,7 +136,7 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
                 mine,
                 against,
                 k=k,
-                as_shown=run.as_judged if name == "judge" else str,
+                read=run.reading if name == "judge" else as_it_is,
                 on_progress=from_totals(advance),
             )
 
@@ -180,18 +178,21 @@ def win_rate(
     against: Sequence[Responses],
     *,
     k: int = 0,
-    as_shown: Callable[[str], str] = str,
+    read: Reading = as_it_is,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error (NaN of one prompt).
 
-    The policy's first response is compared with the opponent's k-th; prompts are in the same order. `as_shown` maps an
-    instruction to the text that the judge reads.
+    The policy's first response is compared with the opponent's k-th; prompts are in the same order. `read`:
+    how the judge reads them.
     """
     if [row.prompt_id for row in policy] != [row.prompt_id for row in against]:
         raise ValueError("win rates compare responses to the same prompts")
-    both = [[mine.responses[0], theirs.responses[k]] for mine, theirs in zip(policy, against, strict=True)]
-    logits = judge.compare([as_shown(row.prompt) for row in policy], both, on_progress)
+    shown = [
+        read(mine.prompt, [mine.responses[0], theirs.responses[k]])
+        for mine, theirs in zip(policy, against, strict=True)
+    ]
+    logits = judge.compare([prompt for prompt, _ in shown], [texts for _, texts in shown], on_progress)
     p = probability_matrix(logits)[:, 0, 1]
     return {"mean": float(p.mean()), "stderr": _stderr(p)}
 

@@ -22,6 +22,7 @@ from sppo_jax.run import bucket
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.chat_template import chat_prompt, written_ids
+from sppo_jax.text.messages import with_response
 from sppo_jax.text.source import Source
 
 COLUMNS = ("chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose")
@@ -173,9 +174,7 @@ def _pair(
     """A Pair of the texts (chosen, rejected), with `probabilities` in the order of COLUMNS."""
     won, *rates = map(float, probabilities)
     level = float(config.fit.baseline)
-    chosen, rejected = (
-        [{"content": text, "role": "user"}, {"content": response, "role": "assistant"}] for response in texts
-    )
+    chosen, rejected = (with_response(text, response) for response in texts)
     return Pair(
         chosen=chosen,
         rejected=rejected,

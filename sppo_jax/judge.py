@@ -6,7 +6,7 @@ A prompt is compared as soon as its responses are on disk, in a thread beside th
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Self
@@ -19,6 +19,7 @@ from sppo_jax.records import Preferences, Responses
 from sppo_jax.run import pod
 from sppo_jax.run.shards import KeptRow, Shards
 from sppo_jax.run.stage import Stage
+from sppo_jax.text.reading import Reading
 
 POLL_SECONDS = 0.2  # between checks for SIGTERM while only the judge works
 
@@ -45,11 +46,11 @@ class Judging:
         stage: Stage,
         judge: CheckedJudge,
         settings: configuration.Judge,
-        as_shown: Callable[[str], str],
+        read: Reading,
         prompts: int,
     ):
-        """`prompts` is their number in this iteration; `as_shown` maps an instruction to the text that the judge reads."""
-        self._stage, self._judge, self._settings, self._as_shown = stage, judge, settings, as_shown
+        """`prompts` is their number in this iteration; `read`: how the judge reads prompts and responses."""
+        self._stage, self._judge, self._settings, self._read = stage, judge, settings, read
         self._shards = Shards(stage, "preferences", Preferences, prompts, source="responses")
         self._own = self._shards.own
         self._kept = {key: row for i in self._shards.missing for key, row in self._shards.kept(i).items()}
@@ -187,7 +188,7 @@ class Judging:
                 raise Terminated
             self._pairs_judged = before + done
 
-        found = prefer(rows, self._judge, self._settings, self._as_shown, on_progress)
+        found = prefer(rows, self._judge, self._settings, self._read, on_progress)
         self._pairs_judged = before + _ordered_pairs(rows)  # the judge may not report progress
         facts = {"seconds": time.monotonic() - start} | _cut_counts(self._judge.cut - cut)
         if not self._judge.on_mesh:

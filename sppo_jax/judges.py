@@ -18,6 +18,8 @@ from sppo_jax.command import say
 from sppo_jax.errors import BadInput, Terminated, one_line
 from sppo_jax.records import Preferences, Responses
 from sppo_jax.run import pod
+from sppo_jax.text import reading
+from sppo_jax.text.reading import Reading
 
 TRIAL = ("one", "another")  # responses on which a judge is tried
 Progress = Callable[[int, int], None]
@@ -239,6 +241,13 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     return CheckedJudge(opened, f"judge.backend={judge.backend}")
 
 
+def reading_of(judge: configuration.Judge, tokenizer: Any) -> Reading:
+    """How the configured judge reads prompts and responses. `tokenizer`: the policy's, for judge.prompt=chat."""
+    if judge.prompt == "chat":
+        return reading.rendered(tokenizer)
+    return reading.joined if judge.backend in pairrm.BACKENDS else reading.as_it_is
+
+
 def from_attribute(key: str, name: str) -> CheckedJudge:
     """Call the factory `module:attribute` without arguments and return the judge that it makes. Raises BadInput."""
     module, _, attribute = name.partition(":")
@@ -372,16 +381,12 @@ def prefer(
     responses: Sequence[Responses],
     judge: Judge,
     settings: configuration.Judge,
-    as_shown: Callable[[str], str],
+    read: Reading,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Preferences]:
-    """Preferences from all ordered pairs of every prompt's K responses.
-
-    `as_shown` maps an instruction to the text that the judge reads.
-    """
-    logits = judge.compare(
-        [as_shown(r.prompt) for r in responses], [r.responses for r in responses], on_progress
-    )
+    """Preferences from all ordered pairs of every prompt's K responses. `read`: how the judge reads them."""
+    shown = [read(r.prompt, r.responses) for r in responses]
+    logits = judge.compare([prompt for prompt, _ in shown], [texts for _, texts in shown], on_progress)
     p = preferences.probability_matrix(logits, settings.estimator, sharpness=settings.sharpness)
     rates = preferences.win_rates(p, leave_one_out=settings.estimator == "pairwise_loo")
     return [

@@ -14,6 +14,7 @@ from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run import pod
 from sppo_jax.run.stage import Stage, there, visible
+from sppo_jax.text.messages import with_response
 from sppo_jax.training import checkpoint
 
 GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal
@@ -110,8 +111,8 @@ def select(
         level = log_partition(rates, eta) if baseline == "log_partition" else baseline
         pairs.append(
             Pair(
-                chosen=_conversation(row.prompt, row.responses[best]),
-                rejected=_conversation(row.prompt, row.responses[worst]),
+                chosen=with_response(row.prompt, row.responses[best]),
+                rejected=with_response(row.prompt, row.responses[worst]),
                 chosen_probs=judged.probability[best][worst],
                 chosen_probs_win=float(rates[best]),
                 chosen_probs_lose=float(rates[worst]),
@@ -175,7 +176,3 @@ def _without_signal(iteration: int, counts: dict[str, int], prompts: int, config
         f"{found}, {ties} have equal win rates (the judge prefers none of their responses) and {empty} an empty best one; "
         f"{advice}, and start in a new --out"
     )
-
-
-def _conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    return [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]

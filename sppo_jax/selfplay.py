@@ -50,7 +50,7 @@ def iterate(run: Session, t: int) -> None:
 def _played(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on, sampled and judged, and the held-out probe of the same policy."""
     prompts = run.sets.train[t - 1]
-    with Judging(stage, run.judge, run.config.judge, run.as_judged, len(prompts)) as judging:
+    with Judging(stage, run.judge, run.config.judge, run.reading, len(prompts)) as judging:
         with run.devices.sampling(t - 1) as sampler:
             evaluate.respond(run, t - 1, sampler)
             # y_1 .. y_K ~ pi_t(.|x) for every prompt x; the judge compares some while others are sampled

@@ -41,6 +41,7 @@ class Session:
         self.tokenizer = chat_template.load_tokenizer(base)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
+        self.reading = judges.reading_of(config.judge, self.tokenizer)
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
@@ -82,10 +83,6 @@ class Session:
             self.metrics,
         )
 
-    def as_judged(self, text: str) -> str:
-        """An instruction as the judge reads it."""
-        return chat_template.chat_text(self.tokenizer, text) if self.config.judge.prompt == "chat" else text
-
     def notes(self) -> list[str]:
         """Lines that the user should read before the game starts."""
         lines = embedded.notes(self.config)
@@ -124,7 +121,9 @@ class Session:
         if pod.agreed("played", lambda: all(exists(self.paths.evaluation(t)) for t in numbers)):
             return
         texts = [prompt.text for prompt in self.sets.heldout[:2]]
-        judges.try_out(self.judge, [self.as_judged(text) for text in texts], self.config.sampling.responses)
+        judges.try_out(
+            self.judge, [self.reading(text, ())[0] for text in texts], self.config.sampling.responses
+        )
         if self.oracle is not None:
             judges.try_out(self.oracle, texts, 2)
 

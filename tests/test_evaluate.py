@@ -37,8 +37,8 @@ class Session:
     def __init__(self, logit):
         self.judge = CheckedJudge(Discrete(logit), "judge.backend")
 
-    def as_judged(self, text):
-        return text
+    def reading(self, prompt, responses):
+        return prompt, list(responses)
 
     def heldout_stage(self, t, *, policy):
         return types.SimpleNamespace(progress=lambda *_, **__: contextlib.nullcontext(lambda n=1: None))

@@ -13,6 +13,7 @@ from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import is_file, read_json
 from sppo_jax.records import Prompt
 from sppo_jax.text import place
+from sppo_jax.text.messages import Message, messages_of
 
 # A user's message, which every template must render, and a response, which most templates render.
 PROBE, ANSWER = "Is this shown?", "It is shown."
@@ -34,8 +35,6 @@ TODAY = "{{% macro strftime_now(format) %}}{{{{ format {} }}}}{{% endmacro %}}\n
         for code, text in [("%%", "\0"), *DAY, ("\0", "%")]
     )
 )
-
-Message = dict[str, str]  # role (system, user or assistant) and content
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -112,8 +111,8 @@ def own_eos_ids(tokenizer: Any) -> list[int]:
 
 
 def chat_prompt(tokenizer: Any, text: str) -> Prompt:
-    """Return the prompt that the policy reads for `text`: a `conversation` of one message."""
-    return Prompt(text, conversation(tokenizer, [{"role": "user", "content": text}]))
+    """Return the prompt that the policy reads for `text`, a message of the user's or a conversation (text.messages)."""
+    return Prompt(text, conversation(tokenizer, messages_of(text)))
 
 
 def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -132,7 +131,7 @@ def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 def chat_text(tokenizer: Any, text: str) -> str:
     """Return the rendered prompt as a string, for judges that read the prompts as the official code renders them."""
-    return _apply(tokenizer, [{"role": "user", "content": text}], header=True)
+    return _apply(tokenizer, messages_of(text), header=True)
 
 
 def written_ids(tokenizer: Any, text: str, eos: tuple[int, ...]) -> list[int]:
