@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sppo_jax.evaluation.games import cycle, mixture
-from sppo_jax.preferences import has_cycle
+from sppo_jax.preferences import has_cycle, probability_matrix
 
 ROCK_PAPER_SCISSORS = [[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]
 
@@ -125,6 +125,13 @@ def test_ties_leave_longer_rings():
         p[winner, loser], p[loser, winner] = 0.9, 0.1
     assert not has_cycle(p)
     assert cycle(p) == [1, 4, 2, 3]
+
+
+def test_scores_have_no_ring_on_a_prompt_and_may_have_one_over_several():
+    scores = np.array([[3, 2, 1], [1, 3, 2], [2, 1, 3]])  # of three policies' responses to three prompts
+    p = probability_matrix(scores[:, :, None] - scores[:, None, :])
+    assert not has_cycle(p).any()
+    assert cycle(p.mean(0)) == [0, 1, 2]
 
 
 def test_a_ladder_has_no_ring_and_a_lead_within_a_tie_makes_none():

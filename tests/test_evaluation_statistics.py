@@ -1,10 +1,10 @@
-"""Figures of an evaluation: intervals that cover, a length effect taken out, ties, repetitions, categories."""
+"""Figures of an evaluation: intervals that cover, length control, ties, repetitions, categories."""
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from sppo_jax.evaluation.statistics import (
     RIDGE,
@@ -42,6 +42,15 @@ def test_an_interval_depends_on_its_seed_alone_and_narrows_with_the_level():
     assert interval(values, seed=1) != interval(values)
     (low, high), (lower, higher) = interval(values, level=0.5), interval(values)
     assert lower < low < values.mean() < high < higher
+
+
+def test_few_prompts_have_an_interval_as_wide_as_students():
+    values = np.random.default_rng(5).normal(size=12)
+    low, high = interval(values)
+    wide = (
+        t.ppf(0.975, 11) * values.std(ddof=1) / np.sqrt(12)
+    )  # the plain percentile interval is a seventh narrower
+    assert (high - low) / 2 == pytest.approx(wide, rel=0.06)
 
 
 def test_resamples_in_many_blocks_are_those_of_one(monkeypatch):

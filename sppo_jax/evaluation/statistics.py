@@ -113,7 +113,10 @@ def repeated(texts: Sequence[str]) -> float:
 
 
 def by_category(values: ArrayLike, categories: Sequence[str], *, seed: int = 0) -> dict[str, Category]:
-    """Mean, count and 95 % interval of the values [n] of each category, sorted by name. Raises ValueError unless both are as long."""
+    """Mean, count and 95 % interval of the values [n] of each category [n], sorted by name.
+
+    Raises ValueError if a value has no category.
+    """
     found = _vector("values", values)
     if len(found) != len(categories):
         raise ValueError(f"needed a category of each value, found {len(categories)} for {len(found)} values")
