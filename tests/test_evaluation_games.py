@@ -18,7 +18,7 @@ def game(advantages):
 def random_games(number, kind):
     random = np.random.default_rng(0)
     for _ in range(number):
-        m = random.integers(2, 13)
+        m = random.integers(2, 40 if kind == "of every size" else 13)
         advantages = random.uniform(-0.5, 0.5, (m, m))
         if kind == "ties":
             advantages[random.random((m, m)) < 0.6] = 0

@@ -122,6 +122,13 @@ def test_the_fit_is_the_minimum_that_a_general_optimiser_finds():
         assert (found.rate, found.slope) == pytest.approx((expit(best[0]), best[1]), abs=1e-5)
 
 
+def test_steps_do_not_diverge_where_one_extreme_length_decides():
+    lengths = [-960, -4900, -2500, -1300, -1700, 240, -450, -820, 250, 400_000]
+    found = length_controlled([1.0] * 9 + [0.0], lengths, [0] * 10)
+    assert 0.9 < found.rate < 1
+    assert -100 < found.slope < -3
+
+
 @pytest.mark.parametrize("p", [[0.2, 0.9, 0.4], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 def test_equal_differences_of_length_leave_the_raw_rate(p):
     found = length_controlled(p, [7, 9, 11], [5, 7, 9])
