@@ -1,4 +1,17 @@
-"""Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json."""
+"""Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json.
+
+`python -m sppo_jax.evaluate` measures any policies, outside of a run (evaluation/flags.py).
+"""
+
+if __name__ == "__main__":
+    # Before the stage's own imports, which take seconds: a mistake on the command line is refused at once.
+    import sys
+
+    from sppo_jax.command import call
+    from sppo_jax.evaluation.flags import main
+
+    call(main)
+    sys.exit()
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -7,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from sppo_jax import files, judges, pairs, records
-from sppo_jax.command import call
 from sppo_jax.judges import Judge, prefer
 from sppo_jax.preferences import TIE, probability_matrix
 from sppo_jax.records import Pair, Preferences, Prompt, Responses
@@ -227,21 +239,3 @@ def log_ratios(probe: Sequence[Pair], logprob: np.ndarray) -> dict[str, float]:
 def _stderr(values: np.ndarray) -> float:
     """Standard error of the mean of values; NaN of a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
-def main(words: Sequence[str]) -> None:
-    """The command `python -m sppo_jax.evaluate`: policies measured outside of a run."""
-    from sppo_jax.evaluation import flags
-
-    if "--help" in words or "-h" in words:
-        print(flags.USAGE)
-        return
-    asked = flags.read(words)
-    # Only now, since it imports jax: a wrong flag is refused at once.
-    from sppo_jax.evaluation import command
-
-    command.run(asked)
-
-
-if __name__ == "__main__":
-    call(main)

@@ -7,7 +7,6 @@ from pathlib import Path
 from sppo_jax import command, config_file, files
 from sppo_jax.config import EMBEDDED, Config
 from sppo_jax.errors import BadInput
-from sppo_jax.run.directory import RunDir
 from sppo_jax.settings import words as command_line
 
 LISTS = {"--round-robin": "two or more policies", "--write": "a format and a file"}
@@ -23,6 +22,7 @@ SINGLE = (
 )
 ARENA_FORMATS = ("current", "2024")
 MOST = 1024  # responses of a best-of
+RUN = "config.yaml"  # the file that makes a directory a run's
 
 USAGE = """python -m sppo_jax.evaluate --policy A --against B [--prompts SOURCE] [--section.key value ...]
 python -m sppo_jax.evaluate --round-robin A B C ...
@@ -147,7 +147,7 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
     run = run_of(policy)
     first: list[str] = []
     if run is not None:
-        config_files = [str(RunDir(run[0]).config), *config_files]
+        config_files = [str(Path(run[0]) / RUN), *config_files]
     else:
         first.append(f"--model.path={policy}")
     if prompts:  # both, since a model of one's own needs them named
@@ -163,8 +163,13 @@ def run_of(policy: str) -> tuple[str, int] | None:
     out, at, number = policy.rpartition("@")
     if policy.startswith(EMBEDDED) or not at or not (number.isascii() and number.isdigit()):
         return None
+    if "://" in out:
+        raise BadInput(
+            f"{policy}: runs in buckets are not read here; python -m sppo_jax.export --run {out} --iteration {number} --to DIR "
+            "makes a directory of its policy"
+        )
     root = files.expand(out)
-    if files.is_file(RunDir(root).config):
+    if files.is_file(Path(root) / RUN):
         return root, int(number)
     if files.exists(Path(root)):
         raise BadInput(f"{policy}: {out} is not a run directory (it has no config.yaml)")
@@ -177,3 +182,15 @@ def _number(flag: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST):
         raise BadInput(f"{flag} {command.printable(text)}: must be a whole number from 1 to {MOST}")
     return int(text)
+
+
+def main(words: Sequence[str]) -> None:
+    """Evaluate what the command line asks for. Raises BadInput for one that cannot be used."""
+    if "--help" in words or "-h" in words:
+        print(USAGE)
+        return
+    asked = read(words)
+    # Only now, since it imports jax: a wrong flag is refused at once.
+    from sppo_jax.evaluation.command import run
+
+    run(asked)

@@ -99,6 +99,6 @@ def _of_run(root: str, t: int, tell: Callable[[str], None]) -> Path:
         config = config_file.load([run.config])
         return names.fetch(config.model.path, manifest.pinned_model(run), tell=tell).directory
     if not run.export(t).exists():
-        there = [str(i) for i in (BASE, *run.iterations()) if i == BASE or run.export(i).exists()]
+        there = [str(i) for i in sorted({BASE, *run.iterations()}) if i == BASE or run.export(i).exists()]
         raise BadInput(f"{root}@{t}: the run has no policy of iteration {t}; there are {', '.join(there)}")
     return run.export(t)
