@@ -147,6 +147,8 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
     run = run_of(policy)
     first: list[str] = []
     if run is not None:
+        if not config_files:  # these devices, which are perhaps not the ones that the run was trained on
+            first += ["--mesh.data=1", "--mesh.fsdp=-1", "--mesh.tensor=1"]
         config_files = [str(Path(run[0]) / RUN), *config_files]
     else:
         first.append(f"--model.path={policy}")

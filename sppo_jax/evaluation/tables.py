@@ -36,7 +36,7 @@ def round_robin(found: Figures) -> str:
     lines = _head(found)
     letters = [chr(ord("A") + i) if i < 26 else str(i) for i in range(len(found["policies"]))]
     for name, figures in found["judges"].items():
-        lines += ["", f"{name}: win rate of the row's policy against the column's", "    " + _cells(letters)]
+        lines += [f"{name}: win rate of the row's policy against the column's", "    " + _cells(letters)]
         for letter, row, share in zip(letters, figures["win_rate"], figures["mixture"], strict=True):
             lines.append(f"{letter:>3} " + _cells([_number(p) for p in row]) + f"   mixture {share:.3f}")
         ring = [letters[i] for i in figures["cycle"]]

@@ -1,0 +1,181 @@
+"""python -m sppo_jax.evaluate: a run's own figures, two commands that share their work, kills, and wrong command lines."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from sppo_jax.errors import BadInput
+from sppo_jax.evaluation import command, comparing, flags, tables
+
+CIRCLE = "tests.test_evaluation:Circle"
+
+
+class Circle:
+    """Prefers by the first letter's place on a circle, on which each is a third further than the one that it loses to."""
+
+    identity = "circle"
+
+    def compare(self, prompts, responses, on_progress=None):
+        place = np.array([[(ord(text[0]) - ord("a")) % 3 for text in row] for row in responses])
+        return np.where((place[:, None, :] - place[:, :, None]) % 3 == 1, 4.0, 0.0) - np.where(
+            (place[:, :, None] - place[:, None, :]) % 3 == 1, 4.0, 0.0
+        )
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys, single_device):
+    """A function from words of a command line to the figures that it wrote."""
+
+    def run(*given, out=tmp_path / "evaluations"):
+        command.run(flags.read([*map(str, given), "--out", str(out)]))
+        shown = capsys.readouterr().out
+        (line,) = [line for line in shown.splitlines() if line.startswith("figures: ")]
+        return json.loads(open(line.removeprefix("figures: ")).read()), shown
+
+    return run
+
+
+def own(played, t, against):
+    return json.loads((played / f"iter_{t}/eval.json").read_text())["win_rate"]["judge"][against]["mean"]
+
+
+def test_a_runs_iterations_have_the_runs_own_win_rates(played, evaluate):
+    for t, other, name in ((1, 0, "base"), (2, 0, "base"), (2, 1, "previous")):
+        found, shown = evaluate("--policy", f"{played}@{t}", "--against", f"{played}@{other}")
+        assert found["judges"]["judge"]["mean"] == own(played, t, name)
+        assert max(map(len, shown.partition("A ")[2].partition("figures")[0].splitlines())) <= tables.WIDTH
+    found, _ = evaluate("--policy", f"{played}@0", "--against", f"{played}@0")
+    base = json.loads((played / "iter_0/eval.json").read_text())
+    assert found["judges"]["judge"]["mean"] == base["win_rate"]["judge"]["base"]["mean"]
+
+
+def test_policies_are_named_as_directories_too_and_judged_on_prompts_with_categories(
+    played, evaluate, tmp_path
+):
+    rows = [{"prompt": f"What is {n}?", "category": "odd" if n % 2 else "even"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found, shown = evaluate(
+        "--policy", played / "iter_1/export", "--against", "embedded:policy", "--prompts", f"jsonl:{tmp_path}/rows.jsonl",
+        "--judge.backend", CIRCLE, "--sampling.max_new_tokens", 8, "--sampling.slots", 8,
+    )  # fmt: skip
+    assert found["prompts"] == 6
+    assert {k: v["prompts"] for k, v in found["judges"]["judge"]["categories"].items()} == {
+        "even": 3,
+        "odd": 3,
+    }
+    assert "even (3)" in shown
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 5])
+def test_killed_anywhere_it_ends_with_the_same_figures_and_asks_nothing_twice(
+    played, evaluate, tmp_path, monkeypatch, after
+):
+    asked = ("--round-robin", f"{played}@0", f"{played}@1", f"{played}@2")
+    expected, _ = evaluate(*asked, out=tmp_path / "whole")
+    done = []
+    prefer, stream = comparing.prefer, command.Policy.respond
+
+    def counted(kind, call):
+        def wrapped(*args, **kwargs):
+            if len(done) == after:
+                raise Stopped
+            found = call(*args, **kwargs)
+            done.append(kind)
+            return found
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "prefer", counted("judged", prefer))
+        patch.setattr(command.Policy, "respond", counted("sampled", stream))
+        with pytest.raises(Stopped):
+            evaluate(*asked)
+    judged = []
+    monkeypatch.setattr(comparing, "prefer", lambda *args: judged.append(1) or prefer(*args))
+    found, _ = evaluate(*asked)
+    assert found == expected
+    assert len(judged) == 3 - done.count("judged")
+
+
+def test_a_second_question_reuses_what_the_first_has_judged(played, evaluate, monkeypatch):
+    evaluate("--policy", f"{played}@1", "--against", f"{played}@0")
+    evaluate("--round-robin", f"{played}@1", f"{played}@0")
+    monkeypatch.setattr(comparing, "prefer", lambda *_: pytest.fail("judged again"))
+    evaluate("--round-robin", f"{played}@1", f"{played}@0")
+
+
+def test_best_of_is_what_the_judge_prefers(played, evaluate):
+    found, _ = evaluate("--policy", f"{played}@1", "--best-of", 5)
+    assert [point["n"] for point in found["curve"]] == [1, 2, 4, 5]
+    rates = [point["win_rate"]["judge"]["mean"] for point in found["curve"]]
+    assert rates[-1] > rates[0]
+    against, _ = evaluate("--policy", f"{played}@1", "--best-of", 2, "--against", f"{played}@0")
+    assert len(against["policies"]) == 2
+
+
+def test_a_rule_that_runs_in_a_ring_is_seen_and_mixed(tmp_path, monkeypatch, single_device):
+    """Three policies that always answer a, b and c."""
+
+    class Fixed:
+        def __init__(self, name, *_):
+            self.name, self.tokenizer, self.digests, self.iteration = name[-1], None, {"policy": name}, 0
+
+        def respond(self, place, prompts, *_):
+            return [
+                comparing.Responses(n, text, [1], [[2]], [self.name], ["stop"], [0.0])
+                for n, text in enumerate(prompts)
+            ]
+
+    monkeypatch.setattr(command, "Policy", Fixed)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    command.run(
+        flags.read(
+            ["--round-robin", "embedded:a", "embedded:b", "embedded:c", "--prompts", f"jsonl:{tmp_path}/rows.jsonl",
+             "--judge.backend", CIRCLE, "--out", str(tmp_path / "e")]
+        )
+    )  # fmt: skip
+    (path,) = (tmp_path / "e").glob("round-robin*.json")
+    judged = json.loads(path.read_text())["judges"]["judge"]
+    assert sorted(judged["cycle"]) == [0, 1, 2]
+    assert judged["mixture"] == pytest.approx([1 / 3] * 3)
+    assert judged["gap"] < 1e-9
+
+
+WRONG = {
+    "nothing": ([], "nothing to evaluate"),
+    "one policy": (["--policy", "embedded:policy"], "asks nothing"),
+    "two questions": (["--round-robin", "a", "b", "--policy", "c"], "different questions"),
+    "one in the round": (["--round-robin", "a"], "two or more policies"),
+    "twice in the round": (["--round-robin", "a", "b", "a"], "names a twice"),
+    "no number": (["--policy", "embedded:policy", "--best-of", "ten"], "whole number from 1 to 1024"),
+    "no file": (["--policy", "embedded:policy", "--write", "jsonl"], "a format and a file"),
+    "no such run": (["--policy", "nowhere@1", "--against", "embedded:policy"], "no such directory nowhere"),
+    "a bucket": (["--policy", "gs://b/run@1", "--against", "embedded:policy"], "sppo_jax.export --run gs://b/run"),
+    "an unknown flag": (["--policy", "embedded:policy", "--agains", "b"], "did you mean '--against'?"),
+    "a bucket for figures": (["--policy", "embedded:policy", "--best-of", "2", "--out", "gs://b"], "a directory of this"),
+    "a judge to name": (["--policy", "some/where", "--against", "embedded:policy", "--prompts", "jsonl:x"], "--judge.path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG.values(), ids=WRONG.keys())
+def test_a_command_line_that_cannot_be_used_is_refused_before_anything_is_loaded(given, said):
+    with pytest.raises(BadInput, match=re.escape(said)):
+        flags.read(given)
+
+
+def test_missing_iterations_and_runs_directories_are_named(played, evaluate):
+    with pytest.raises(BadInput, match=r"has no policy of iteration 9; there are 0, 1, 2$"):
+        evaluate("--policy", f"{played}@9", "--against", f"{played}@0")
+    with pytest.raises(BadInput, match="is a run directory"):
+        evaluate("--policy", f"{played}@1", "--against", f"{played}@0", out=played)
+    shutil.copytree(played, played.with_name("copy"))
+    (played.with_name("copy") / "config.yaml").unlink()
+    with pytest.raises(BadInput, match="is not a run directory"):
+        evaluate("--policy", f"{played.with_name('copy')}@1", "--against", f"{played}@0")
