@@ -19,7 +19,7 @@ SIZES = {"helpful_base": 129, "koala": 156, "oasst": 188, "selfinstruct": 252, "
 BATCH = 900  # prompts that vLLM is given at a time, as in the published entries
 
 
-def check(path: Path, questions: Sequence[Question], model: str) -> None:
+def check(path: Path, questions: Sequence[Question]) -> None:
     """Raise BadInput for what alpaca_eval's reader would stop at, or read as something else."""
     if path.suffix != ".json":
         raise BadInput(f"{path}: alpaca_eval reads files that end in .json; name it so")
@@ -30,15 +30,18 @@ def check(path: Path, questions: Sequence[Question], model: str) -> None:
     most, number = Counter(map(_instruction, questions)).most_common(1)[0]
     if number > 1:
         raise BadInput(f"the instruction {most[:60]!r} is there {number} times, at which alpaca_eval stops")
-    _check_no_numbers("the model's name is a number", [model])
-    _check_no_numbers("all instructions are numbers", [_instruction(question) for question in questions])
 
 
 def write(path: Path, questions: Sequence[Question], outputs: Sequence[str], model: str) -> list[str]:
-    """Write the outputs, stripped; returns sentences about what the reader does not say. Raises BadInput as `check` does."""
-    check(path, questions, model)
+    """Write the outputs, stripped; returns sentences about what the reader does not say. Raises BadInput as `check` does,
+    and where each output reads as a number.
+    """
+    check(path, questions)
     stripped = [output.strip() for output in outputs]
-    _check_no_numbers("all outputs are numbers", stripped)
+    if all(map(_is_number, stripped)):  # pandas, which reads the file, then makes them numbers
+        raise BadInput(
+            f"{path}: all outputs are numbers, such as {stripped[0]}, at which alpaca_eval's reader stops; not written"
+        )
     rows = [
         {"dataset": q.category, "instruction": _instruction(q), "output": output, "generator": model}
         for q, output in zip(questions, stripped, strict=True)
@@ -99,14 +102,6 @@ def write_entry(path: Path, model: str, weights: str, preset: Preset) -> list[st
 def _instruction(question: Question) -> str:
     """The instruction, equal to the set's byte for byte: the reader joins on it."""
     return messages_of(question.prompt)[0]["content"]
-
-
-def _check_no_numbers(what: str, texts: Sequence[str]) -> None:
-    """Raise BadInput if each of the texts of a column reads as a number: the reader, pandas, then makes them numbers."""
-    if all(map(_is_number, texts)):
-        raise BadInput(
-            f"{what} ({texts[0]}), which alpaca_eval's reader takes for numbers and stops; nothing was written"
-        )
 
 
 def _is_number(text: str) -> bool:

@@ -20,10 +20,8 @@ TURNS = {"mt_bench": mt_bench.answers}
 OTHERS = re.compile(r"[^A-Za-z0-9._-]+")  # characters that a name in a file does not have
 
 
-def check(
-    name: str, path: Path, questions: Sequence[Question], *, model: str, arena_format: str = "current"
-) -> None:
-    """Raise BadInput, before anything is sampled, for questions, a name or a file that a format does not take."""
+def check(name: str, path: Path, questions: Sequence[Question], *, arena_format: str = "current") -> None:
+    """Raise BadInput, before anything is sampled, for questions or a file that a format does not take."""
     if name not in FORMATS:
         raise BadInput(f"--write {name}: must be one of {', '.join(FORMATS)}")
     if not questions:
@@ -31,7 +29,7 @@ def check(
     if name in ("mt_bench", "arena_hard") and (path.suffix != ".jsonl" or not path.stem.strip(".")):
         raise BadInput(f"{path}: the benchmark takes the model's name from the file's; name it MODEL.jsonl")
     if name == "alpaca_eval":
-        alpaca_eval.check(path, questions, model_name(model))
+        alpaca_eval.check(path, questions)
     elif name == "mt_bench":
         mt_bench.check(questions)
     elif name == "arena_hard":
@@ -62,7 +60,7 @@ def write(
     benchmarks' lines carry: the same arguments give the same bytes. With a preset, alpaca_eval's file has its
     entry of models_configs/ beside it. Raises BadInput as `check` does, and where the system refuses the file.
     """
-    check(name, path, questions, model=model, arena_format=arena_format)
+    check(name, path, questions, arena_format=arena_format)
     if name == "alpaca_eval":
         own = model_name(model)
         said = alpaca_eval.write(path, questions, outputs, own)
