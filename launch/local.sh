@@ -4,11 +4,13 @@
 #     launch/local.sh [--dry-run] N --config FILE [--section.key value ...]
 #
 # It runs `python -m sppo_jax.main ARGS` N times, with a coordinator on a free port. The same command again resumes.
+# COMMAND=evaluate runs sppo_jax.evaluate instead.
 #
 #     DEVICES=4 launch/local.sh 2 --config configs/quickstart.yaml    # on the CPU, 4 devices a process
 #     launch/local.sh 8 --config configs/mistral_7b.yaml              # on 8 GPUs, one a process
 #
 # DEVICES   that many CPU devices in each process; not set: process P takes GPU P
+# COMMAND   main (if not set) or evaluate
 # PYTHON    the interpreter; not set: the one of .venv beside launch/, or else python3
 #
 # Each process writes OUT.logs/process-P.log, to which a later start appends; process 0 writes to the terminal as well.
@@ -29,30 +31,37 @@ first_word "$@"
 count=${1:-}
 whole "$count" || refuse "the first argument is the number of processes, from 1 to 9999, found '$count'"
 shift
+COMMAND=${COMMAND:-main}
+case $COMMAND in main | evaluate) ;; *) refuse "COMMAND=$COMMAND must be main or evaluate" ;; esac
 [ -z "${DEVICES:-}" ] || whole "$DEVICES" || refuse "DEVICES=$DEVICES must be a whole number from 1 to 9999"
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$here/.venv/bin/python
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 for word in "$@"; do
-    case $word in --help | -h) exec "$PYTHON" -m sppo_jax.main --help ;; esac
+    case $word in --help | -h) exec "$PYTHON" -m "sppo_jax.$COMMAND" --help ;; esac
 done
 
-# Reads the configuration as sppo_jax.main does, so that one process instead of N refuses a bad one.
+# Reads the command line as the command does, so that one process instead of N refuses a bad one.
 prepare='
 import socket
 from sppo_jax import config_file
 from sppo_jax.command import call
+from sppo_jax.evaluation import flags
 from sppo_jax.settings import words
-def prepare(given):
+def out_of(command, *given):
+    if command == "evaluate":
+        return flags.read(given).out
     files, overrides = words.split(given, {"--config": True})
-    out = config_file.load([file for _, file in files], overrides).out
+    return config_file.load([file for _, file in files], overrides).out
+def prepare(given):
+    out = out_of(*given)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         print(free.getsockname()[1], out)
 call(prepare)
 '
-prepared=$("$PYTHON" -c "$prepare" "$@") || exit
+prepared=$("$PYTHON" -c "$prepare" "$COMMAND" "$@") || exit
 port=${prepared%% *}
 out=${prepared#* }
 while [ "$out" != / ] && [ "$out" != "${out%/}" ]; do out=${out%/}; done
@@ -66,7 +75,7 @@ start() { # process $1: this shell becomes it
         export JAX_LOCAL_DEVICE_IDS=$1
     fi
     export PYTHONUNBUFFERED=1
-    set -- "$PYTHON" -m sppo_jax.main "${@:2}" --distributed.coordinator "127.0.0.1:$port" \
+    set -- "$PYTHON" -m "sppo_jax.$COMMAND" "${@:2}" --distributed.coordinator "127.0.0.1:$port" \
         --distributed.process_id "$1" --distributed.num_processes "$count"
     if [ -z "$dry" ]; then exec "$@" </dev/null; fi
     if [ -n "${DEVICES:-}" ]; then

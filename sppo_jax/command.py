@@ -28,7 +28,7 @@ SYSTEM = frozenset(
     {*files.MEND, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ETXTBSY}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENODEV, errno.EBUSY}
 )
-COMMANDS = ("main", "plan", "export", "report", "chat", "interchange", "config")
+COMMANDS = ("main", "plan", "evaluate", "judge", "export", "report", "chat", "interchange", "config")
 LONG = re.compile(r"\S{300,}")  # more than the longest name of a file
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 SMALLER = (

@@ -211,6 +211,20 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Responses:
+    source: str = knob(
+        "",
+        "empty: sample; tfds:NAME, hf:NAME, jsonl:PATH or parquet:PATH, {iteration} allowed: judge and train on responses made "
+        "elsewhere instead. Its rows are the training prompts, in prompts.column",
+    )
+    split: str = knob("train", "split of a tfds or hf source, {iteration} allowed")
+    column: str = knob(
+        "responses",
+        "column that holds the list of a prompt's responses, of which the first sampling.responses are taken",
+    )
+
+
+@dataclass(frozen=True)
 class Fit:
     loss: LossName = knob(  # noqa: RUF009  (a type that ruff cannot see through)
         "sppo",
@@ -267,6 +281,7 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     judge: Judge = field(default_factory=Judge)
     pairs: Pairs = field(default_factory=Pairs)
+    responses: Responses = field(default_factory=Responses)
     fit: Fit = field(default_factory=Fit)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
@@ -286,6 +301,8 @@ FREE_TO_CHANGE = (
     "sampling.cache_tokens",
     "judge.python",
 )
+# Sections that runs were begun without. At their defaults, such a run goes on as it was.
+LATER = ("responses.",)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -331,6 +348,16 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     """Keys that differ and change results: with any, a run directory of `old` is refused."""
     before, after = flat(old), flat(new)
     return [k for k in after if before[k] != after[k] and not k.startswith(FREE_TO_CHANGE)]
+
+
+def results(config: Config) -> dict[str, Any]:
+    """{"section.key": value} of the knobs that results depend on, without those of LATER sections at their defaults."""
+    usual = flat(Config())
+    return {
+        k: v
+        for k, v in flat(config).items()
+        if not k.startswith(FREE_TO_CHANGE) and not (k.startswith(LATER) and v == usual[k])
+    }
 
 
 def markdown() -> str:

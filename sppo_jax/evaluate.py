@@ -1,4 +1,17 @@
-"""Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json."""
+"""Stage 7: policies on held-out prompts: responses, win rates, and how far the policy moved; eval.json.
+
+`python -m sppo_jax.evaluate` measures any policies, outside of a run (evaluation/flags.py).
+"""
+
+if __name__ == "__main__":
+    # Before the stage's own imports, which take seconds: a mistake on the command line is refused at once.
+    import sys
+
+    from sppo_jax.command import call
+    from sppo_jax.evaluation.flags import main
+
+    call(main)
+    sys.exit()
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

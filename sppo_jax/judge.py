@@ -1,7 +1,18 @@
 """Stage 2: responses → every ordered pair compared → K x K probabilities and win rates, shard by shard on disk.
 
 A prompt is compared as soon as its responses are on disk, in a thread beside the sampler.
+`python -m sppo_jax.judge` ranks the rows of a file (evaluation/ranking.py).
 """
+
+if __name__ == "__main__":
+    # Before the stage's own imports, which take seconds: a mistake on the command line is refused at once.
+    import sys
+
+    from sppo_jax.command import call
+    from sppo_jax.evaluation.ranking import main
+
+    call(main)
+    sys.exit()
 
 import threading
 import time

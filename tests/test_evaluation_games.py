@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sppo_jax.evaluation.games import cycle, mixture
-from sppo_jax.preferences import has_cycle
+from sppo_jax.preferences import has_cycle, probability_matrix
 
 ROCK_PAPER_SCISSORS = [[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]
 
@@ -18,7 +18,7 @@ def game(advantages):
 def random_games(number, kind):
     random = np.random.default_rng(0)
     for _ in range(number):
-        m = random.integers(2, 13)
+        m = random.integers(2, 40 if "size" in kind else 13)
         advantages = random.uniform(-0.5, 0.5, (m, m))
         if kind == "ties":
             advantages[random.random((m, m)) < 0.6] = 0
@@ -26,12 +26,14 @@ def random_games(number, kind):
             advantages = advantages.round(1)
         if kind == "near ties":
             advantages *= 1e-8
-        if kind == "of every size":
-            advantages *= 10 ** random.uniform(-10, 0, (m, m))
+        if "size" in kind:
+            advantages *= 10 ** random.uniform(-8 if kind == "of every size" else -12, 0, (m, m))
         yield game(advantages)
 
 
-@pytest.mark.parametrize("kind", ["generic", "ties", "tenths", "near ties", "of every size"])
+@pytest.mark.parametrize(
+    "kind", ["generic", "ties", "tenths", "near ties", "of every size", "of sizes below tolerance"]
+)
 def test_no_policy_beats_the_mixture_and_the_gap_says_so(kind):
     for p in random_games(120, kind):
         found = mixture(p)
@@ -39,7 +41,7 @@ def test_no_policy_beats_the_mixture_and_the_gap_says_so(kind):
         assert (w >= 0).all()
         assert w.sum() == pytest.approx(1, abs=1e-12)
         gap = (p @ w).max() - (w @ p).min()
-        assert gap < 1e-9
+        assert gap < (1e-9 if "tolerance" in kind else 1e-12)
         assert found.gap == pytest.approx(gap, abs=1e-14)
         assert found.value == pytest.approx((w @ p).min(), abs=1e-14)
 
@@ -125,6 +127,13 @@ def test_ties_leave_longer_rings():
         p[winner, loser], p[loser, winner] = 0.9, 0.1
     assert not has_cycle(p)
     assert cycle(p) == [1, 4, 2, 3]
+
+
+def test_scores_have_no_ring_on_a_prompt_and_may_have_one_over_several():
+    scores = np.array([[3, 2, 1], [1, 3, 2], [2, 1, 3]])  # of three policies' responses to three prompts
+    p = probability_matrix(scores[:, :, None] - scores[:, None, :])
+    assert not has_cycle(p).any()
+    assert cycle(p.mean(0)) == [0, 1, 2]
 
 
 def test_a_ladder_has_no_ring_and_a_lead_within_a_tie_makes_none():

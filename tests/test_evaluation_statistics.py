@@ -1,10 +1,10 @@
-"""Figures of an evaluation: intervals that cover, a length effect taken out, ties, repetitions, categories."""
+"""Figures of an evaluation: intervals that cover, length control, ties, repetitions, categories."""
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from sppo_jax.evaluation.statistics import (
     RIDGE,
@@ -42,6 +42,15 @@ def test_an_interval_depends_on_its_seed_alone_and_narrows_with_the_level():
     assert interval(values, seed=1) != interval(values)
     (low, high), (lower, higher) = interval(values, level=0.5), interval(values)
     assert lower < low < values.mean() < high < higher
+
+
+def test_few_prompts_have_an_interval_as_wide_as_students():
+    values = np.random.default_rng(5).normal(size=12)
+    low, high = interval(values)
+    wide = (
+        t.ppf(0.975, 11) * values.std(ddof=1) / np.sqrt(12)
+    )  # the plain percentile interval is a seventh narrower
+    assert (high - low) / 2 == pytest.approx(wide, rel=0.06)
 
 
 def test_resamples_in_many_blocks_are_those_of_one(monkeypatch):
@@ -111,6 +120,13 @@ def test_the_fit_is_the_minimum_that_a_general_optimiser_finds():
         best = minimize(loss, [0, 0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}).x
         found = length_controlled(p, mine, theirs, resamples=2)
         assert (found.rate, found.slope) == pytest.approx((expit(best[0]), best[1]), abs=1e-5)
+
+
+def test_steps_do_not_diverge_where_one_extreme_length_decides():
+    lengths = [-960, -4900, -2500, -1300, -1700, 240, -450, -820, 250, 400_000]
+    found = length_controlled([1.0] * 9 + [0.0], lengths, [0] * 10)
+    assert 0.9 < found.rate < 1
+    assert -100 < found.slope < -3
 
 
 @pytest.mark.parametrize("p", [[0.2, 0.9, 0.4], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])

@@ -55,6 +55,14 @@ def local(tmp_path):
     return start
 
 
+def test_another_command_runs_in_several_processes_too(local):
+    process = local("0 0", "--policy", "a", COMMAND="evaluate")
+    assert process.wait(30) == 0
+    assert (
+        (local.seen / "1").read_text().startswith("-m sppo_jax.evaluate --policy a --distributed.coordinator")
+    )
+
+
 def refused(*words, **environment):
     """The line with which local.sh refuses a command line."""
     done = subprocess.run(

@@ -27,10 +27,10 @@ class Mixture:
 def mixture(matrix: ArrayLike) -> Mixture:
     """The von Neumann winner of win rates P [m, m]: the mixture w that no policy beats.
 
-    max_w min_j (w^T P)_j by linear programming, whose value is 1/2 since the game is symmetric. gap = max_i (P w)_i -
-    min_j (w^T P)_j over the policies, 0 at the optimum. Where several mixtures are optimal, the uniform one is given if
-    it is among them, else a vertex of the set; the same matrix always gives the same one. Raises ValueError unless P is square with
-    entries in [0, 1] and P + P^T = 1, so 1/2 on the diagonal.
+    max_w min_j (w^T P)_j by linear programming; the game is symmetric, so this is 1/2. gap = max_i (P w)_i -
+    min_j (w^T P)_j over the policies, 0 at the optimum. Where several mixtures are optimal, the uniform one is given
+    if it is among them, else a vertex of their set; the same matrix always gives the same one. Raises ValueError unless
+    P is square with entries in [0, 1] and P + P^T = 1, so 1/2 on the diagonal.
     """
     advantage = _advantage(matrix)
     m = len(advantage)
@@ -71,7 +71,7 @@ def _ring(beats: list[list[int]], first: int) -> list[int]:
 
 
 def _candidates(advantage: Matrix) -> list[Matrix]:
-    """The linear program's weights [m], as the solver leaves them and polished: within its tolerance is not enough."""
+    """The linear program's weights [m], as the solver leaves them and polished beyond its tolerance."""
     scaled = advantage / np.abs(advantage).max()  # or near ties would be below the tolerance
     raw = _solved(scaled)
     return [raw] + [_polished(scaled, raw, floor) for floor in (0.0, 1e-12, 1e-9)]

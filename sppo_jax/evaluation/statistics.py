@@ -10,10 +10,10 @@ from scipy.special import expit, logit, ndtr, stdtrit
 
 from sppo_jax.preferences import TIE
 
-RIDGE = (
-    0.01  # on half the squared slope: a Gaussian prior of standard deviation 10, far wider than real slopes
-)
-_EDGE = 1e-12  # mean probabilities nearer than this to 0 or 1 have no finite intercept worth fitting
+# On half the squared slope: a Gaussian prior of standard deviation 10, far wider than real slopes.
+RIDGE = 0.01
+# Mean probabilities nearer than this to 0 or 1 have no finite intercept worth fitting.
+_EDGE = 1e-12
 _BLOCK = 1_000_000  # numbers resampled at a time
 _STEPS = 100
 
@@ -113,7 +113,10 @@ def repeated(texts: Sequence[str]) -> float:
 
 
 def by_category(values: ArrayLike, categories: Sequence[str], *, seed: int = 0) -> dict[str, Category]:
-    """Mean, count and 95 % interval of the values [n] of each category, sorted by name. Raises ValueError unless both are as long."""
+    """Mean, count and 95 % interval of the values [n] of each category [n], sorted by name.
+
+    Raises ValueError if a value has no category.
+    """
     found = _vector("values", values)
     if len(found) != len(categories):
         raise ValueError(f"needed a category of each value, found {len(categories)} for {len(found)} values")

@@ -110,7 +110,7 @@ def _claimed(config: Config) -> Iterator[RunDir]:
         new = not files.exists(path)
         with files.writing(path):
             lock = path.open("a+b", buffering=0)
-        with _held(lock):
+        with held(lock):
             made += [path] if new else []
             yield run
     except BaseException:
@@ -223,7 +223,7 @@ def _shown(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _held(file: io.FileIO) -> Iterator[None]:
+def held(file: io.FileIO) -> Iterator[None]:
     """Hold the lock on `file` until the process ends, however it ends. The text inside is for people."""
     path = Path(str(file.name))
     with file:

@@ -104,8 +104,7 @@ class Provenance:
         self.inputs = dict(inputs)
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
-        knobs = configuration.flat(config)
-        fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        fixed = configuration.results(config)
         fixed["model.compute_dtype"] = str(compute_dtype)  # "auto" resolved
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 

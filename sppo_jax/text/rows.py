@@ -38,6 +38,7 @@ PAIRS = (
     "the columns chosen and rejected (lists of messages), chosen_probs, chosen_probs_win and chosen_probs_lose "
     "(probabilities from 0 to 1: docs/prompts.md describes them); scores are none"
 )
+WITH_RESPONSES = ("responses.source", "--in")  # what names sources whose rows hold prompts and responses
 SHOWN = 10  # names of files in a note
 FIRST = 100  # rows whose columns are looked at for advice
 
@@ -74,6 +75,9 @@ def _instead(source: Source, near: str) -> str:
     """Return the end of the line about a column that a source does not have: what to do."""
     if source.knob == "pairs.source":
         return f"; given pairs need {PAIRS}"
+    meant = f"; did you mean {near!r}?" if near else ""
+    if source.knob in WITH_RESPONSES:
+        return f"; name the columns of prompts and of lists of responses in prompts.column and responses.column{meant}"
     names = [shown_name(name) for name in columns_of_text(source)]
     if not names:
         return (
@@ -81,7 +85,6 @@ def _instead(source: Source, near: str) -> str:
             "its column in prompts.column"
         )
     both = ", which names the column of both sources" if source.knob == "prompts.heldout" else ""
-    meant = f"; did you mean {near!r}?" if near else ""
     return f"; set prompts.column to one that holds text ({', '.join(names[:COLUMNS])}){both}{meant}"
 
 
@@ -141,7 +144,12 @@ def _check_object(source: Source, columns: Columns, row: Row) -> None:
             raise BadInput(
                 f"{source}: one JSON object, whose list {holding[0]!r} holds the rows; give that list alone as a JSON array"
             )
-        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        # The first column is the prompt's; another may hold a list of responses.
+        texts = (
+            column == (columns or ())[0]
+            and isinstance(value, list)
+            and all(isinstance(item, str) for item in value)
+        )
         by_index = isinstance(value, dict) and all(map(str.isdigit, value))
         if (value and (texts or by_index)) or (column not in row and columns_apart):
             raise BadInput(

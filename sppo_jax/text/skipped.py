@@ -23,6 +23,10 @@ MEANS = {
     "other_turns": "have other turns than a prompt and its response",
     "other_prompt": "have another prompt in rejected than in chosen",
     "identical": "have two equal responses",
+    "ends_with_assistant": "have no message of the user's last",
+    "no_responses": "have no list of responses",
+    "not_texts": "have a response that is not text",
+    "few_responses": "have too few responses that can be used",
     "bad_probability": "have a probability that is missing or outside [0, 1]",
 }
 EXPECTED = ("repeated", "in_heldout")  # counts that are no faults of the rows

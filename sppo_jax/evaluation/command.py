@@ -1,0 +1,182 @@
+"""The command `python -m sppo_jax.evaluate`: policies are asked, compared, measured, and written to files."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sppo_jax import compilation, files, prompts, sharding
+from sppo_jax.config import Sampling
+from sppo_jax.evaluation import best_of, comparing, figures, games, place, questions, tables
+from sppo_jax.evaluation.comparing import Named
+from sppo_jax.evaluation.flags import Asked
+from sppo_jax.evaluation.place import Place
+from sppo_jax.evaluation.policies import Policy
+from sppo_jax.evaluation.questions import Question
+from sppo_jax.records import Responses
+from sppo_jax.run import cluster, pod
+
+Figures = dict[str, Any]
+
+
+def run(asked: Asked) -> None:
+    """Answer what the command line asks. The result goes to standard output, and as JSON into a file below --out."""
+    sampling = asked.config.sampling
+    compilation.keep_programs()
+    with cluster.joined(asked.config.distributed):
+        with place.opened(asked.out) as at:
+            evaluation = Evaluation(asked, at, sampling)
+            with at.metrics.stopping_on_signals():
+                evaluation.answer()
+        pod.meet("end")
+
+
+class Evaluation:
+    """One command: its policies, the questions that they are asked, and the sampling."""
+
+    def __init__(self, asked: Asked, at: Place, sampling: Sampling):
+        """Open the policies and read the questions. Raises BadInput for what is wrong with any of them."""
+        self.asked, self.place, self.sampling, self.config = asked, at, sampling, asked.config
+        self.policies = [Policy(name, asked.config, at.metrics.say) for name in asked.policies]
+        self.questions = self._read()
+        c = asked.config.mesh
+        self.mesh: Mesh = sharding.make_mesh(c.data, c.fsdp, c.tensor)
+
+    def answer(self) -> None:
+        """Sample, compare, print and write."""
+        if self.asked.write and not self.asked.best_of:
+            self._write([row.responses[0] for row in self.respond(self.policies[0], 1)])
+            if len(self.policies) == 1:
+                return
+        texts = [question.prompt for question in self.questions]
+        with comparing.opened(self.config, self.policies[0].tokenizer, self.place, texts) as judges:
+            if self.asked.round_robin:
+                self._tell("round-robin", self.round_robin(judges), tables.round_robin)
+            elif self.asked.best_of:
+                self._tell(f"best-of-{self.asked.best_of}", self.best_of(judges), tables.best_of)
+            else:
+                self._tell("win-rate", self.win_rate(judges), tables.win_rate)
+
+    def respond(self, policy: Policy, count: int) -> list[Responses]:
+        """`count` responses of a policy to each question."""
+        sampling = dataclasses.replace(self.sampling, responses=count)
+        texts = [question.prompt for question in self.questions]
+        return policy.respond(self.place, texts, self.mesh, sampling, self.config.seed)
+
+    def win_rate(self, judges: Sequence[Named]) -> Figures:
+        """The figures of the first policy against the second. The same policy twice: its first response against its second."""
+        mine, theirs = self.policies
+        own = self.respond(mine, 1)
+        same = mine.digests == theirs.digests and mine.iteration == theirs.iteration
+        others = self.respond(theirs, 2 if same else 1)
+        ks = [(0, int(same))] * len(own)
+        probabilities = {
+            judge.name: judge.probabilities(self.place, f"{mine.name} against {theirs.name}", own, others, ks)
+            for judge in judges
+        }
+        texts = [row.responses[0] for row in own]
+        against = [row.responses[int(same)] for row in others]
+        categories = [question.category for question in self.questions]
+        return self._head() | figures.of_pair(probabilities, texts, against, categories, own, others)
+
+    def round_robin(self, judges: Sequence[Named]) -> Figures:
+        """The matrix of win rates of all pairs, by each judge, with its ring and its von Neumann mixture."""
+        answers = [self.respond(policy, 1) for policy in self.policies]
+        m, ks = len(answers), [(0, 0)] * len(self.questions)
+        found: Figures = self._head() | {"judges": {}}
+        for judge in judges:
+            matrix = np.full((m, m), 0.5)
+            intervals: dict[str, list[float]] = {}
+            for i in range(m):
+                for j in range(i + 1, m):
+                    title = f"{self.policies[i].name} against {self.policies[j].name}"
+                    p = judge.probabilities(self.place, title, answers[i], answers[j], ks)
+                    matrix[i, j], matrix[j, i] = p.mean(), 1 - p.mean()
+                    intervals[f"{i},{j}"] = figures.interval(p)
+            mixture = games.mixture(matrix)
+            found["judges"][judge.name] = {
+                "win_rate": matrix.tolist(),
+                "interval": intervals,
+                "cycle": games.cycle(matrix),
+                "mixture": list(map(float, mixture.weights)),
+                "gap": float(mixture.gap),
+            }
+        return found
+
+    def best_of(self, judges: Sequence[Named]) -> Figures:
+        """Win rates of the best of 1, 2, 4 ... N responses by the judge against one response of the opponent."""
+        n, policy, opponent = self.asked.best_of, self.policies[0], self.policies[-1]
+        alone = len(self.policies) == 1
+        own = self.respond(policy, n + alone)
+        others = own if alone else self.respond(opponent, 1)
+        logits = judges[0].logits(self.place, f"{policy.name}, best of {n}", comparing.as_rows(own, n))
+        curve: list[Figures] = []
+        picks = best_of.chosen(logits)
+        for m, picked in picks.items():
+            ks = [(int(k), n if alone else 0) for k in picked]
+            title = f"{policy.name}, best of {m}"
+            curve.append(
+                {"n": m, "win_rate": {}}
+                | {
+                    "characters": float(
+                        np.mean([len(row.responses[k]) for row, (k, _) in zip(own, ks, strict=True)])
+                    )
+                }
+            )
+            for judge in judges:
+                p = judge.probabilities(self.place, title, own, others, ks)
+                curve[-1]["win_rate"][judge.name] = figures.rate(p)
+        if self.asked.write:
+            self._write([row.responses[int(k)] for row, k in zip(own, picks[n], strict=True)])
+        return self._head() | {"curve": curve}
+
+    def _read(self) -> list[Question]:
+        """The questions: of --prompts, else the held-out prompts of the configuration."""
+        p = self.config.prompts
+        if self.asked.prompts:
+            limit = self.config.eval.prompts if "eval.prompts" in self.asked.named else None
+            return questions.read(
+                self.asked.prompts,
+                split=p.heldout_split,
+                column=p.column,
+                limit=limit,
+                tell=self.place.metrics.say,
+            )
+        sets = prompts.load(self.config, self.policies[0].tokenizer)
+        return [Question(prompt.text, "", {}) for prompt in sets.heldout]
+
+    def _write(self, outputs: Sequence[str]) -> None:
+        """Write the file of --write: responses of the first policy, or what the format asks for beyond them."""
+        assert self.asked.write is not None
+        name, file = self.asked.write
+        from sppo_jax.evaluation import formats
+
+        lines = formats.write(
+            name, Path(files.expand(file)), self.questions, outputs,
+            model=self.policies[0].name, preset=self.asked.preset, arena_format=self.asked.arena_format,
+        )  # fmt: skip
+        for line in lines:
+            self.place.metrics.say(line)
+
+    def _head(self) -> Figures:
+        return {
+            "policies": [policy.name for policy in self.policies],
+            "prompts": len(self.questions),
+            "seed": self.config.seed,
+            "sampling": {
+                k: getattr(self.sampling, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")
+            },
+        }
+
+    def _tell(self, kind: str, found: Figures, table: Any) -> None:
+        """Print the figures, and write them below --out."""
+        if not pod.first():
+            return
+        names = "-".join(name.strip("/").replace("/", "_") for name in self.asked.policies)
+        path = self.place.root / f"{kind}-{names[-120:]}.json"
+        files.write_json(path, found)
+        self.place.metrics.say(table(found))
+        self.place.metrics.say(f"figures: {path}")

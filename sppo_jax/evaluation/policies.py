@@ -1,0 +1,104 @@
+"""The policies of an evaluation: a name that the user gave → its files, its tokenizer, and its responses to prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sppo_jax import config_file, files, respond, sharding
+from sppo_jax.config import Config, Sampling
+from sppo_jax.errors import BadInput
+from sppo_jax.evaluation.flags import run_of
+from sppo_jax.evaluation.place import Place
+from sppo_jax.hub import names
+from sppo_jax.hub.repositories import TOKENIZER_FILES
+from sppo_jax.models import hf
+from sppo_jax.records import Responses
+from sppo_jax.run import manifest
+from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.sampler import Sampler
+from sppo_jax.text import chat_template
+
+
+class Policy:
+    """A policy that was named: `iteration` is that of its run, else 0, and goes into its responses' random keys."""
+
+    def __init__(self, name: str, config: Config, tell: Callable[[str], None]):
+        """Find its files; a name on the hub is downloaded. Raises BadInput for a name that is none."""
+        self.name, self._config = name, config
+        found = run_of(name)
+        self.iteration = BASE if found is None else found[1]
+        self.directory = names.fetch(name, tell=tell).directory if found is None else _of_run(*found, tell)
+        self.architecture = hf.stored_architecture(self.directory, tell=tell)
+        self.tokenizer = chat_template.load_tokenizer(self.directory)
+        self.eos = chat_template.eos_ids(self.directory, self.tokenizer, self.architecture.vocab)
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """sha256 of its weights, with their configuration, and of what makes its tokens."""
+        tokenizer = [self.directory / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+        return {
+            "policy": files.sha256([*hf.weight_files(self.directory), self.directory / "config.json"]),
+            "tokenizer": files.sha256([path for path in tokenizer if path.is_file()]),
+        }
+
+    def respond(
+        self, place: Place, prompts: Sequence[str], mesh: Mesh, sampling: Sampling, seed: int
+    ) -> list[Responses]:
+        """sampling.responses responses to each prompt, in order: those that `place` has, and the rest sampled.
+
+        Of a run's policy they are the ones of the run, where prompts, seed and sampling are the same.
+        """
+        dtype = sharding.compute_dtype(self._config.model.compute_dtype, mesh)
+        asked = [chat_template.chat_prompt(self.tokenizer, text) for text in prompts]
+        made_from = self.digests | {
+            "prompts": files.sha256_text("\0".join(str(p.ids) for p in asked)),
+            "configuration": _digest(sampling, seed, self.iteration, dtype),
+        }
+        task = place.task("policies", self.name, made_from, seed=seed, iteration=self.iteration)
+
+        def sampler() -> Sampler:
+            model = hf.load(
+                self.directory,
+                mesh=mesh,
+                dtype=dtype,
+                param_dtype=dtype,
+                attention=self._config.model.attention,
+            )
+            longest = max(len(p.ids) for p in asked)
+            return Sampler(model, self.tokenizer, sampling, mesh, eos=self.eos, longest=longest)
+
+        return respond.respond(asked, sampler, _NoFollower(), task)
+
+
+class _NoFollower:
+    """Nobody waits for the responses one by one."""
+
+    def take(self, n: int, row: Responses) -> None:
+        """Leave it."""
+
+    def progress(self) -> dict[str, Any]:
+        """No facts."""
+        return {}
+
+
+def _digest(sampling: Sampling, seed: int, iteration: int, dtype: Any) -> str:
+    """The digest of what a response depends on, beyond the policy and the prompts."""
+    moved_about = ("slots", "cache_tokens", "shard_prompts")
+    kept = {k: v for k, v in dataclasses.asdict(sampling).items() if k not in moved_about}
+    return files.sha256_text(str((sorted(kept.items()), seed, iteration, str(dtype))))
+
+
+def _of_run(root: str, t: int, tell: Callable[[str], None]) -> Path:
+    """The directory of a run's policy after iteration t. Raises BadInput where there is none."""
+    run = RunDir(root)
+    if t == BASE:
+        config = config_file.load([run.config])
+        return names.fetch(config.model.path, manifest.pinned_model(run), tell=tell).directory
+    if not run.export(t).exists():
+        there = [str(i) for i in sorted({BASE, *run.iterations()}) if i == BASE or run.export(i).exists()]
+        raise BadInput(f"{root}@{t}: the run has no policy of iteration {t}; there are {', '.join(there)}")
+    return run.export(t)
