@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "pairrm"
 REQUIREMENTS = ROOT / "requirements-llm-blender.txt"
@@ -226,18 +228,6 @@ def ours(judge: Any, folder: Path, warm_up: list[tuple[str, list[str]]], who: in
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def environment(cache: Path) -> Path:
-    """Return the interpreter of llm-blender's environment, which is made unless it exists with these requirements."""
-    home = cache / "llm-blender"
-    python, stamp = home / "bin" / "python", home / "installed.txt"
-    if not stamp.is_file() or stamp.read_text() != REQUIREMENTS.read_text():
-        print(f"making llm-blender's environment in {home}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", REQUIREMENTS], check=True)
-        shutil.copy(REQUIREMENTS, stamp)
-    return python
-
-
 def measure(python: str | Path, name: str, folder: Path, threads: int) -> dict[str, Any]:
     """Return the result of this file's function `name`, run in a new process with `threads` cores."""
     variables = os.environ | {
@@ -269,8 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU cores")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sppo_jax"
-    parser.add_argument("--cache", type=Path, default=default, help="where llm-blender's environment lies")
+    environment.add_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -291,7 +280,10 @@ def main() -> None:
         told = json.loads((folder / "texts.json").read_text())
         found: dict[str, dict[str, Any]] = {}
         for backend in args.backends:
-            python = environment(args.cache) if backend == "original" else sys.executable
+            own = backend == "original"
+            python = (
+                environment.interpreter("llm-blender", REQUIREMENTS, args.cache) if own else sys.executable
+            )
             print(f"{backend} ...", file=sys.stderr, flush=True)
             found[backend] = measure(python, backend, folder, args.threads)
             rate = len(told["tokens"]) / found[backend]["seconds"]
