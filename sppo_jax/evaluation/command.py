@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sppo_jax import compilation, files, prompts, sharding
 from sppo_jax.config import Sampling
-from sppo_jax.evaluation import best_of, comparing, figures, games, place, questions, tables
+from sppo_jax.evaluation import best_of, comparing, figures, formats, games, place, presets, questions, tables
 from sppo_jax.evaluation.comparing import Named
 from sppo_jax.evaluation.flags import Asked
 from sppo_jax.evaluation.place import Place
@@ -24,7 +24,7 @@ Figures = dict[str, Any]
 
 def run(asked: Asked) -> None:
     """Answer what the command line asks. The result goes to standard output, and as JSON into a file below --out."""
-    sampling = asked.config.sampling
+    sampling = _sampling(asked)
     compilation.keep_programs()
     with cluster.joined(asked.config.distributed):
         with place.opened(asked.out) as at:
@@ -42,13 +42,21 @@ class Evaluation:
         self.asked, self.place, self.sampling, self.config = asked, at, sampling, asked.config
         self.policies = [Policy(name, asked.config, at.metrics.say) for name in asked.policies]
         self.questions = self._read()
+        if asked.write:
+            name, file = asked.write
+            formats.check(name, Path(files.expand(file)), self.questions, arena_format=asked.arena_format)
         c = asked.config.mesh
         self.mesh: Mesh = sharding.make_mesh(c.data, c.fsdp, c.tensor)
 
     def answer(self) -> None:
         """Sample, compare, print and write."""
         if self.asked.write and not self.asked.best_of:
-            self._write([row.responses[0] for row in self.respond(self.policies[0], 1)])
+            name = self.asked.write[0]
+            turns = formats.turns(name, self.questions, self._one_each)
+            if turns is None:
+                self._write([row.responses[0] for row in self.respond(self.policies[0], 1)])
+            else:
+                self._write(turns)
             if len(self.policies) == 1:
                 return
         texts = [question.prompt for question in self.questions]
@@ -65,6 +73,12 @@ class Evaluation:
         sampling = dataclasses.replace(self.sampling, responses=count)
         texts = [question.prompt for question in self.questions]
         return policy.respond(self.place, texts, self.mesh, sampling, self.config.seed)
+
+    def _one_each(self, texts: Sequence[str], temperature: float) -> list[str]:
+        """One response of the first policy to each prompt text, at this temperature."""
+        sampling = dataclasses.replace(self.sampling, responses=1, temperature=temperature)
+        found = self.policies[0].respond(self.place, texts, self.mesh, sampling, self.config.seed)
+        return [row.responses[0] for row in found]
 
     def win_rate(self, judges: Sequence[Named]) -> Figures:
         """The figures of the first policy against the second. The same policy twice: its first response against its second."""
@@ -89,7 +103,7 @@ class Evaluation:
         found: Figures = self._head() | {"judges": {}}
         for judge in judges:
             matrix = np.full((m, m), 0.5)
-            intervals: dict[str, list[float]] = {}
+            intervals: dict[str, list[float | None]] = {}
             for i in range(m):
                 for j in range(i + 1, m):
                     title = f"{self.policies[i].name} against {self.policies[j].name}"
@@ -148,18 +162,21 @@ class Evaluation:
         sets = prompts.load(self.config, self.policies[0].tokenizer)
         return [Question(prompt.text, "", {}) for prompt in sets.heldout]
 
-    def _write(self, outputs: Sequence[str]) -> None:
-        """Write the file of --write: responses of the first policy, or what the format asks for beyond them."""
+    def _write(self, outputs: Sequence[Any]) -> None:
+        """Write the file of --write: a response of the first policy to each question, or what the format draws itself."""
         assert self.asked.write is not None
+        if not pod.first():
+            return
+        policy = self.policies[0]
         name, file = self.asked.write
-        from sppo_jax.evaluation import formats
-
         lines = formats.write(
             name, Path(files.expand(file)), self.questions, outputs,
-            model=self.policies[0].name, preset=self.asked.preset, arena_format=self.asked.arena_format,
+            model=policy.name, preset=self.asked.preset, arena_format=self.asked.arena_format,
+            tstamp=policy.made, weights=policy.weights,
         )  # fmt: skip
         for line in lines:
             self.place.metrics.say(line)
+        self.place.metrics.say(f"{len(self.questions)} responses: {file}")
 
     def _head(self) -> Figures:
         return {
@@ -180,3 +197,13 @@ class Evaluation:
         files.write_json(path, found)
         self.place.metrics.say(table(found))
         self.place.metrics.say(f"figures: {path}")
+
+
+def _sampling(asked: Asked) -> Sampling:
+    """The configured sampling, with a preset's settings for what the command line does not name."""
+    found = asked.config.sampling
+    if not asked.preset:
+        return found
+    preset = presets.decoding(asked.write[0] if asked.write else "", asked.preset)
+    keys = [key for key in presets.KEYS if f"sampling.{key}" not in asked.named]
+    return dataclasses.replace(found, **{key: getattr(preset, key) for key in keys})

@@ -1,6 +1,7 @@
 """Judges in an evaluation: texts compared in parts that are kept on disk, and the probabilities that follow."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,9 +69,7 @@ class Named:
         with task.progress(self.name, len(rows) * pairs, "pairs", done=done * pairs, minor=True) as advance:
             for part, path in zip(parts, paths, strict=True):
                 asked = [rows[n] for n in part]
-                found += task.kept(
-                    path, Preferences, lambda asked=asked: self._compared(task, asked, advance)
-                )
+                found += task.kept(path, Preferences, functools.partial(self._compared, task, asked, advance))
         return records.square([row.logits for row in found])
 
     def _compared(self, task: Task, asked: Sequence[Responses], advance: Any) -> list[Preferences]:

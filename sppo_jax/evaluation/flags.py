@@ -136,9 +136,10 @@ def _policies(given: dict[str, str], lists: dict[str, list[str]]) -> list[str]:
         )
     if not {"--against", "--best-of", "--write"} & (given.keys() | lists.keys()):
         raise BadInput("--policy alone asks nothing: add --against B, --best-of 16, or --write FORMAT FILE")
-    for flag in ("--preset", "--arena-format") if "--write" not in lists else ():
-        if flag in given and flag != "--preset":
-            raise BadInput(f"{flag} is for --write arena_hard FILE")
+    if "--arena-format" in given and lists.get("--write", [""])[0] != "arena_hard":
+        raise BadInput("--arena-format is for --write arena_hard FILE")
+    if "--best-of" in given and lists.get("--write", [""])[0] == "mt_bench":
+        raise BadInput("--write mt_bench draws one response to each turn: leave --best-of out")
     return [given[flag] for flag in ("--policy", "--against") if flag in given]
 
 

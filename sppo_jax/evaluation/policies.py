@@ -45,6 +45,16 @@ class Policy:
             "tokenizer": files.sha256([path for path in tokenizer if path.is_file()]),
         }
 
+    @property
+    def made(self) -> float:
+        """When its weights were written, in seconds since 1970: a time that does not depend on this command's."""
+        return max(path.stat().st_mtime for path in hf.weight_files(self.directory))
+
+    @property
+    def weights(self) -> str:
+        """What another program loads: its directory, or its name on the hub."""
+        return str(self.directory) if run_of(self.name) or files.exists(Path(self.name)) else self.name
+
     def respond(
         self, place: Place, prompts: Sequence[str], mesh: Mesh, sampling: Sampling, seed: int
     ) -> list[Responses]:
