@@ -233,8 +233,7 @@ class Killed(BaseException):
 
 KILLS = [
     ("iter_1/responses/shard-00001-of-00002.parquet", "before"),
-    ("iter_1/preferences/shard-00001-of-00002.parquet", "after"),
-    ("iter_2/pairs.parquet", "before"),
+    ("iter_2/preferences/shard-00001-of-00002.parquet", "after"),
 ]
 
 
