@@ -301,8 +301,8 @@ FREE_TO_CHANGE = (
     "sampling.cache_tokens",
     "judge.python",
 )
-# Sections that runs were begun without. At their defaults, such a run goes on as it was.
-LATER = ("responses.",)
+# Knobs that runs were begun without, and the values with which such runs go on: these are in no digest.
+LATER: dict[str, Any] = {"responses.source": "", "responses.split": "train", "responses.column": "responses"}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -348,16 +348,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     """Keys that differ and change results: with any, a run directory of `old` is refused."""
     before, after = flat(old), flat(new)
     return [k for k in after if before[k] != after[k] and not k.startswith(FREE_TO_CHANGE)]
-
-
-def results(config: Config) -> dict[str, Any]:
-    """{"section.key": value} of the knobs that results depend on, without those of LATER sections at their defaults."""
-    usual = flat(Config())
-    return {
-        k: v
-        for k, v in flat(config).items()
-        if not k.startswith(FREE_TO_CHANGE) and not (k.startswith(LATER) and v == usual[k])
-    }
 
 
 def markdown() -> str:

@@ -49,12 +49,13 @@ def from_preferences(
     stage = dataclasses.replace(stage, made_from=stage.made_from | sources)
     found = scored(selected, logprob, stage)
     gap = sampler_gap(found, responses)
-    stage.scalars("sampler_gap", gap)
-    stage.say(
-        "pairs",
-        f"the sampler's log-probs are {gap['rms']:.1e} nats a token from training's "
-        f"(root mean square; at most {gap['max']:.1e})",
-    )
+    if gap:
+        stage.scalars("sampler_gap", gap)
+        stage.say(
+            "pairs",
+            f"the sampler's log-probs are {gap['rms']:.1e} nats a token from training's "
+            f"(root mean square; at most {gap['max']:.1e})",
+        )
     return found
 
 
@@ -141,14 +142,19 @@ def sampler_gap(pairs: Sequence[Pair], responses: Sequence[Responses]) -> dict[s
     """Differences between the sampler's log-probs and the reference's, which training computes, in nats per token.
 
     Returns mean, root mean square and largest of the absolute differences over the responses kept: rounding alone
-    where both compute in float32, and the cost of sampling.quantize where it is on.
+    where both compute in float32, and the cost of sampling.quantize where it is on. Responses that were made elsewhere
+    (their log-probs are NaN) are left out; empty where all were.
     """
     sampled = {row.prompt_id: row for row in responses}
     gaps = []
     for pair in pairs:
         row = sampled[pair.prompt_id]
         for ids, reference in zip(pair.response_ids, pair.ref_logprob, strict=True):
-            gaps.append(abs(row.logprobs[row.response_ids.index(ids)] - reference) / len(ids))
+            sampled_with = row.logprobs[row.response_ids.index(ids)]
+            if not np.isnan(sampled_with):
+                gaps.append(abs(sampled_with - reference) / len(ids))
+    if not gaps:
+        return {}
     return {"mean": float(np.mean(gaps)), "rms": float(np.sqrt(np.mean(np.square(gaps)))), "max": max(gaps)}
 
 

@@ -12,6 +12,7 @@ from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
 from sppo_jax.text import conversations, rows, skipped
+from sppo_jax.text.answers import Answers
 from sppo_jax.text.chat_template import chat_prompt
 from sppo_jax.text.conversations import is_unicode
 from sppo_jax.text.source import PLACEHOLDER, Row, Source, shown_name
@@ -28,7 +29,7 @@ class PromptSets:
     """Prompts by iteration, iteration t's in `train[t - 1]`, and for each set the rows read, kept and skipped by reason.
 
     `heldout` are the first held-out prompts that are short enough; `heldout_ids` are the ids of all held-out texts.
-    `notes` are sentences about the sets for the user.
+    `notes` are sentences about the sets for the user; `answers` the responses of responses.source.
     """
 
     train: list[list[Prompt]]
@@ -36,16 +37,18 @@ class PromptSets:
     heldout_ids: frozenset[int] = frozenset()
     counts: Counts = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    answers: Answers | None = None
 
 
-def load(config: Config, tokenizer: Any) -> PromptSets:
+def load(config: Config, tokenizer: Any, answers: Answers | None = None) -> PromptSets:
     """The prompts of all iterations. A prompt is in one set only: the first of held-out, iteration 1, 2, ... that has it.
 
     Without a source of held-out prompts a share of the prompts of iteration 1 (of the whole pool where there is one) is
     held out. A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
-    pairs.source nothing is sampled, and `train` is empty. Raises BadInput if a source cannot be read or leaves no prompts.
+    pairs.source nothing is sampled, and `train` is empty. With responses.source the prompts are its own, and `answers`
+    takes the responses to those that are trained on. Raises BadInput if a source cannot be read or leaves no prompts.
     """
-    sets, seen = PromptSets([], []), dict[int, str]()
+    sets, seen = PromptSets([], [], answers=answers), dict[int, str]()
     if config.prompts.heldout:
         source = heldout_source(config)
         texts = _distinct(source, config, "heldout", seen, sets)
@@ -74,6 +77,8 @@ def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: Prom
     """Fill `sets.train`, and the held-out set where it has no source of its own."""
     p = config.prompts
     source, limit, share = Source("prompts.source", p.source, p.split), p.per_iteration, not p.heldout
+    if (given := config.responses).source:
+        source = Source("responses.source", given.source, given.split)
     if source.by_iteration:
         for t in range(1, config.iterations + 1):
             name, own = f"iteration {t}", source.at(t)
@@ -81,7 +86,7 @@ def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: Prom
             if share and t == 1:
                 texts = _hold_out(texts, own, config, tokenizer, name, seen, sets)
             order = [texts[i] for i in np.random.default_rng((config.seed, t)).permutation(len(texts))]
-            sets.train.append(_tokenised(order, config, tokenizer, name, sets.counts, limit))
+            sets.train.append(_tokenised(order, config, tokenizer, name, sets.counts, limit, sets.answers))
             if not sets.train[-1]:
                 what = f"prompts for iteration {t}"
                 raise _nothing(own, what, config, tokenizer, sets.counts[name], distinct)
@@ -90,7 +95,7 @@ def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: Prom
     if share:
         texts = _hold_out(texts, source, config, tokenizer, "train", seen, sets)
     order = [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))]
-    pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations)
+    pool = _tokenised(order, config, tokenizer, "train", sets.counts, limit * config.iterations, sets.answers)
     sets.train = [pool[limit * t : limit * (t + 1)] for t in range(config.iterations)]
     for t, prompts in enumerate(sets.train, 1):
         what = f"prompts for iteration {t}"
@@ -160,6 +165,8 @@ def _hold_out(
 def _distinct(source: Source, config: Config, name: str, seen: dict[int, str], sets: PromptSets) -> list[str]:
     """The texts of a source that no earlier set has, in the source's order."""
     columns, read = _reader(source, config)
+    if sets.answers and source.knob == "responses.source":
+        columns, read = sets.answers.read_with(columns, read)
     count: Counter[str] = Counter()
     texts = []
     for row in rows.rows(source, columns):
@@ -199,23 +206,32 @@ def _reader(source: Source, config: Config) -> tuple[list[str], Reader]:
 
 
 def _tokenised(
-    texts: list[str], config: Config, tokenizer: Any, name: str, counts: Counts, limit: int
+    texts: list[str],
+    config: Config,
+    tokenizer: Any,
+    name: str,
+    counts: Counts,
+    limit: int,
+    answers: Answers | None = None,
 ) -> list[Prompt]:
-    """The first `limit` prompts that have at most prompts.max_length tokens; longer ones are counted as too_long."""
+    """The first `limit` prompts that have at most prompts.max_length tokens, and with `answers` enough responses.
+
+    The others before them are counted, by reason.
+    """
     prompts: list[Prompt] = []
-    too_long = 0
+    found: Counter[str] = Counter()
     for text in texts:
         if len(prompts) == limit:
             break
         if len(text) > CHARACTERS_PER_TOKEN * config.prompts.max_length:
-            too_long += 1
+            found["too_long"] += 1
             continue
         prompt = chat_prompt(tokenizer, text)
         if len(prompt.ids) > config.prompts.max_length:
-            too_long += 1
-        else:
+            found["too_long"] += 1
+        elif answers is None or answers.take(prompt, found):
             prompts.append(prompt)
-    counts[name] |= {"too_long": too_long} if too_long else {}
+    counts[name] |= found
     counts[name]["kept"] = len(prompts)
     return prompts
 
@@ -241,6 +257,8 @@ def _nothing(
         advice = "put the user's message first" if first else "no other column holds text: look at its rows"
         if names:
             advice = f"set prompts.column to a column that holds text: {', '.join(names)}"
+    elif reason == "few_responses":
+        advice = f"lower sampling.responses={config.sampling.responses}, or set responses.column to a list of responses"
     elif reason == "in_heldout":
         advice = "name other prompts in prompts.heldout, or leave it empty to hold out a share of these"
     elif reason in ("not_json", "not_object"):

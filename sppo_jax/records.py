@@ -31,7 +31,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Responses:
-    """K responses to one prompt. `response_ids` are the sampled ids, with the end of sequence if it was sampled."""
+    """K responses to one prompt. `response_ids` are the sampled ids, with the end of sequence if it was sampled.
+
+    Of responses that were made elsewhere (responses.source) they are the tokenizer's ids of the text, with its end.
+    """
 
     prompt_id: int
     prompt: str
@@ -39,7 +42,7 @@ class Responses:
     response_ids: list[list[int]]
     responses: list[str]
     finish_reason: list[str]  # stop: an id that ends a response was sampled; length: cut at max_new_tokens
-    logprobs: list[float]  # log pi(y|x) at temperature 1, nats
+    logprobs: list[float]  # log pi(y|x) at temperature 1, nats; NaN of responses made elsewhere
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,41 @@ def respond(
     pod.meet("responses")
     speed = _over_all(pod.gathered("speed", speed), together)
     found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
+    stage.scalars("respond", _figures(found) | speed)
+    return found
+
+
+def given(rows: Sequence[Responses], follower: Follower, stage: Stage) -> list[Responses]:
+    """Responses that were made elsewhere, as this stage's shards: each process writes its own, and all are judged.
+
+    They are read back, in order, so that the stages after this one find what they find of sampled ones.
+    """
+    shards = Shards(stage, "responses", Responses, len(rows))
+    prompts = [Prompt(row.prompt, row.prompt_ids) for row in rows]
+    writer = _Writer(prompts, shards, follower, shards.own)
+    todo, total = writer.begin()
+    with stage.progress("given responses", total, "prompts", done=total - len(todo), minor=True) as advance:
+        for i in sorted(shards.own):
+            stage.metrics.poll()
+            shards.write(i, [rows[n] for n in shards.ranges[i]])
+            for n in shards.ranges[i]:
+                follower.take(n, rows[n])
+            advance(len(shards.ranges[i]), **follower.progress())
+    pod.meet("responses")
+    found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
+    stage.scalars("respond", _figures(found))
+    return found
+
+
+def _figures(found: Sequence[Responses]) -> dict[str, float]:
+    """Number, mean length and share of cut ones of all responses."""
     reasons = [reason for row in found for reason in row.finish_reason]
     lengths = [len(ids) for row in found for ids in row.response_ids]
-    facts = {
+    return {
         "responses": len(lengths),
         "mean_tokens": sum(lengths) / len(lengths),
         "truncated_share": reasons.count("length") / len(reasons),
     }
-    stage.scalars("respond", facts | speed)
-    return found
 
 
 def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:

@@ -48,13 +48,16 @@ def iterate(run: Session, t: int) -> None:
 
 
 def _played(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on, sampled and judged, and the held-out probe of the same policy."""
+    """The pairs to train on, sampled (or given) and judged, and the held-out probe of the same policy."""
     prompts = run.sets.train[t - 1]
     with Judging(stage, run.judge, run.config.judge, run.reading, len(prompts)) as judging:
         with run.devices.sampling(t - 1) as sampler:
             evaluate.respond(run, t - 1, sampler)
             # y_1 .. y_K ~ pi_t(.|x) for every prompt x; the judge compares some while others are sampled
-            responses = respond.respond(prompts, sampler, judging, stage)
+            if run.answered:  # by responses.source
+                responses = respond.given(run.answered[t - 1], judging, stage)
+            else:
+                responses = respond.respond(prompts, sampler, judging, stage)
             drawn = evaluate.draw_probe(run, t, sampler, judging.progress)
         with run.devices.judging():
             # P(y_i > y_j | x) of every ordered pair, and P(y_k > pi_t | x) ~ mean_j P(y_k > y_j | x)

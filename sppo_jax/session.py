@@ -13,7 +13,7 @@ from sppo_jax.files import exists
 from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
-from sppo_jax.records import Pair
+from sppo_jax.records import Pair, Prompt
 from sppo_jax.run import directory, manifest, pod
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
@@ -21,6 +21,7 @@ from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
 from sppo_jax.settings import checks, embedded
 from sppo_jax.text import chat_template, skipped
+from sppo_jax.text.answers import Answers
 from sppo_jax.training import effect
 from sppo_jax.training.trainer import Trainer
 
@@ -42,11 +43,12 @@ class Session:
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self.reading = judges.reading_of(config.judge, self.tokenizer)
-        self.sets = prompts.load(config, self.tokenizer)
+        self.sets = prompts.load(config, self.tokenizer, self._answers())
+        self.answered = self.sets.answers.rows(self.sets.train) if self.sets.answers else []
         self.given = self._given()
         self._check_prompts()
         self._try_judges()
-        lengths = [len(p.ids) for part in (*self.sets.train, self.sets.heldout) for p in part]
+        lengths = [len(p.ids) for p in self._sampled()]
         self.trainer = Trainer(config, self.architecture, self.mesh, self.compute_dtype)
         self.devices = Devices(
             config, run, self.source, self.architecture, self.mesh, self.compute_dtype, self.trainer,
@@ -62,12 +64,15 @@ class Session:
         for t, count in enumerate(most, 1):
             if not run.evaluation(t).exists():
                 effect.check(config.fit, count, t, at_most=not self.given)
-        inputs = manifest.digests(base, judge.identity, self.sets.heldout, self.sets.train, self.given)
+        inputs = manifest.digests(
+            base, judge.identity, self.sets.heldout, self.sets.train, self.given, self.answered
+        )
         self.provenance = manifest.Provenance(run, config, self.compute_dtype, inputs)
 
     def stage(self, t: int) -> Stage:
-        """Iteration t of the game: from the policy after iteration t - 1, and its prompts or given pairs."""
-        return self._stage(t, t - 1, f"pairs_{t}" if self.given else f"prompts_{t}")
+        """Iteration t of the game: from the policy after iteration t - 1, and its prompts, or given pairs or responses."""
+        kind = "pairs" if self.given else "responses" if self.answered else "prompts"
+        return self._stage(t, t - 1, f"{kind}_{t}")
 
     def heldout_stage(self, t: int, *, policy: int) -> Stage:
         """Held-out prompts in iteration t, by the policy after iteration `policy`."""
@@ -115,6 +120,17 @@ class Session:
             found.append(pairs)
         return found
 
+    def _answers(self) -> Answers | None:
+        """What reads the responses of responses.source; None where they are sampled."""
+        if not self.config.responses.source:
+            return None
+        return Answers(self.config, self.tokenizer, self.eos, self.architecture.max_positions)
+
+    def _sampled(self) -> list[Prompt]:
+        """All prompts to which responses are sampled: the held-out ones, and those to train on unless responses are given."""
+        parts = [self.sets.heldout] if self.answered else [*self.sets.train, self.sets.heldout]
+        return [prompt for part in parts for prompt in part]
+
     def _try_judges(self) -> None:
         """Try the judge and the oracle, unless nothing is left to judge: better now than after hours of sampling."""
         numbers = range(1, self.config.iterations + 1)
@@ -130,12 +146,13 @@ class Session:
     def _check_prompts(self) -> None:
         asked = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]
         given = [row for part in self.given for pair in part for row in (pair.prompt_ids, *pair.response_ids)]
+        given += [ids for part in self.answered for row in part for ids in row.response_ids]
         highest, vocab = max(map(max, asked + given)), self.architecture.vocab
         if highest >= vocab:
             raise BadInput(
                 f"{self.source.directory}: the tokenizer gives id {highest}, the model has {vocab} tokens"
             )
-        lengths = list(map(len, asked))
+        lengths = [len(prompt.ids) for prompt in self._sampled()]
         new, room = self.config.sampling.max_new_tokens, self.architecture.max_positions
         if max(lengths) + new > room:
             raise BadInput(

@@ -281,7 +281,6 @@ FLAGS = {
     "--fit.eta is not read by this command, which reads --judge.KEY, --prompts.column": ["--in=in.jsonl", "--out=o.jsonl", "--fit.eta=3"],
     "--judge.path is missing": ["--in=in.jsonl", "--out=o.jsonl"],
     "name that model with --template": ["--in=in.jsonl", "--out=o.jsonl", "--judge.path=embedded:pairrm", "--judge.prompt=chat"],
-    "--template is read with --judge.prompt chat only": ["--in=in.jsonl", "--out=o.jsonl", "--judge.path=embedded:pairrm", "--template=x"],
     "no column 'answers'; there are prompt, responses; .*responses.column": ["--in=in.jsonl", "--out=o.jsonl", "--judge.path=embedded:pairrm", "--responses.column=answers"],
     "did you mean '--in'": ["--inn=in.jsonl"],
 }  # fmt: skip

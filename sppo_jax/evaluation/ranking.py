@@ -41,7 +41,7 @@ where a line of answers.jsonl is {"prompt": "Who?", "responses": ["I", "You and 
   --out FILE.jsonl|FILE.parquet
       a new file
   --template DIR|OWNER/NAME
-      the model whose chat template --judge.prompt chat reads prompts in
+      the model whose tokenizer and chat template the judge's reading needs: for --judge.prompt chat
   --config FILE
       a configuration, of which only the knobs below are read"""
 
@@ -120,11 +120,9 @@ def parse(words: Sequence[str]) -> Request:
             "--judge.path is missing: name a PairRM, such as llm-blender/PairRM-hf, or a directory "
             f"({embedded.JUDGE} to take the toy's on purpose), or a judge of your own with --judge.backend module:attribute"
         )
-    if (config.judge.prompt == "chat") != ("--template" in given):
+    if config.judge.prompt == "chat" and "--template" not in given:
         raise BadInput(
             "--judge.prompt chat reads prompts in a model's chat template: name that model with --template DIR or OWNER/NAME"
-            if config.judge.prompt == "chat"
-            else "--template is read with --judge.prompt chat only; give that too, or leave --template out"
         )
     return Request(source, out, given.get("--template", ""), config)
 

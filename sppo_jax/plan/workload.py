@@ -67,12 +67,13 @@ def workload(config: Config, lengths: Lengths) -> Workload:
     prompt_G = drawn(rng, count, lengths.prompt, config.prompts.max_length)
     response_GR = drawn(rng, count * kept, lengths.response, s.max_new_tokens).reshape(count, kept)
     probed = min(config.eval.probe_prompts, config.eval.prompts)
-    played = 0 if config.pairs.source else p  # given pairs are neither sampled nor judged
+    judged = 0 if config.pairs.source else p  # given pairs are neither sampled nor judged
+    played = 0 if config.responses.source else judged  # given responses are judged alone
     responses = played * k + config.eval.prompts + probed * k
     return Workload(
         sampled_tokens=responses * float(response_GR.mean()),
         prompt_tokens=(played + config.eval.prompts + probed) * float(prompt_G.mean()),
-        ordered_pairs=(played + probed) * k * (k - 1) + 4 * config.eval.prompts,
+        ordered_pairs=(judged + probed) * k * (k - 1) + 4 * config.eval.prompts,
         pair_tokens=_read(config.judge, prompt_G, response_GR),
         trained_pairs=p,
         updates=math.ceil(p / config.fit.global_batch) * config.fit.epochs,

@@ -34,7 +34,15 @@ CITATION = f"""@misc{{wu2024sppo,
   primaryClass  = {{cs.LG}}
 }}"""
 HUB_NAME = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-PATHS = ("model.path", "judge.path", "judge.python", "prompts.source", "prompts.heldout", "pairs.source")
+PATHS = (
+    "model.path",
+    "judge.path",
+    "judge.python",
+    "prompts.source",
+    "prompts.heldout",
+    "pairs.source",
+    "responses.source",
+)
 NOT_RESULTS = ("out", "mesh.", "log.")  # knobs that change no result
 
 
@@ -53,6 +61,8 @@ def text(run: RunDir, t: int) -> str:
     how = (
         "It was fitted to given pairs of responses,"
         if config.pairs.source
+        else "A judge compares given responses to prompts, and the policy is fitted"
+        if config.responses.source
         else "The policy plays against itself: it responds to prompts, a judge compares its responses, and it is fitted"
     )
     parts = [
@@ -92,7 +102,7 @@ def _front(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if model_revision(manifest):
         front |= {"base_model": _hub_name(config.model.path), "base_model_relation": "finetune"}
-    scheme, _, name = (config.pairs.source or config.prompts.source).partition(":")
+    scheme, _, name = embedded.trained_on(config)[1].partition(":")
     name = re.split("[:@]", name)[0]  # without configuration and revision
     if scheme == "hf" and HUB_NAME.fullmatch(name) and not Path(name).exists():
         front["datasets"] = [name]
@@ -126,8 +136,9 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
 def _played(c: Config, kept: list[str]) -> list[tuple[str, str]]:
     top_p = "" if c.sampling.top_p == 1 else f", top-p {c.sampling.top_p:g}"
     return [
-        ("Prompts", _public(c.prompts.source) + (f" ({', '.join(kept)})" if kept else "")),
+        ("Prompts", _public(embedded.trained_on(c)[1]) + (f" ({', '.join(kept)})" if kept else "")),
         ("Responses per prompt (K)", f"{c.sampling.responses}"),
+        ("Responses", f"given, column {_text(c.responses.column)}") if c.responses.source else
         ("Sampling", f"temperature {c.sampling.temperature:g}{top_p}, at most {c.sampling.max_new_tokens} tokens"),
         ("Judge", f"{_judge(c)}, estimator {c.judge.estimator}"),
         ("Pairs", c.pairs.select),

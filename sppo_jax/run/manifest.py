@@ -15,7 +15,7 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.hub.repositories import TEMPLATES, TOKENIZER_FILES, Snapshot
 from sppo_jax.models import hf
-from sppo_jax.records import Pair, Prompt
+from sppo_jax.records import Pair, Prompt, Responses
 from sppo_jax.run import directory
 from sppo_jax.run.directory import BASE, RunDir
 
@@ -78,8 +78,12 @@ def digests(
     heldout: Sequence[Prompt],
     train: Sequence[Sequence[Prompt]],
     given: Sequence[Sequence[Pair]],
+    answered: Sequence[Sequence[Responses]] = (),
 ) -> dict[str, str]:
-    """sha256 of every input of a run by its name, as the manifest records it. `judge`: the judge's identity."""
+    """sha256 of every input of a run by its name, as the manifest records it.
+
+    `judge`: the judge's identity; `given`, `answered`: each iteration's pairs or responses that were made elsewhere.
+    """
 
     def texts(prompts: Sequence[Prompt]) -> str:
         return files.sha256_text("\0".join(prompt.text for prompt in prompts))
@@ -93,6 +97,7 @@ def digests(
         "prompts_heldout": texts(heldout),
         **{f"prompts_{t}": texts(prompts) for t, prompts in enumerate(train, 1)},
         **{f"pairs_{t}": records.digest(pairs) for t, pairs in enumerate(given, 1)},
+        **{f"responses_{t}": records.digest(rows) for t, rows in enumerate(answered, 1)},
     }
 
 
@@ -104,8 +109,11 @@ class Provenance:
         self.inputs = dict(inputs)
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
-        fixed = configuration.results(config)
+        knobs = configuration.flat(config)
+        fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
         fixed["model.compute_dtype"] = str(compute_dtype)  # "auto" resolved
+        later = configuration.LATER
+        fixed = {k: v for k, v in fixed.items() if k not in later or v != later[k]}
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def made_from(self, t: int, prompts: str) -> dict[str, str]:

@@ -24,6 +24,8 @@ def validate(config: Config) -> None:
     _check_loss(config)
     if config.pairs.source:
         _check_given_pairs(config)
+    if config.responses.source:
+        _check_given_responses(config)
     if isinstance(fit.baseline, float) and not 0 <= fit.baseline <= 1:
         raise BadInput(
             f"fit.baseline={fit.baseline} is a win rate: it must lie in [0, 1], or be log_partition"
@@ -98,6 +100,16 @@ def _check_given_pairs(config: Config) -> None:
             f"{source} names the same pairs for {config.iterations} iterations; put {{iteration}} in it, or set "
             "iterations to 1"
         )
+
+
+def _check_given_responses(config: Config) -> None:
+    """Raise BadInput for a second source to train on: the prompts are those of the responses."""
+    for key, other in (("pairs.source", config.pairs.source), ("prompts.source", config.prompts.source)):
+        if other:
+            raise BadInput(
+                f"responses.source={config.responses.source} holds prompts with their responses, and {key}={other} is a second "
+                "source to train on: leave one of them empty"
+            )
 
 
 def shorter(lengths: Sequence[int], new: int, room: int) -> str:

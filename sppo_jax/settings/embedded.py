@@ -19,7 +19,8 @@ NO_ORACLE = "--eval.oracle= (in a file oracle: '')"
 def resolve(config: Config) -> Config:
     """Return the configuration with judge.path, prompts.source and prompts.heldout filled in where they are empty.
 
-    prompts.heldout stays empty beside training prompts or pairs of the user's own, a share of which is then held out.
+    prompts.heldout stays empty beside training prompts, pairs or responses of the user's own, a share of which is then held
+    out, and prompts.source beside responses, which have prompts of their own.
     Raises BadInput, with all that has to be named, where the policy is the user's own. A judge or prompts that are not
     read, beside a judge.backend or pairs of the user's own, get the embedded names. Whether the embedded oracle knows the
     held-out prompts is seen when it is tried.
@@ -31,7 +32,7 @@ def resolve(config: Config) -> Config:
             f"embedded policy alone: give {' and '.join(missing)}"
         )
     policy = _is_embedded(config.model.path)
-    source = prompts.source or TRAINING
+    source = prompts.source or ("" if config.responses.source else TRAINING)
     # Beside pairs of the user's own for a policy of the user's own, the embedded training prompts are not read.
     embedded = _is_embedded(source) and (policy or not config.pairs.source)
     heldout = prompts.heldout or (HELD_OUT if embedded else "")
@@ -58,9 +59,8 @@ def notes(config: Config) -> list[str]:
     policy, prompts = config.model.path, config.prompts
     own = not _is_embedded(policy)
     read = {"prompts.heldout": prompts.heldout} if prompts.heldout else {}
-    read |= (
-        {"pairs.source": config.pairs.source} if config.pairs.source else {"prompts.source": prompts.source}
-    )
+    key, name = trained_on(config)
+    read |= {key: name}
     lines = []
     theirs = [f"{key}={name}" for key, name in read.items() if not _is_embedded(name)]
     if _has_pairrm(config) and _is_embedded(config.judge.path) and (own or theirs):
@@ -82,12 +82,21 @@ def notes(config: Config) -> list[str]:
     return [f"warning: {line}" for line in lines]
 
 
+def trained_on(config: Config) -> tuple[str, str]:
+    """Return the knob that names what is trained on, and its value: pairs, responses or prompts."""
+    if config.pairs.source:
+        return "pairs.source", config.pairs.source
+    if config.responses.source:
+        return "responses.source", config.responses.source
+    return "prompts.source", config.prompts.source
+
+
 def _missing(config: Config) -> list[str]:
     """Return the flags, with examples, that a policy of the user's own needs."""
     missing = []
     if _has_pairrm(config) and not config.judge.path:
         missing.append(f"--judge.path llm-blender/PairRM-hf ({JUDGE} to take the toy's on purpose)")
-    if not config.pairs.source and not config.prompts.source:
+    if not trained_on(config)[1]:
         missing.append("--prompts.source jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME")
     if missing and config.eval.oracle == ORACLE and not _is_embedded(_held_out(config)):
         missing.append(f"{NO_ORACLE}, since it knows the embedded prompts alone")
@@ -96,7 +105,7 @@ def _missing(config: Config) -> list[str]:
 
 def _held_out(config: Config) -> str:
     """Return the source of the held-out prompts, which the oracle judges."""
-    return config.prompts.heldout or config.pairs.source or config.prompts.source
+    return config.prompts.heldout or trained_on(config)[1]
 
 
 def _has_pairrm(config: Config) -> bool:

@@ -6,7 +6,7 @@ from sppo_jax.errors import BadInput
 PATHS = ("out", "model.path", "judge.path", "judge.python")
 NEEDED = {"out": "the run directory", "model.path": "a directory, a name on the hub, or embedded:policy"}
 # Their path follows a scheme, as jsonl:PATH.
-SOURCES = ("prompts.source", "prompts.heldout", "pairs.source")
+SOURCES = ("prompts.source", "prompts.heldout", "pairs.source", "responses.source")
 
 
 def expand(key: str, text: str) -> str:

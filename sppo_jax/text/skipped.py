@@ -39,6 +39,7 @@ ADVICE = {
     "begins_with_system": "put the user's message first",
     "begins_with_assistant": "put the user's message first",
     "unknown_role": "a message has role (user, assistant) and content, or from (human, gpt) and value",
+    "few_responses": "lower sampling.responses, or look at responses.column",
     "too_long": "raise prompts.max_length, or give shorter prompts",
     "bad_probability": "probabilities are numbers from 0 to 1",
 }
