@@ -130,7 +130,11 @@ class Prompts:
     heldout_split: str = knob(
         "test", "split of a tfds or hf source of held-out prompts; test_1+test_2 joins two"
     )
-    column: str = knob("prompt", "column that holds the instruction, or a conversation that begins with it")
+    column: str = knob("prompt", "column that holds the instruction, or a conversation")
+    turns: Literal["last", "first"] = knob(
+        "last",
+        "of a conversation, last: all of it up to the user's last turn; first: the user's first turn alone, if it begins with it",
+    )
     per_iteration: int = knob(128, "largest number of training prompts in each iteration", low=1)
     max_length: int = knob(
         512,
@@ -273,6 +277,7 @@ class Config:
 
 
 # Knobs that may differ between a run and its resumption: they move work about and leave results as they are.
+# What prompts.turns changes is the prompts, which are compared themselves.
 FREE_TO_CHANGE = (
     "out",
     "iterations",
@@ -282,6 +287,7 @@ FREE_TO_CHANGE = (
     "fit.checkpoint_every",
     "fit.remat",
     "model.attention",
+    "prompts.turns",
     "sampling.slots",
     "sampling.cache_tokens",
     "judge.python",

@@ -21,6 +21,7 @@ NOT_PLANNED = (
     "prompts.heldout",
     "prompts.split",
     "prompts.column",
+    "prompts.turns",
 )
 
 

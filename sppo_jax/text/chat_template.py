@@ -37,6 +37,10 @@ TODAY = "{{% macro strftime_now(format) %}}{{{{ format {} }}}}{{% endmacro %}}\n
 )
 
 
+class Refused(BadInput):
+    """A conversation whose roles, or their order, the chat template refuses."""
+
+
 def load_tokenizer(directory: Path) -> Any:
     """Return the `transformers` tokenizer of a Hugging Face directory.
 
@@ -119,13 +123,13 @@ def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Return the ids of a conversation up to the policy's turn, with the generation header and at most one BOS.
 
     A message that spells a control token ("</s>") stays text: its pieces are ordinary tokens. Without such spellings the
-    ids are those of the tokenizer's own apply_chat_template. Raises BadInput for roles, or an order of roles, that the
+    ids are those of the tokenizer's own apply_chat_template. Raises Refused for roles, or an order of roles, that the
     template refuses.
     """
     try:
         rendered = _render(tokenizer, messages, header=True)
     except Exception as error:  # of jinja, or raised by the template itself
-        raise BadInput(f"the chat template refuses this conversation: {one_line(error)[:SHOWN]}") from None
+        raise Refused(f"the chat template refuses this conversation: {one_line(error)[:SHOWN]}") from None
     return _encoder(tokenizer).encode(rendered)
 
 
