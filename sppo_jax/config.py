@@ -201,6 +201,11 @@ class Judge:
     prompt: Literal["raw", "chat"] = knob(
         "raw", "raw: the judge reads the instruction; chat: the instruction in its chat template"
     )
+    strip: Literal["auto", "think", "none"] = knob(
+        "auto",
+        "think: judges do not read <think>…</think> of responses and earlier turns; auto: think, if the policy's template "
+        "knows thoughts. Training keeps them",
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,7 @@ class Config:
 
 
 # Knobs that may differ between a run and its resumption: they move work about and leave results as they are.
-# What prompts.turns changes is the prompts, which are compared themselves.
+# What prompts.turns changes is compared itself, the prompts, and so is what judge.strip comes to with a template.
 FREE_TO_CHANGE = (
     "out",
     "iterations",
@@ -291,7 +296,10 @@ FREE_TO_CHANGE = (
     "sampling.slots",
     "sampling.cache_tokens",
     "judge.python",
+    "judge.strip",
 )
+# Knobs that runs were begun without, and the values with which such runs go on: these are in no digest.
+LATER: dict[str, Any] = {"judge.strip": "none"}
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
 from sppo_jax.settings import checks, embedded
-from sppo_jax.text import chat_template, skipped
+from sppo_jax.text import chat_template, skipped, thoughts
 from sppo_jax.training import effect
 from sppo_jax.training.trainer import Trainer
 
@@ -42,6 +42,7 @@ class Session:
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self.reading = judges.reading_of(config.judge, self.tokenizer)
+        self.oracle_reading = judges.reading_of(config.judge, self.tokenizer, own=True)
         self.sets = prompts.load(config, self.tokenizer)
         self.given = self._given()
         self._check_prompts()
@@ -63,7 +64,11 @@ class Session:
             if not run.evaluation(t).exists():
                 effect.check(config.fit, count, t, at_most=not self.given)
         inputs = manifest.digests(base, judge.identity, self.sets.heldout, self.sets.train, self.given)
-        self.provenance = manifest.Provenance(run, config, self.compute_dtype, inputs)
+        resolved = {
+            "model.compute_dtype": str(self.compute_dtype),
+            "judge.strip": thoughts.strips(config.judge.strip, self.tokenizer),
+        }
+        self.provenance = manifest.Provenance(run, config, resolved, inputs)
 
     def stage(self, t: int) -> Stage:
         """Iteration t of the game: from the policy after iteration t - 1, and its prompts or given pairs."""
@@ -125,7 +130,7 @@ class Session:
             self.judge, [self.reading(text, ())[0] for text in texts], self.config.sampling.responses
         )
         if self.oracle is not None:
-            judges.try_out(self.oracle, texts, 2)
+            judges.try_out(self.oracle, [self.oracle_reading(text, ())[0] for text in texts], 2)
 
     def _check_prompts(self) -> None:
         asked = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]
