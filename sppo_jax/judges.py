@@ -246,7 +246,7 @@ def reading_of(judge: configuration.Judge, tokenizer: Any, *, own: bool = False)
     strip = thoughts.strips(judge.strip, tokenizer) == "think"
     end, opened = thoughts.of_header(tokenizer) if strip else ("", False)
     if own or (judge.prompt == "raw" and judge.backend not in pairrm.BACKENDS):
-        read = reading.as_it_is
+        read: Reading = reading.as_it_is
     else:
         read = reading.rendered(tokenizer, without=end) if judge.prompt == "chat" else reading.joined
     return reading.answers_only(read, opened=opened) if strip else read

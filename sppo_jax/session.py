@@ -38,7 +38,7 @@ class Session:
         base = self.source.directory
         read = hf.stored_architecture(base, tell=metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
-        self.tokenizer = chat_template.load_tokenizer(base)
+        self.tokenizer = chat_template.load_tokenizer(base, config.model.template)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self.reading = judges.reading_of(config.judge, self.tokenizer)

@@ -22,6 +22,7 @@ NOT_PLANNED = (
     "prompts.split",
     "prompts.column",
     "prompts.turns",
+    "model.template",
     "judge.strip",
 )
 

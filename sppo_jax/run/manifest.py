@@ -106,8 +106,9 @@ class Provenance:
         self._policies = {BASE: self.inputs["base_weights"]}
         knobs = configuration.flat(config)
         fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        fixed.update(resolved)
         later = configuration.LATER
-        fixed = {k: v for k, v in (fixed | resolved).items() if k not in later or v != later[k]}
+        fixed = {k: v for k, v in fixed.items() if k not in later or v != later[k]}
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def made_from(self, t: int, prompts: str) -> dict[str, str]:
@@ -147,7 +148,7 @@ def write(
             "mesh": dict(mesh.shape),
         },
         "seed": config.seed,
-        "model": {"name": source.name, "revision": source.revision},
+        "model": {"name": source.name, "revision": source.revision, "template": dict(config.model.template)},
         "judge": {"sources": dict(judge_sources)},
         "sha256": dict(inputs),
         "prompts": prompts,
