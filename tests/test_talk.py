@@ -93,7 +93,11 @@ def chat(game):
 def test_T16_killed_and_started_again_the_game_has_the_same_bits(game, run, tmp_path, monkeypatch):
     kills = Kills(tmp_path, monkeypatch, game, "iter_1/*1*")  # the middle shards, and the first checkpoint
     found, expected = kill_points.contents(kills.play()), kill_points.contents(run.root)
-    assert len(kills.places) == 6
+    assert {path for path, _ in kills.places} >= {
+        "iter_1/responses/shard-00001-of-00003.parquet",
+        "iter_1/preferences/shard-00001-of-00003.parquet",
+        "iter_1/checkpoints/1",
+    }
     assert found == {path: data for path, data in expected.items() if path in found}
     assert len(found) == 13
 
