@@ -17,6 +17,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.records import Prompt
+from sppo_jax.settings import mapping
 from sppo_jax.text import chat_template
 from sppo_jax.text.messages import Message, written
 
@@ -59,7 +60,14 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
     flags.add_argument(
         "--seed", type=int, default=0, help="equal seeds give equal responses to equal input (default: 0)"
     )
+    flags.add_argument(
+        "--template",
+        default="",
+        metavar="{NAME: VALUE}",
+        help="options of the chat template, such as '{enable_thinking: false}' (model.template of the policy's run)",
+    )
     args = flags.read(words)
+    args.template = mapping.read(args.template, "--template")
     knobs = {knob.key: knob.range for knob in configuration.knobs()}
     for flag, value, key in (
         ("--temperature", args.temperature, "sampling.temperature"),
@@ -132,7 +140,7 @@ def _sampler(args: argparse.Namespace) -> "Sampler":
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory
     architecture = hf.stored_architecture(directory, tell=command.say)
-    tokenizer = chat_template.load_tokenizer(directory)
+    tokenizer = chat_template.load_tokenizer(directory, args.template)
     eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
     longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)
     if longest >= architecture.max_positions:

@@ -68,7 +68,10 @@ class Knob(NamedTuple):
 
 def knob(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its documentation and, by `bounds`, its Range; --help and configs/README.md show both."""
-    return field(default=default, metadata={"help": help, "range": Range(**bounds) if bounds else None})
+    metadata = {"help": help, "range": Range(**bounds) if bounds else None}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class Model:
     attention: Literal["auto", "xla", "splash", "cudnn", "blocked"] = knob(
         "auto",
         "attention kernel; auto: splash and ragged paged attention on TPUs, cuDNN on GPUs for models that it supports, blocked on CPUs",
+    )
+    template: dict[str, Any] = knob(  # noqa: RUF009  (each configuration has a new one)
+        {},
+        "options of the chat template, such as {enable_thinking: false}: names that it reads, with truths, numbers or texts",
     )
 
 
@@ -130,7 +137,11 @@ class Prompts:
     heldout_split: str = knob(
         "test", "split of a tfds or hf source of held-out prompts; test_1+test_2 joins two"
     )
-    column: str = knob("prompt", "column that holds the instruction, or a conversation that begins with it")
+    column: str = knob("prompt", "column that holds the instruction, or a conversation")
+    turns: Literal["last", "first"] = knob(
+        "last",
+        "of a conversation, last: all of it up to the user's last turn; first: the user's first turn alone, if it begins with it",
+    )
     per_iteration: int = knob(128, "largest number of training prompts in each iteration", low=1)
     max_length: int = knob(
         512,
@@ -196,6 +207,11 @@ class Judge:
     )
     prompt: Literal["raw", "chat"] = knob(
         "raw", "raw: the judge reads the instruction; chat: the instruction in its chat template"
+    )
+    strip: Literal["auto", "think", "none"] = knob(
+        "auto",
+        "think: judges do not read <think>…</think> of responses and earlier turns; auto: think, if the policy's template "
+        "knows thoughts. Training keeps them",
     )
 
 
@@ -288,6 +304,7 @@ class Config:
 
 
 # Knobs that may differ between a run and its resumption: they move work about and leave results as they are.
+# What prompts.turns changes is compared itself, the prompts, and so is what judge.strip comes to with a template.
 FREE_TO_CHANGE = (
     "out",
     "iterations",
@@ -297,12 +314,20 @@ FREE_TO_CHANGE = (
     "fit.checkpoint_every",
     "fit.remat",
     "model.attention",
+    "prompts.turns",
     "sampling.slots",
     "sampling.cache_tokens",
     "judge.python",
+    "judge.strip",
 )
 # Knobs that runs were begun without, and the values with which such runs go on: these are in no digest.
-LATER: dict[str, Any] = {"responses.source": "", "responses.split": "train", "responses.column": "responses"}
+LATER: dict[str, Any] = {
+    "judge.strip": "none",
+    "model.template": {},
+    "responses.source": "",
+    "responses.split": "train",
+    "responses.column": "responses",
+}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -320,7 +345,8 @@ def knobs() -> list[Knob]:
         section = dataclasses.is_dataclass(top.type)
         for f in dataclasses.fields(top.type) if section else (top,):  # type: ignore[arg-type]
             key = f"{top.name}.{f.name}" if section else f.name
-            found.append(Knob(key, type_name(f.type), f.default, f.metadata["help"], f.metadata["range"]))
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            found.append(Knob(key, type_name(f.type), default, f.metadata["help"], f.metadata["range"]))
     return found
 
 
@@ -335,10 +361,17 @@ def kinds() -> dict[str, Any]:
     return found
 
 
+def is_mapping(kind: Any) -> bool:
+    """Whether a knob of this type holds {name: value}."""
+    return get_origin(kind) is dict
+
+
 def type_name(kind: Any) -> str:
     """A field's type as documentation shows it: "int", "layer|attention", "float|log_partition"."""
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind))
+    if is_mapping(kind):
+        return "mapping"
     if get_args(kind):
         return "|".join(type_name(a) for a in get_args(kind))
     return getattr(kind, "__name__", str(kind))

@@ -21,7 +21,7 @@ from sppo_jax.records import Pair, prompt_id
 from sppo_jax.run import bucket
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import conversations, rows, skipped
-from sppo_jax.text.chat_template import chat_prompt, written_ids
+from sppo_jax.text.chat_template import Refused, chat_prompt, written_ids
 from sppo_jax.text.messages import with_response
 from sppo_jax.text.source import Source
 
@@ -36,9 +36,9 @@ def read(
     """Return iteration t's pairs from pairs.source, and counts of the pairs kept and of those skipped, by reason.
 
     The source holds responses as text only, so their ids come from the policy's tokenizer, with the end of turn.
-    Skipped: a conversation that is not one user turn and its response; a prompt that is repeated, held out (its id is
-    in `heldout`) or longer than prompts.max_length; a pair longer than the model's `positions`; a pair without
-    two different responses; a probability outside [0, 1]. Reference log-probs are NaN until stage 5 fills them in.
+    Skipped: a conversation that is not a prompt and its response; a prompt that is repeated, held out (its id is
+    in `heldout`), refused by the chat template or longer than prompts.max_length; a pair longer than the model's
+    `positions`; a pair without two different responses; a probability outside [0, 1]. Reference log-probs are NaN until stage 5 fills them in.
     Raises BadInput if the source cannot be read or leaves no pairs.
     """
 
@@ -63,7 +63,11 @@ def read(
         if identity in pairs or identity in heldout:
             counts["repeated" if identity in pairs else "in_heldout"] += 1
             continue
-        prompt = chat_prompt(tokenizer, text)
+        try:
+            prompt = chat_prompt(tokenizer, text)
+        except Refused:
+            counts["refused"] += 1
+            continue
         responses = [written_ids(tokenizer, response, eos) for response in (chosen, rejected)]
         if (
             len(prompt.ids) > config.prompts.max_length
@@ -153,7 +157,7 @@ def _no_pairs(source: Source, t: int, counts: Counter[str], config: Config, posi
         f"into the model's {positions} positions",
         "in_heldout": "name other prompts in prompts.heldout",
         "no_text": "both columns hold lists of messages",
-        "unknown_role": skipped.ADVICE["unknown_role"],
+        **{reason: skipped.ADVICE[reason] for reason in ("unknown_role", "refused")},
     }.get(skipped.commonest(counts), "docs/prompts.md describes the columns")
     where = " in 'chosen' or 'rejected'"
     return skipped.nothing(source, f"pairs for iteration {t}", counts, where=where, advice=advice)

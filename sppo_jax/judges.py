@@ -18,7 +18,7 @@ from sppo_jax.command import say
 from sppo_jax.errors import BadInput, Terminated, one_line
 from sppo_jax.records import Preferences, Responses
 from sppo_jax.run import pod
-from sppo_jax.text import reading
+from sppo_jax.text import reading, thoughts
 from sppo_jax.text.reading import Reading
 
 TRIAL = ("one", "another")  # responses on which a judge is tried
@@ -241,11 +241,15 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     return CheckedJudge(opened, f"judge.backend={judge.backend}")
 
 
-def reading_of(judge: configuration.Judge, tokenizer: Any) -> Reading:
-    """How the configured judge reads prompts and responses. `tokenizer`: the policy's, for judge.prompt=chat."""
-    if judge.prompt == "chat":
-        return reading.rendered(tokenizer)
-    return reading.joined if judge.backend in pairrm.BACKENDS else reading.as_it_is
+def reading_of(judge: configuration.Judge, tokenizer: Any, *, own: bool = False) -> Reading:
+    """How the configured judge reads prompts and responses; `own`: how the oracle does. `tokenizer`: the policy's."""
+    strip = thoughts.strips(judge.strip, tokenizer) == "think"
+    end, opened = thoughts.of_header(tokenizer) if strip else ("", False)
+    if own or (judge.prompt == "raw" and judge.backend not in pairrm.BACKENDS):
+        read: Reading = reading.as_it_is
+    else:
+        read = reading.rendered(tokenizer, without=end) if judge.prompt == "chat" else reading.joined
+    return reading.answers_only(read, opened=opened) if strip else read
 
 
 def from_attribute(key: str, name: str) -> CheckedJudge:

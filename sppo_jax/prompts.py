@@ -1,5 +1,6 @@
 """Stage 0: rows of a source become Prompts, a disjoint set per iteration and a held-out set apart from all."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.records import Prompt, prompt_id
 from sppo_jax.text import conversations, rows, skipped
 from sppo_jax.text.answers import Answers
-from sppo_jax.text.chat_template import chat_prompt
+from sppo_jax.text.chat_template import Refused, chat_prompt
 from sppo_jax.text.conversations import is_unicode
 from sppo_jax.text.source import PLACEHOLDER, Row, Source, shown_name
 
@@ -44,9 +45,10 @@ def load(config: Config, tokenizer: Any, answers: Answers | None = None) -> Prom
     """The prompts of all iterations. A prompt is in one set only: the first of held-out, iteration 1, 2, ... that has it.
 
     Without a source of held-out prompts a share of the prompts of iteration 1 (of the whole pool where there is one) is
-    held out. A row that is empty, not text, repeated, held out or over-long is skipped and counted, never cut. With
-    pairs.source nothing is sampled, and `train` is empty. With responses.source the prompts are its own, and `answers`
-    takes the responses to those that are trained on. Raises BadInput if a source cannot be read or leaves no prompts.
+    held out. A row that is empty, not text, repeated, held out, over-long or refused by the chat template is skipped and
+    counted, never cut. With pairs.source nothing is sampled, and `train` is empty. With responses.source the prompts are its
+    own, and `answers` takes the responses to those that are trained on. Raises BadInput if a source cannot be read or
+    leaves no prompts.
     """
     sets, seen = PromptSets([], [], answers=answers), dict[int, str]()
     if config.prompts.heldout:
@@ -147,9 +149,10 @@ def _hold_out(
         )
     order = sorted(texts, key=lambda text: files.sha256_text(str(prompt_id(text))))
     limit = min(config.eval.prompts, max(1, len(texts) // SHARE))
-    sets.heldout = _tokenised(order, config, tokenizer, "heldout", {"heldout": {}}, limit)
+    tried: Counts = {"heldout": {}}
+    sets.heldout = _tokenised(order, config, tokenizer, "heldout", tried, limit)
     if not sets.heldout:
-        raise _nothing(source, "held-out prompts", config, tokenizer, count | {"too_long": len(texts)}, texts)
+        raise _nothing(source, "held-out prompts", config, tokenizer, count | tried["heldout"], texts)
     number = len(sets.heldout)
     sets.heldout_ids = frozenset(prompt.prompt_id for prompt in sets.heldout)
     sets.counts["heldout"] = {f"held_out_of_{source.knob.replace('.', '_')}": number, "kept": number}
@@ -174,7 +177,7 @@ def _distinct(source: Source, config: Config, name: str, seen: dict[int, str], s
         text, more = ("", False) if isinstance(found, str) else found
         if isinstance(found, str):
             count[found] += 1
-        elif not text.strip():
+        elif conversations.any_empty(text):
             count["empty"] += 1
         elif not is_unicode(text):
             count["not_unicode"] += 1
@@ -195,8 +198,8 @@ def _distinct(source: Source, config: Config, name: str, seen: dict[int, str], s
 def _reader(source: Source, config: Config) -> tuple[list[str], Reader]:
     """The columns of a source in which the prompts are, and the function that finds a row's, or why there is none."""
     if source.knob != "pairs.source":
-        column = config.prompts.column
-        return [column], lambda row: conversations.instruction(row.get(column))
+        column, which = config.prompts.column, config.prompts.turns
+        return [column], lambda row: conversations.prompt(row.get(column), which)
 
     def of_pair(row: Row) -> tuple[str, bool] | str:
         found = conversations.pair(row.get("chosen"), row.get("rejected"))
@@ -214,7 +217,7 @@ def _tokenised(
     limit: int,
     answers: Answers | None = None,
 ) -> list[Prompt]:
-    """The first `limit` prompts that have at most prompts.max_length tokens, and with `answers` enough responses.
+    """The first `limit` prompts that the template takes, of at most prompts.max_length tokens, and with `answers` enough responses.
 
     The others before them are counted, by reason.
     """
@@ -226,7 +229,11 @@ def _tokenised(
         if len(text) > CHARACTERS_PER_TOKEN * config.prompts.max_length:
             found["too_long"] += 1
             continue
-        prompt = chat_prompt(tokenizer, text)
+        try:
+            prompt = chat_prompt(tokenizer, text)
+        except Refused:
+            found["refused"] += 1
+            continue
         if len(prompt.ids) > config.prompts.max_length:
             found["too_long"] += 1
         elif answers is None or answers.take(prompt, found):
@@ -249,13 +256,13 @@ def _nothing(
     if source.knob == "pairs.source":
         return skipped.nothing(source, what, count, where=" in 'chosen' or 'rejected'")
     if reason == "too_long":
-        shortest = len(chat_prompt(tokenizer, min(texts, key=len)).ids)
+        shortest = _shortest(texts, tokenizer)
         advice = f"raise prompts.max_length={config.prompts.max_length}: a short one has {shortest} tokens"
     elif reason in ("no_text", "not_only_text", "begins_with_system", "begins_with_assistant", "empty"):
         names = [shown_name(n) for n in rows.columns_of_text(source) if n != config.prompts.column]
         first = reason.startswith("begins_with")
-        advice = "put the user's message first" if first else "no other column holds text: look at its rows"
-        if names:
+        advice = skipped.ADVICE[reason] if first else "no other column holds text: look at its rows"
+        if names and reason != "begins_with_system":
             advice = f"set prompts.column to a column that holds text: {', '.join(names)}"
     elif reason == "few_responses":
         advice = f"lower sampling.responses={config.sampling.responses}, or set responses.column to a list of responses"
@@ -263,6 +270,14 @@ def _nothing(
         advice = "name other prompts in prompts.heldout, or leave it empty to hold out a share of these"
     elif reason in ("not_json", "not_object"):
         advice = f'write one object per line, such as {{"{config.prompts.column}": "..."}}'
-    elif reason == "unknown_role":
+    elif reason in ("unknown_role", "no_user", "refused"):
         advice = skipped.ADVICE[reason]
     return skipped.nothing(source, what, count, where=_where(config), advice=advice)
+
+
+def _shortest(texts: Sequence[str], tokenizer: Any) -> int:
+    """The number of tokens of the shortest text that the chat template takes."""
+    for text in sorted(texts, key=len):
+        with contextlib.suppress(Refused):
+            return len(chat_prompt(tokenizer, text).ids)
+    return 0

@@ -20,7 +20,7 @@ from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler
 from sppo_jax.settings import checks, embedded
-from sppo_jax.text import chat_template, skipped
+from sppo_jax.text import chat_template, skipped, thoughts
 from sppo_jax.text.answers import Answers
 from sppo_jax.training import effect
 from sppo_jax.training.trainer import Trainer
@@ -39,10 +39,11 @@ class Session:
         base = self.source.directory
         read = hf.stored_architecture(base, tell=metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
-        self.tokenizer = chat_template.load_tokenizer(base)
+        self.tokenizer = chat_template.load_tokenizer(base, config.model.template)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
         self.compute_dtype = sharding.compute_dtype(config.model.compute_dtype, self.mesh)
         self.reading = judges.reading_of(config.judge, self.tokenizer)
+        self.oracle_reading = judges.reading_of(config.judge, self.tokenizer, own=True)
         self.sets = prompts.load(config, self.tokenizer, self._answers())
         self.answered = self.sets.answers.rows(self.sets.train) if self.sets.answers else []
         self.given = self._given()
@@ -67,7 +68,11 @@ class Session:
         inputs = manifest.digests(
             base, judge.identity, self.sets.heldout, self.sets.train, self.given, self.answered
         )
-        self.provenance = manifest.Provenance(run, config, self.compute_dtype, inputs)
+        resolved = {
+            "model.compute_dtype": str(self.compute_dtype),
+            "judge.strip": thoughts.strips(config.judge.strip, self.tokenizer),
+        }
+        self.provenance = manifest.Provenance(run, config, resolved, inputs)
 
     def stage(self, t: int) -> Stage:
         """Iteration t of the game: from the policy after iteration t - 1, and its prompts, or given pairs or responses."""
@@ -141,7 +146,7 @@ class Session:
             self.judge, [self.reading(text, ())[0] for text in texts], self.config.sampling.responses
         )
         if self.oracle is not None:
-            judges.try_out(self.oracle, texts, 2)
+            judges.try_out(self.oracle, [self.oracle_reading(text, ())[0] for text in texts], 2)
 
     def _check_prompts(self) -> None:
         asked = [p.ids for part in (*self.sets.train, self.sets.heldout) for p in part]

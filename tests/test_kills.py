@@ -1,5 +1,6 @@
 """Killed before and after each rename, and started again each time: the same bits."""
 
+import fnmatch
 import shutil
 import threading
 
@@ -35,8 +36,9 @@ class Killed(BaseException):
 class Kills:
     """Plays games that are killed at each place that was not met before; what lay on disk then is copied, and goes on."""
 
-    def __init__(self, parent, patch):
-        self._parent, self.places = parent, []
+    def __init__(self, parent, patch, command=words, at="*"):
+        """`command`: from OUT to the game's command line; `at`: the paths at which games are killed."""
+        self._parent, self._command, self._paths, self.places = parent, command, at, []
         self._killed = threading.Event()
         patch.setattr(files, "append", self._append(files.append))
 
@@ -47,7 +49,7 @@ class Kills:
             self._out, self._killed = out, threading.Event()
             end = kill_points.watch(out, self._at)
             try:
-                main.main(words(out))
+                main.main(self._command(out))
             except Killed:
                 pass
             finally:
@@ -61,7 +63,8 @@ class Kills:
         return self._parent / str(len(self.places))
 
     def _at(self, path, when):
-        if (path, when) not in self.places and not self._killed.is_set():
+        new = (path, when) not in self.places and fnmatch.fnmatch(path, self._paths)
+        if new and not self._killed.is_set():
             self.places.append((path, when))
             kill_points.copy(self._out, self._next())
             self._killed.set()

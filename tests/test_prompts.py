@@ -13,6 +13,7 @@ from sppo_jax.config import Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.records import prompt_id
 from sppo_jax.text import chat_template
+from sppo_jax.text.messages import written
 
 HELDOUT = ["Where can I find the fox?", "What is the opposite of hot?"]
 
@@ -196,15 +197,59 @@ def test_the_held_out_set_is_one_for_all_iterations(tokenizer, knob):
         prompts.load(settings, tokenizer)
 
 
-def test_of_a_conversation_the_users_first_message_is_the_prompt(tmp_path, tokenizer):
-    user, assistant, system = ({"role": r, "content": r + "!"} for r in ("user", "assistant", "system"))
-    more = {"role": "user", "content": "And then?"}
-    rows = [[user, assistant, more], [assistant], [system, user], [], [[user]], "as it is", ["user"]]
-    found = load(tmp_path, tokenizer, [{"prompt": row} for row in rows], iterations=1)
+ROLES = {role: {"role": role, "content": f"{role}!"} for role in ("user", "assistant", "system")}
+USER, REPLY, SYSTEM = ROLES["user"], ROLES["assistant"], ROLES["system"]
+MORE = {"role": "user", "content": "And then?"}
+TALKS = [
+    [USER, REPLY, MORE],
+    [USER, REPLY, MORE, REPLY],
+    [REPLY],
+    [SYSTEM, USER],
+    [],
+    [[USER]],
+    "as it is",
+    ["user"],
+]
+TALKS += [[USER, MORE], [USER, {**REPLY, "content": " "}, MORE], [USER, {**REPLY, "content": "\ud800"}, MORE]]
+
+
+def test_a_conversation_is_a_prompt_up_to_the_users_last_turn(tmp_path, tokenizer):
+    """The embedded policy's template takes no system message."""
+    found = load(tmp_path, tokenizer, [{"prompt": talk} for talk in TALKS], iterations=1)
+    whole = written([USER, REPLY, MORE])
+    assert {p.text for p in found.train[0]} == {whole, written([USER, MORE]), "as it is"}
+    assert next(p.ids for p in found.train[0] if p.text == whole) == chat_template.conversation(
+        tokenizer, [USER, REPLY, MORE]
+    )
+    assert found.counts["train"] == {
+        "rows": 11, "repeated": 1, "no_text": 3, "begins_with_assistant": 1, "empty": 1, "not_unicode": 1, "refused": 1,
+        "kept": 3,
+    }  # fmt: skip
+    (note,) = found.notes
+    assert "1 has roles that the policy's chat template refuses" in note
+
+
+def test_of_a_conversation_the_users_first_message_is_the_prompt_where_that_is_asked(tmp_path, tokenizer):
+    found = load(tmp_path, tokenizer, [{"prompt": talk} for talk in TALKS], iterations=1, turns="first")
     assert {p.text for p in found.train[0]} == {"user!", "as it is"}
     assert found.counts["train"] == {
-        "rows": 7, "no_text": 3, "begins_with_assistant": 1, "begins_with_system": 1, "more_turns": 1, "kept": 2,
+        "rows": 11, "no_text": 3, "begins_with_assistant": 1, "begins_with_system": 1, "more_turns": 1, "repeated": 4,
+        "kept": 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("heldout", ["", "own"])
+def test_conversations_that_the_template_refuses_are_said_where_nothing_else_is_left(
+    tmp_path, tokenizer, heldout
+):
+    write(tmp_path / "bad.jsonl", [{"prompt": [SYSTEM, {**USER, "content": str(i)}]} for i in range(4)])
+    write(tmp_path / "good.jsonl", texts(2))
+    words = [f"--prompts.source=jsonl:{tmp_path}/bad.jsonl", "--iterations=1"]
+    words += [f"--prompts.heldout=jsonl:{tmp_path}/good.jsonl"] if heldout else []
+    with pytest.raises(
+        BadInput, match=r"of 4 rows 4 have roles that .* \(refused\); Gemma's takes no system"
+    ):
+        prompts.load(config_file.load([], words), tokenizer)
 
 
 def test_held_out_texts_beyond_those_that_are_asked_stay_held_out(tmp_path, tokenizer):
@@ -247,8 +292,8 @@ NOTHING = {
         "of 3 rows 3 have no text in column 'prompt' (no_text); set prompts.column to a column that holds text: q, chat",
     ),
     "system messages": (
-        [{"prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]}], [],
-        "of 1 row 1 has a system message first, which is not supported (begins_with_system); put the user's message first",
+        [{"prompt": [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]}], ["--prompts.turns=first"],
+        "of 1 row 1 has a system message first, which prompts.turns=first does not take (begins_with_system); set prompts.turns to",
     ),
     "over-long prompts": (
         [{"prompt": "fox " * 40}] * 2, ["--prompts.max_length=30"],
@@ -316,7 +361,9 @@ def test_conversations_that_go_on_are_counted_and_said(tmp_path, tokenizer):
     talk = [
         {"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Hello."), ("user", "And?"))
     ]
-    found = load(tmp_path, tokenizer, [{"prompt": talk}, {"prompt": talk[:2]}, *texts(2)], iterations=1)
+    rows = [{"prompt": talk}, {"prompt": talk[:2]}, *texts(2)]
+    assert load(tmp_path, tokenizer, rows, iterations=1).notes == []
+    found = load(tmp_path, tokenizer, rows, iterations=1, turns="first")
     assert found.counts["train"] == {"rows": 4, "more_turns": 1, "repeated": 1, "kept": 3}
     (note,) = found.notes
     assert "1 of the prompts begin conversations with more turns of the user" in note

@@ -1,5 +1,7 @@
 """The report is written again from whatever is whole; the rest is named, and shown as `-`."""
 
+import dataclasses
+import html
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.records import Responses
 from sppo_jax.report import model_card, page
 from sppo_jax.run import evaluations, metrics
+from sppo_jax.text.messages import written
 from tests.run_directory import JUDGED, MOVED, RATE, begun, evaluated, lines, measured, responses
 
 
@@ -202,6 +205,23 @@ def test_responses_that_cannot_be_shown_beside_each_other_are_left_out(run, rows
     (note,) = notes(run)
     assert said in note
     assert "before 3" not in run.report.read_text()
+
+
+def test_a_prompt_of_several_messages_is_shown_role_by_role(run):
+    talk = [
+        {"role": "system", "content": "Be <b>brief</b>."},
+        {"role": "user", "content": 'One "a"?'},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two\n?"},
+    ]
+    rows = [dataclasses.replace(row, prompt=written(talk)) for row in responses("after", prompts=6)]
+    for t in (0, 1):
+        records.write(run.heldout(t, "responses"), Responses, rows, {})
+    page.write(run)
+    text = run.report.read_text()
+    assert "&#34;role&#34;" not in text
+    shown = html.unescape(re.sub(r"<[^>]*>", "|", re.search(r"<tr><td>(<b class.*?)</td>", text, re.S)[1]))
+    assert shown == '|system|Be <b>brief</b>.||user|One "a"?||assistant|1||user|Two\n?'
 
 
 def test_text_of_a_run_is_never_markup_or_a_template(tmp_path):

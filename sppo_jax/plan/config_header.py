@@ -21,6 +21,9 @@ NOT_PLANNED = (
     "prompts.heldout",
     "prompts.split",
     "prompts.column",
+    "prompts.turns",
+    "model.template",
+    "judge.strip",
 )
 
 

@@ -5,6 +5,7 @@ to their last component.
 """
 
 import html
+import json
 import re
 import shlex
 from pathlib import Path, PurePath
@@ -22,7 +23,7 @@ from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Evaluation
 from sppo_jax.run.manifest import model_revision
-from sppo_jax.settings import embedded
+from sppo_jax.settings import embedded, mapping
 
 PAPER = "Self-Play Preference Optimization for Language Model Alignment"
 CITATION = f"""@misc{{wu2024sppo,
@@ -74,7 +75,7 @@ def text(run: RunDir, t: int) -> str:
         "## Win rates\n\n" + _win_rates(run, t, manifest),
         "## How it was made\n\n" + _table(_facts(config, manifest, t)),
         f"To make it again:\n\n```sh\n{_command(config)}\n```",
-        f"## Use\n\n```python\n{USE}\n```",
+        f"## Use\n\n{_use(config.model.template)}",
         f"## Limits\n\n{LIMITS}",
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -92,6 +93,20 @@ inputs = tokenizer.apply_chat_template(
 )
 outputs = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def _use(options: dict[str, Any]) -> str:
+    """How to load the policy, with the options of the chat template that it was trained with."""
+    more = f", **{options!r}" if options else ""
+    code = USE.replace("add_generation_prompt=True,", f"add_generation_prompt=True{more},")
+    if not options:
+        return f"```python\n{code}\n```"
+    return (
+        "It was trained with options of its chat template, which are not in its tokenizer's files: give them in every "
+        f"rendering.\n\n```python\n{code}\n```\n\nIn vLLM they are `chat_template_kwargs`, of a request (`extra_body`) or of "
+        f"`LLM.chat`:\n\n```json\n{json.dumps({'chat_template_kwargs': options}, ensure_ascii=False)}\n```"
+    )
+
 
 LIMITS = """It was trained towards what one judge prefers and measured by that preference alone: nobody has evaluated its
 safety, its facts or its biases, and the licence and the limits of its base apply to it."""
@@ -121,6 +136,7 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
     return [
         ("Base model", _base(config, manifest)),
         ("Base weights, sha256", weights),
+        *([("Chat template's options", mapping.written(c.model.template))] if c.model.template else []),
         ("Iterations", f"{t}"),
         *(_given(c, kept) if c.pairs.source else _played(c, kept)),
         ("Loss", f"{c.fit.loss}, eta {c.fit.eta:g}, baseline {baseline}"),
@@ -195,7 +211,8 @@ def _command(config: Config) -> str:
     words = ["python -m sppo_jax.main"]
     for key, value in chosen.items():
         if value != plain[key] and key not in unnamed and not key.startswith(NOT_RESULTS):
-            shown = _public(str(value)) if value and key in PATHS else str(value)
+            shown = mapping.written(value) if isinstance(value, dict) else str(value)
+            shown = _public(shown) if value and key in PATHS else shown
             between = "=" if shown.startswith("--") else " "  # as a word of its own it would be a flag
             words.append(f"--{key}{between}{shlex.quote(_printable(shown))}")
     return " \\\n  ".join(words)

@@ -19,6 +19,7 @@ from sppo_jax.run import bucket, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Evaluation, Rate, Tell
+from sppo_jax.text.messages import messages_of
 
 SAMPLES = 12  # held-out prompts whose responses are shown
 LARGE = 1e6  # from here on figures are shown with an exponent
@@ -152,8 +153,8 @@ def _text_of(path: Path, tell: Tell) -> str:
     return _printable(text)
 
 
-def _samples(run: RunDir, last: int, tell: Tell) -> list[dict[str, str]]:
-    """Prompts with the first responses of the base and of the last policy; none, with a line to `tell`, without the files."""
+def _samples(run: RunDir, last: int, tell: Tell) -> list[dict[str, Any]]:
+    """Prompts, as lists of messages, with the first responses of the base and of the last policy; none, with a line to `tell`, without the files."""
     before, after = (_responses(run, t, tell) for t in (BASE, last))
     if not before or not after:
         return []
@@ -164,7 +165,7 @@ def _samples(run: RunDir, last: int, tell: Tell) -> list[dict[str, str]]:
     chosen = list(zip(before, after, strict=True))[::step][:SAMPLES]
     return [
         {
-            "prompt": _printable(b.prompt),
+            "prompt": [m | {"content": _printable(m["content"])} for m in messages_of(b.prompt)],
             "before": _printable(b.responses[0]),
             "after": _printable(a.responses[0]),
         }

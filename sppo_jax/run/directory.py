@@ -23,6 +23,7 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.run import bucket, pod
+from sppo_jax.settings import mapping
 
 LOCK = ".lock"
 FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
@@ -219,7 +220,7 @@ def _check(run: RunDir, config: Config) -> None:
 
 def _shown(value: object) -> str:
     """Return a value as a line shows it: an empty text in quotes."""
-    return str(value) or "''"
+    return mapping.written(value) if isinstance(value, dict) else str(value) or "''"
 
 
 @contextlib.contextmanager

@@ -104,14 +104,14 @@ def digests(
 class Provenance:
     """The inputs of each file of a run: `made_from` picks them from the digests of the run's inputs."""
 
-    def __init__(self, run: RunDir, config: Config, compute_dtype: Any, inputs: Mapping[str, str]):
-        """`inputs`: the result of `digests`."""
+    def __init__(self, run: RunDir, config: Config, resolved: Mapping[str, str], inputs: Mapping[str, str]):
+        """`resolved`: what knobs at "auto" come to; `inputs`: the result of `digests`."""
         self.inputs = dict(inputs)
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
         knobs = configuration.flat(config)
         fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
-        fixed["model.compute_dtype"] = str(compute_dtype)  # "auto" resolved
+        fixed.update(resolved)
         later = configuration.LATER
         fixed = {k: v for k, v in fixed.items() if k not in later or v != later[k]}
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
@@ -153,7 +153,7 @@ def write(
             "mesh": dict(mesh.shape),
         },
         "seed": config.seed,
-        "model": {"name": source.name, "revision": source.revision},
+        "model": {"name": source.name, "revision": source.revision, "template": dict(config.model.template)},
         "judge": {"sources": dict(judge_sources)},
         "sha256": dict(inputs),
         "prompts": prompts,

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from sppo_jax.config import Config, kinds
+from sppo_jax.config import Config, is_mapping, kinds
 from sppo_jax.errors import BadInput
+from sppo_jax.settings import mapping
 
 # Digits in groups of three, such as 1_000, are the one other way to write a number.
 GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:_[0-9]{3})+(?![0-9_])")
@@ -44,6 +45,9 @@ def value(key: str, given: Text) -> Any:
             raise BadInput(f"{given.of(key)} needs a text, found nothing; the empty text is ''")
         _check_characters(key, given)
         return text
+    if is_mapping(kind):
+        _check_characters(key, given)
+        return mapping.read(text, given.of(key))
     text = text.strip()
     options = get_args(kind) if get_origin(kind) is not Literal else (kind,)
     choices = tuple(str(c) for option in options for c in get_args(option))

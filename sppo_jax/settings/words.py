@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from sppo_jax.config import kinds
+from sppo_jax.config import is_mapping, kinds
 from sppo_jax.errors import BadInput
 from sppo_jax.settings.values import unknown
 
@@ -55,6 +55,11 @@ def _check_override(flag: str, word: str, flags: Iterable[str]) -> None:
     key = flag.removeprefix("--")
     if key in knobs:
         return
+    above, _, name = key.rpartition(".")
+    if above in knobs and is_mapping(knobs[above]):
+        raise BadInput(
+            f"{flag} is a name in a mapping: write --{above} '{{{name}: VALUE}}', with all its names"
+        )
     if keys := [k for k in knobs if k.startswith(f"{key}.")]:
         names = ", ".join(k.split(".")[1] for k in keys)
         raise BadInput(f"{flag} is a section: write --{keys[0]} VALUE; its keys are {names}")

@@ -10,26 +10,14 @@ from typing import Any
 import yaml
 
 from sppo_jax import files
-from sppo_jax.config import kinds
+from sppo_jax.config import is_mapping, kinds
 from sppo_jax.errors import BadInput, one_line
+from sppo_jax.settings.mapping import Loader
 from sppo_jax.settings.values import NULL, Text, unknown
 
 MOST_BYTES = (
     1 << 18
 )  # of a file; ours have two thousand, and a model's weights given by mistake are refused at once
-
-
-class _Loader(yaml.SafeLoader):
-    """Composes nodes, and refuses tags, which would give a value another type than a person reads."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if tag := getattr(event, "tag", None):
-            tag = tag.replace("tag:yaml.org,2002:", "!!")
-            raise yaml.MarkedYAMLError(
-                problem=f"the tag {tag} is not read; write a plain value", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
 
 
 def read(path: Path) -> dict[str, Text]:
@@ -58,7 +46,7 @@ def _compose(path: Path) -> Any:
     """Return the root of a file's one document; None for an empty file."""
     text = files.decode(_bytes(path), path)
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=Loader)
     except RecursionError:
         raise BadInput(f"--config {path}: not a configuration: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -125,6 +113,9 @@ def _unknown(key: str, section: str) -> str:
 
 
 def _text(key: str, where: str, node: Any) -> Text:
+    if isinstance(node, yaml.MappingNode) and is_mapping(kinds()[key]):
+        start, end = node.start_mark, node.end_mark  # its first line begins in the column of the others
+        return Text(" " * start.column + str(start.buffer)[start.pointer : end.pointer], where)
     if not isinstance(node, yaml.ScalarNode):
         raise BadInput(f"{where}: {key} needs one value, found {_found(node)}")
     block = node.style in ("|", ">")  # ends with a line break, which nobody means

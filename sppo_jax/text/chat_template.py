@@ -5,14 +5,14 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sppo_jax.errors import BadInput, one_line
 from sppo_jax.files import is_file, read_json
 from sppo_jax.records import Prompt
-from sppo_jax.text import place
+from sppo_jax.text import place, template_options
 from sppo_jax.text.messages import Message, messages_of
 
 # A user's message, which every template must render, and a response, which most templates render.
@@ -37,11 +37,15 @@ TODAY = "{{% macro strftime_now(format) %}}{{{{ format {} }}}}{{% endmacro %}}\n
 )
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Return the `transformers` tokenizer of a Hugging Face directory.
+class Refused(BadInput):
+    """A conversation whose roles, or their order, the chat template refuses."""
+
+
+def load_tokenizer(directory: Path, options: Mapping[str, Any] | None = None) -> Any:
+    """Return the `transformers` tokenizer of a Hugging Face directory, whose template has these options in every rendering.
 
     Raises BadInput without a fast tokenizer, without a chat template that shows the user's message and writes a generation
-    header, and for a tokenizer whose model would turn text into a control token.
+    header, for an option that it never reads, and for a tokenizer whose model would turn text into a control token.
     """
     from transformers import AutoTokenizer  # here, because it takes a second to import
 
@@ -63,6 +67,8 @@ def load_tokenizer(directory: Path) -> Any:
     if not tokenizer.is_fast:
         raise BadInput(f"{directory}: needs tokenizer.json (a fast tokenizer)")
     _check_named(directory, tokenizer)
+    if options:
+        template_options.apply(tokenizer, options, str(directory))
     try:
         shown = chat_text(tokenizer, PROBE)
     except Exception as error:  # of jinja, or raised by the template itself
@@ -119,13 +125,13 @@ def conversation(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Return the ids of a conversation up to the policy's turn, with the generation header and at most one BOS.
 
     A message that spells a control token ("</s>") stays text: its pieces are ordinary tokens. Without such spellings the
-    ids are those of the tokenizer's own apply_chat_template. Raises BadInput for roles, or an order of roles, that the
+    ids are those of the tokenizer's own apply_chat_template. Raises Refused for roles, or an order of roles, that the
     template refuses.
     """
     try:
         rendered = _render(tokenizer, messages, header=True)
     except Exception as error:  # of jinja, or raised by the template itself
-        raise BadInput(f"the chat template refuses this conversation: {one_line(error)[:SHOWN]}") from None
+        raise Refused(f"the chat template refuses this conversation: {one_line(error)[:SHOWN]}") from None
     return _encoder(tokenizer).encode(rendered)
 
 

@@ -8,8 +8,12 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from sppo_jax.text.messages import ROLES as KNOWN
+from sppo_jax.text.messages import messages_of, written
+
+Which = Literal["last", "first"]  # of the user's turns: the one that a prompt ends with
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
 WRITTEN_KEYS = (("role", "content"), ("from", "value"))  # of messages in a text
@@ -22,7 +26,6 @@ ROLES = {
     "model": "assistant",
     "developer": "system",
 }
-KNOWN = ("user", "assistant", "system")
 LONGEST = 1_000_000  # characters of a text that is tried as a written conversation
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's parts that are text
 # What the templates of chats put around turns, in texts of one piece.
@@ -64,49 +67,72 @@ def turns(value: Any) -> list[Turn] | None:
     return [Turn(_role(message), *_content(_first(message, TEXT_KEYS))) for message in messages]
 
 
-def instruction(value: Any) -> tuple[str, bool] | str:
+def prompt(value: Any, which: Which = "last") -> tuple[str, bool] | str:
     """Return the prompt in a column's value, and whether the user says more later, which is left out; or a reason.
 
-    The value is the text itself, or a conversation that begins with the user's message. The reason, for which the row
-    is skipped, is the name of a count.
+    The value is the text itself, or a conversation. `which`: "last", all of it up to the user's last turn, system messages
+    included; "first", the user's first turn alone, where the conversation begins with it. The prompt is one text, as
+    `messages.written` writes it. The reason, for which the row is skipped, is the name of a count.
     """
     found = turns(value)
     if not found:
-        return (value, False) if isinstance(value, str) else "no_text"
-    first, *later = found
-    if first.role in ("system", "assistant"):
-        return f"begins_with_{first.role}"
-    if first.role != "user":
-        return "unknown_role"
-    return first.reason if first.text is None else (first.text, any(turn.role == "user" for turn in later))
+        return (_written_prompt([Turn("user", value)]), False) if isinstance(value, str) else "no_text"
+    asked = [i for i, turn in enumerate(found) if turn.role == "user"]
+    if which == "first":
+        used = found[:1]
+        if used[0].role == "system":
+            return "begins_with_system"
+    else:
+        used = found[: asked[-1] + 1] if asked else found
+    roles = [turn.role for turn in used]
+    if reason := _out_of_place(roles):
+        return reason
+    if reasons := [turn.reason for turn in used if turn.text is None]:
+        return reasons[0]
+    return _written_prompt(used), asked[-1] >= len(used)
 
 
 def pair(chosen: Any, rejected: Any) -> tuple[str, str, str] | str:
-    """Return (prompt, chosen, rejected) of the two conversations of a pair, or the reason for skipping it."""
+    """Return (prompt, chosen, rejected) of the two conversations of a pair, or the reason for skipping it.
+
+    They are the same but for their last turn, which is a response. What is before it is the prompt, one text as
+    `messages.written` writes it.
+    """
     found = [turns(value) for value in (chosen, rejected)]
     if any(conversation is None for conversation in found):
         return "no_text"
     conversations = [conversation or [] for conversation in found]
-    if any(turn.role not in KNOWN for turns in conversations for turn in turns[:2]):
+    if any(turn.role not in KNOWN for turns in conversations for turn in turns):
         return "unknown_role"
-    if reasons := [turn.reason for turns in conversations for turn in turns[:2] if turn.text is None]:
+    if reasons := [turn.reason for turns in conversations for turn in turns if turn.text is None]:
         return reasons[0]
-    if any([turn.role for turn in turns] != ["user", "assistant"] for turns in conversations):
+    if any(not _answers([turn.role for turn in turns]) for turns in conversations):
         return "other_turns"
-    (text, better), (other, worse) = ([str(turn.text) for turn in turns] for turns in conversations)
-    if text != other:
+    (*before, better), (*other, worse) = conversations
+    if before != other:
         return "other_prompt"
-    if not text.strip():
+    text, responses = _written_prompt(before), (str(better.text), str(worse.text))
+    if any_empty(text):
         return "empty"
-    if not better.strip():
+    if not responses[0].strip():
         return "empty_chosen"
-    if better == worse:
+    if responses[0] == responses[1]:
         return "identical"
-    return (text, better, worse) if all(map(is_unicode, (text, better, worse))) else "not_unicode"
+    return (text, *responses) if all(map(is_unicode, (text, *responses))) else "not_unicode"
+
+
+def any_empty(text: str) -> bool:
+    """Return whether a message of a prompt is white space alone."""
+    return not all(message["content"].strip() for message in messages_of(text))
 
 
 def has_markers(text: str) -> bool:
-    """Return whether a text is probably a whole conversation: by a chat template's markers, or keys of messages."""
+    """Return whether a message of a prompt is probably a whole conversation itself, by what it spells."""
+    return any(_has_markers(message["content"]) for message in messages_of(text))
+
+
+def _has_markers(text: str) -> bool:
+    """Return whether a text has a chat template's markers in it, or keys of messages."""
     if any(marker in text for marker in MARKERS):
         return True
     if text.lstrip().startswith(("{", "[", "array(")) and any(
@@ -124,6 +150,25 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _out_of_place(roles: Sequence[str]) -> str:
+    """Return the reason for which messages of these roles are not a prompt; "" for a prompt."""
+    first = next((role for role in roles if role != "system"), "")
+    if first == "assistant":
+        return "begins_with_assistant"
+    if any(role not in KNOWN for role in roles):
+        return "unknown_role"
+    return "" if first else "no_user"
+
+
+def _answers(roles: Sequence[str]) -> bool:
+    """Return whether messages of these roles are a prompt and a response to it."""
+    return roles[-2:] == ["user", "assistant"] and not _out_of_place(roles)
+
+
+def _written_prompt(found: Sequence[Turn]) -> str:
+    return written([{"role": turn.role, "content": str(turn.text)} for turn in found])
 
 
 def _structs(value: Any, keys: Sequence[str]) -> list[dict[str, Any]] | None:

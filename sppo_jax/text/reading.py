@@ -7,8 +7,8 @@ chat template renders it. A judge of the user's own reads the prompt as the reco
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sppo_jax.text import chat_template
-from sppo_jax.text.messages import messages_of
+from sppo_jax.text import chat_template, thoughts
+from sppo_jax.text.messages import messages_of, written
 
 # The prompt and the responses as the judge reads them.
 Reading = Callable[[str, Sequence[str]], tuple[str, list[str]]]
@@ -48,6 +48,29 @@ def joined(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]:
     ]
 
 
-def rendered(tokenizer: Any) -> Reading:
-    """A reading of prompts in the chat template of the policy's tokenizer, as the official code has it, with plain responses."""
-    return lambda prompt, responses: (chat_template.chat_text(tokenizer, prompt), list(responses))
+def rendered(tokenizer: Any, *, without: str = "") -> Reading:
+    """A reading of prompts in the chat template of the policy's tokenizer, as the official code has it, with plain responses.
+
+    `without`: an end of the generation header that is left out.
+    """
+
+    def read(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]:
+        return chat_template.chat_text(tokenizer, prompt).removesuffix(without), list(responses)
+
+    return read
+
+
+def answers_only(read: Reading, *, opened: bool) -> Reading:
+    """`read` without the thoughts of the assistant's, in earlier turns and in responses.
+
+    `opened`: a response begins inside a thought, which the generation header has opened.
+    """
+
+    def without(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]:
+        messages = [
+            m | {"content": thoughts.taken_out(m["content"])} if m["role"] == "assistant" else m
+            for m in messages_of(prompt)
+        ]
+        return read(written(messages), [thoughts.taken_out(text, opened=opened) for text in responses])
+
+    return without

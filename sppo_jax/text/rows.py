@@ -11,7 +11,7 @@ from sppo_jax import files
 from sppo_jax.errors import BadInput
 from sppo_jax.hub.names import resolve
 from sppo_jax.text import libraries, text_files
-from sppo_jax.text.conversations import instruction
+from sppo_jax.text.conversations import prompt
 from sppo_jax.text.source import (
     COLUMNS,
     NO_SPLIT,
@@ -104,7 +104,7 @@ def columns_of_text(source: Source) -> list[str]:
     with contextlib.suppress(BadInput):
         for row in itertools.islice(rows(source, None), FIRST):
             if isinstance(row, dict):
-                names |= {name: None for name, value in row.items() if isinstance(instruction(value), tuple)}
+                names |= {name: None for name, value in row.items() if isinstance(prompt(value), tuple)}
     return list(names)
 
 

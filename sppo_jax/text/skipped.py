@@ -11,9 +11,11 @@ MEANS = {
     "not_object": "are JSON, but not objects with columns",
     "no_text": "have no text",
     "not_only_text": "have images or other parts beside text",
-    "begins_with_system": "have a system message first, which is not supported",
+    "begins_with_system": "have a system message first, which prompts.turns=first does not take",
     "begins_with_assistant": "have a response first, and no prompt before it",
+    "no_user": "have no message of the user",
     "unknown_role": "have a message of an unknown role",
+    "refused": "have roles that the policy's chat template refuses, or refuses in this order",
     "empty": "are empty",
     "empty_chosen": "have an empty chosen response",
     "not_unicode": "are not Unicode",
@@ -36,9 +38,12 @@ ADVICE = {
     "not_object": "write one object per line",
     "no_text": "is it the right column?",
     "not_only_text": "only prompts that are text alone are read",
-    "begins_with_system": "put the user's message first",
-    "begins_with_assistant": "put the user's message first",
-    "unknown_role": "a message has role (user, assistant) and content, or from (human, gpt) and value",
+    "begins_with_system": "set prompts.turns to last",
+    "begins_with_assistant": "put a message of the user's before it",
+    "no_user": "a conversation is read up to the user's last message",
+    "refused": "Gemma's takes no system message, Mistral's wants user and assistant to take turns: change these rows, or take a "
+    "policy whose template takes them",
+    "unknown_role": "a message has role (system, user, assistant) and content, or from (human, gpt) and value",
     "few_responses": "lower sampling.responses, or look at responses.column",
     "too_long": "raise prompts.max_length, or give shorter prompts",
     "bad_probability": "probabilities are numbers from 0 to 1",
@@ -60,7 +65,7 @@ def notes(name: str, counts: Mapping[str, int], where: str) -> list[str]:
     if more := counts.get("more_turns"):
         found.append(
             f"prompts, {name}: {more} of the prompts begin conversations with more turns of the user: only the first turn is "
-            "used"
+            "used (prompts.turns=first)"
         )
     if marked := counts.get("template_markers"):
         found.append(
