@@ -161,6 +161,8 @@ def test_generated_text_does_not_command_the_terminal(text, shown):
             "--max-new-tokens 600: the policy has 512 positions in all; give at most 256",
         ),
         (["--seed", "-1"], "--seed -1: must be at least 0 and below 4294967296$"),
+        (["--template", "false"], "--template needs a mapping, found 'false'"),
+        (["--template", "{thinking: false}"], "the chat template reads no option 'thinking'; it reads none$"),
         (
             ["--tmperature", "1"],
             "unknown flag --tmperature; did you mean --temperature.; see python -m sppo_jax.chat --help",
