@@ -149,7 +149,7 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
                 mine,
                 against,
                 k=k,
-                read=run.reading if name == "judge" else as_it_is,
+                read=run.reading if name == "judge" else run.oracle_reading,
                 on_progress=from_totals(advance),
             )
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sppo_jax.records import Preferences, Responses
 from sppo_jax.run import pod
 from sppo_jax.run.directory import shard_ranges
 from sppo_jax.run.metrics import from_totals
-from sppo_jax.text.reading import Reading, as_it_is
+from sppo_jax.text.reading import Reading
 
 PART = 1280  # ordered pairs of one part of a comparison
 
@@ -31,7 +32,7 @@ class Named:
     judge: CheckedJudge
     read: Reading
     settings: Any  # config.Judge
-    reading: str  # digest of what changes how it reads
+    knobs: str  # those that its logits depend on
 
     def probabilities(
         self,
@@ -54,10 +55,11 @@ class Named:
     def logits(self, place: Place, title: str, rows: Sequence[Responses]) -> np.ndarray:
         """Logits [n, K, K] of every ordered pair of each row's responses; parts that are on disk are read."""
         k = len(rows[0].responses)
+        texts = [self.read(row.prompt, row.responses) for row in rows]
         made_from = {
             "judge": self.judge.identity,
-            "configuration": self.reading,
-            "prompts": records.digest(rows),
+            "configuration": self.knobs,
+            "prompts": files.sha256_text(json.dumps(texts)),
         }
         task = place.task("comparisons", title, made_from)
         parts = shard_ranges(len(rows), max(1, PART // max(1, k * (k - 1))))
@@ -94,14 +96,13 @@ def opened(config: Config, tokenizer: Any, place: Place, trial: Sequence[str]) -
         stack.callback(judge.close)
         judge.report_to(place.metrics.say)
         read = judges.reading_of(config.judge, tokenizer)
-        reads = {
-            k: v for k, v in asdict(config.judge).items() if k not in ("python", "sharpness", "estimator")
-        }
-        found = [Named("judge", judge, read, config.judge, files.sha256_text(str(sorted(reads.items()))))]
+        c = config.judge
+        knobs = str((c.compute_dtype, c.source_tokens, c.candidate_tokens, c.total_tokens))
+        found = [Named("judge", judge, read, c, knobs)]
         if config.eval.oracle:
             oracle = judges.from_attribute("eval.oracle", config.eval.oracle)
             stack.callback(oracle.close)
-            found.append(Named("oracle", oracle, as_it_is, config.judge, "oracle"))
+            found.append(Named("oracle", oracle, judges.reading_of(c, tokenizer, own=True), c, ""))
         for named in found:
             judges.try_out(named.judge, [named.read(text, ())[0] for text in trial[:2]], 2)
         yield found

@@ -33,7 +33,10 @@ class Policy:
         self.iteration = BASE if found is None else found[1]
         self.directory = names.fetch(name, tell=tell).directory if found is None else _of_run(*found, tell)
         self.architecture = hf.stored_architecture(self.directory, tell=tell)
-        self.tokenizer = chat_template.load_tokenizer(self.directory)
+        options = config.model.template
+        if found is not None:  # each run's own, except for what the command line says of all
+            options = options or config_file.load([RunDir(found[0]).config]).model.template
+        self.tokenizer = chat_template.load_tokenizer(self.directory, options)
         self.eos = chat_template.eos_ids(self.directory, self.tokenizer, self.architecture.vocab)
 
     @functools.cached_property

@@ -68,7 +68,7 @@ def read(
 
 def prompt_of(value: Any) -> tuple[str, bool] | str:
     """The prompt in a column's value, and whether something of it is left out; or the name of the reason why there is none."""
-    return conversations.instruction(value)
+    return conversations.prompt(value)
 
 
 def _prompt(row: Row, column: str) -> tuple[str, str]:

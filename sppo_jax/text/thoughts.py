@@ -15,15 +15,18 @@ AT_END = re.compile(rf"{OPEN}\s*(?P<closed>{CLOSE}\s*)?\Z")
 def strips(knob: str, tokenizer: Any) -> str:
     """Return judge.strip with `auto` resolved: "think" where the chat template knows thoughts, else "none".
 
-    It does where its text names their marks, or the option that switches them.
+    It does where its text names their marks, or the option that switches them. `tokenizer`: None where responses are ranked
+    without a policy, of whose template nothing is known.
     """
-    if knob != "auto":
-        return knob
+    if knob != "auto" or tokenizer is None:
+        return "none" if knob == "auto" else knob
     return "think" if any(sign in tokenizer.get_chat_template() for sign in SIGNS) else "none"
 
 
 def of_header(tokenizer: Any) -> tuple[str, bool]:
     """Return the thought at the end of the generation header, "" without, and whether it is open: the response goes on with it."""
+    if tokenizer is None:
+        return "", False
     shown = chat_template.chat_text(tokenizer, chat_template.PROBE).rpartition(chat_template.PROBE)[2]
     found = AT_END.search(shown)
     return (found[0], found["closed"] is None) if found else ("", False)
