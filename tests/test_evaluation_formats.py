@@ -7,6 +7,7 @@ import types
 import pytest
 import yaml
 
+from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import alpaca_eval, arena_hard, formats, mt_bench, presets
 from sppo_jax.evaluation.questions import Question
@@ -180,7 +181,7 @@ COUNTS = {
 
 @pytest.fixture
 def tiktoken(monkeypatch):
-    """A tokenizer in tiktoken's place, whose tables are on the network: a token for each word and 100 for its model's name."""
+    """A token for each word in the place of tiktoken, whose tables are on the network; returns the models asked for."""
     asked = []
 
     def encoding_for_model(name):
@@ -297,6 +298,13 @@ def test_presets_are_the_published_ones():
     assert presets.decoding("mt_bench", "paper-llama3").max_new_tokens == 1024
     assert presets.decoding("arena_hard", "paper-llama3").temperature == 0
     assert presets.decoding("jsonl", "") is None
+
+
+def test_a_preset_replaces_the_settings_of_decoding_alone():
+    mine = Sampling(responses=3, temperature=0.2, top_p=0.5, top_k=9, max_new_tokens=7, slots=11)
+    found = presets.applied(mine, "alpaca_eval", "paper-mistral")
+    assert found == Sampling(responses=3, temperature=0.7, top_p=0.9, top_k=0, max_new_tokens=2048, slots=11)
+    assert presets.applied(mine, "alpaca_eval", "") == mine
 
 
 @pytest.mark.parametrize(

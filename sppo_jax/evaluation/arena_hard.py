@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sppo_jax.errors import BadInput, one_line
+from sppo_jax.errors import BadInput
 from sppo_jax.evaluation.mt_bench import short_id
 from sppo_jax.evaluation.questions import IDS, Question
 from sppo_jax.text.messages import messages_of
@@ -84,16 +84,19 @@ def _metadata(answers: Sequence[str], arena_format: str) -> tuple[list[dict[str,
     The reader tells the counts by their places, the length first: without a length the others would be taken for it, so
     that there are all or none.
     """
+    model = COUNTED[arena_format]
     try:
         import tiktoken
 
-        encoding = tiktoken.encoding_for_model(COUNTED[arena_format])
-    except Exception as error:  # not installed, or its table is neither cached nor to be had
+        encoding = tiktoken.encoding_for_model(model)
+    except Exception as error:  # of the import, or of the network's library
+        reason = f"the table of tokens of {model} cannot be loaded ({type(error).__name__}); it comes from the network, once"
+        if isinstance(error, ImportError):
+            reason = "tiktoken is not installed (pip install -e .[arena-hard])"
         none: list[dict[str, Any]] = [{} for _ in answers]
         return none, [
-            f"no metadata: tiktoken's tokens of {COUNTED[arena_format]} cannot be counted "
-            f"({type(error).__name__}: {one_line(error)[:120]}); the answers can be judged, but show_result.py "
-            "--control-features cannot read them until the benchmark's utils/add_markdown_info.py has added it"
+            f"no metadata: {reason}; the answers can be judged, but show_result.py --control-features cannot read them until "
+            "the benchmark's utils/add_markdown_info.py has added it"
         ]
     return [
         {"token_len": len(encoding.encode(answer, disallowed_special=()))} | markdown(answer)

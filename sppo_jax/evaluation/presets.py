@@ -1,7 +1,9 @@
 """The published settings of decoding: those of the paper's three models on AlpacaEval 2, and the benchmarks' own."""
 
+import dataclasses
 from dataclasses import dataclass
 
+from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 
 
@@ -77,6 +79,23 @@ def decoding(format_name: str, preset: str) -> Preset | None:
     found = named(preset)
     own = {"mt_bench": Preset(OTHER, 1.0, MT_BENCH_TOKENS), "arena_hard": ARENA_HARD}
     return own.get(format_name, found)
+
+
+def applied(sampling: Sampling, format_name: str, preset: str) -> Sampling:
+    """The user's sampling with what a preset means for a format ("" for none); without a preset it is unchanged.
+
+    Raises BadInput for a preset that is none.
+    """
+    found = decoding(format_name, preset)
+    if found is None:
+        return sampling
+    return dataclasses.replace(
+        sampling,
+        temperature=found.temperature,
+        top_p=found.top_p,
+        top_k=0,
+        max_new_tokens=found.max_new_tokens,
+    )
 
 
 def temperature(category: str) -> float:
