@@ -170,6 +170,70 @@ def test_a_command_line_that_cannot_be_used_is_refused_before_anything_is_loaded
         flags.read(given)
 
 
+def written(*given):
+    """Run a command that writes a file."""
+    command.run(flags.read([*map(str, given), "--sampling.max_new_tokens", "8", "--sampling.slots", "8"]))
+
+
+def test_responses_are_written_without_a_judge(played, tmp_path, single_device):
+    talk = [
+        {"role": role, "content": text}
+        for role, text in (("user", "Hi."), ("assistant", "Hello."), ("user", "And?"))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("What is 2 plus 3?", talk)))
+    asked = ("--policy", played / "iter_1/export", "--prompts", f"jsonl:{file}", "--out", tmp_path / "e")
+    for name in ("one", "two"):
+        written(*asked, "--write", "jsonl", tmp_path / name)
+    lines = [json.loads(line) for line in (tmp_path / "one").read_text().splitlines()]
+    assert [line.get("messages", line.get("prompt")) for line in lines] == ["What is 2 plus 3?", talk]
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+    file.write_text(json.dumps({"prompt": [{"role": "system", "content": "Be brief."}, *talk[:1]]}))
+    with pytest.raises(BadInput, match="prompt 1: the chat template refuses this conversation"):
+        written(*asked, "--write", "jsonl", tmp_path / "three")
+
+
+def test_mt_benchs_second_turn_holds_the_first_answer(played, tmp_path, monkeypatch, single_device):
+    rows = [{"question_id": 81, "category": "writing", "turns": ["Name an animal.", "And another."]}]
+    (tmp_path / "q.jsonl").write_text(json.dumps(rows[0]))
+    asked = []
+    respond = command.Policy.respond
+
+    def seen(self, place, prompts, mesh, sampling, seed):
+        asked.append((list(prompts), sampling.temperature))
+        return respond(self, place, prompts, mesh, sampling, seed)
+
+    monkeypatch.setattr(command.Policy, "respond", seen)
+    command.run(
+        flags.read(
+            [
+                "--policy",
+                f"{played}@1",
+                "--prompts",
+                f"jsonl:{tmp_path}/q.jsonl",
+                "--write",
+                "mt_bench",
+                str(tmp_path / "m.jsonl"),
+                "--out",
+                str(tmp_path / "e"),
+            ]
+        )
+    )
+    first, second = json.loads((tmp_path / "m.jsonl").read_text())["choices"][0]["turns"]
+    (one, temperature), (two, _) = asked
+    assert (one, temperature) == (["Name an animal."], 0.7)
+    assert [m["content"] for m in json.loads(two[0])] == ["Name an animal.", first, "And another."]
+    assert second
+
+
+def test_a_preset_sets_the_sampling_and_flags_count_more(played):
+    asked = flags.read(
+        ["--policy", f"{played}@1", "--best-of", "2", "--preset", "paper-llama3", "--sampling.top_p", "0.5"]
+    )
+    found = command._sampling(asked)
+    assert (found.temperature, found.top_p, found.max_new_tokens) == (0.9, 0.5, 4096)
+
+
 def test_missing_iterations_and_runs_directories_are_named(played, evaluate):
     with pytest.raises(BadInput, match=r"has no policy of iteration 9; there are 0, 1, 2$"):
         evaluate("--policy", f"{played}@9", "--against", f"{played}@0")

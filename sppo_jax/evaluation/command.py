@@ -20,6 +20,7 @@ from sppo_jax.records import Responses
 from sppo_jax.run import cluster, pod
 
 Figures = dict[str, Any]
+SHOWN = ("temperature", "top_p", "top_k", "max_new_tokens")  # knobs of sampling that a preset sets
 
 
 def run(asked: Asked) -> None:
@@ -183,9 +184,7 @@ class Evaluation:
             "policies": [policy.name for policy in self.policies],
             "prompts": len(self.questions),
             "seed": self.config.seed,
-            "sampling": {
-                k: getattr(self.sampling, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")
-            },
+            "sampling": {key: getattr(self.sampling, key) for key in SHOWN},
         }
 
     def _tell(self, kind: str, found: Figures, table: Any) -> None:
@@ -201,9 +200,6 @@ class Evaluation:
 
 def _sampling(asked: Asked) -> Sampling:
     """The configured sampling, with a preset's settings for what the command line does not name."""
-    found = asked.config.sampling
-    if not asked.preset:
-        return found
-    preset = presets.decoding(asked.write[0] if asked.write else "", asked.preset)
-    keys = [key for key in presets.KEYS if f"sampling.{key}" not in asked.named]
-    return dataclasses.replace(found, **{key: getattr(preset, key) for key in keys})
+    found = presets.applied(asked.config.sampling, asked.write[0] if asked.write else "", asked.preset)
+    own = {key: getattr(asked.config.sampling, key) for key in SHOWN if f"sampling.{key}" in asked.named}
+    return dataclasses.replace(found, **own)

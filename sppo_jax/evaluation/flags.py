@@ -76,7 +76,8 @@ def read(words: Sequence[str]) -> Asked:
         raise BadInput(f"{counts[0]} is given twice")
     policies = _policies(given, lists)
     prompts = given.get("--prompts", "")
-    config = _config(policies[0], [v for flag, v in own if flag == "--config"], overrides, prompts)
+    judged = "--write" not in lists or bool({"--against", "--best-of"} & given.keys())
+    config = _config(policies[0], [v for flag, v in own if flag == "--config"], overrides, prompts, judged)
     out = given.get("--out", "evaluations")
     if "://" in out:
         raise BadInput(f"--out {out}: evaluations lie in a directory of this machine; name one")
@@ -143,7 +144,7 @@ def _policies(given: dict[str, str], lists: dict[str, list[str]]) -> list[str]:
     return [given[flag] for flag in ("--policy", "--against") if flag in given]
 
 
-def _config(policy: str, config_files: list[str], overrides: list[str], prompts: str) -> Config:
+def _config(policy: str, config_files: list[str], overrides: list[str], prompts: str, judged: bool) -> Config:
     """The configuration: the run's own, where the first policy is of a run, then files, then flags."""
     run = run_of(policy)
     first: list[str] = []
@@ -153,6 +154,8 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
         config_files = [str(Path(run[0]) / RUN), *config_files]
     else:
         first.append(f"--model.path={policy}")
+        if not judged:  # a model of one's own needs a named one, even where none is opened
+            first.append("--judge.path=none")
     if prompts:  # both, since a model of one's own needs them named
         first += [f"--prompts.source={prompts}", f"--prompts.heldout={prompts}"]
     return config_file.load(config_files, [*first, *overrides])

@@ -16,7 +16,7 @@ from sppo_jax.evaluation.place import Place
 from sppo_jax.hub import names
 from sppo_jax.hub.repositories import TOKENIZER_FILES
 from sppo_jax.models import hf
-from sppo_jax.records import Responses
+from sppo_jax.records import Prompt, Responses
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.sampler import Sampler
@@ -66,7 +66,7 @@ class Policy:
         Of a run's policy they are the ones of the run, where prompts, seed and sampling are the same.
         """
         dtype = sharding.compute_dtype(self._config.model.compute_dtype, mesh)
-        asked = [chat_template.chat_prompt(self.tokenizer, text) for text in prompts]
+        asked = [self._prompt(n, text) for n, text in enumerate(prompts)]
         made_from = self.digests | {
             "prompts": files.sha256_text("\0".join(str(p.ids) for p in asked)),
             "configuration": _digest(sampling, seed, self.iteration, dtype),
@@ -85,6 +85,13 @@ class Policy:
             return Sampler(model, self.tokenizer, sampling, mesh, eos=self.eos, longest=longest)
 
         return respond.respond(asked, sampler, _NoFollower(), task)
+
+    def _prompt(self, n: int, text: str) -> Prompt:
+        """Prompt number n. Raises BadInput for a conversation that the policy's template refuses: none is left out silently."""
+        try:
+            return chat_template.chat_prompt(self.tokenizer, text)
+        except chat_template.Refused as error:
+            raise BadInput(f"{self.name}, prompt {n + 1}: {error}; leave it out of --prompts") from None
 
 
 class _NoFollower:

@@ -22,7 +22,6 @@ class Preset:
     prompt: str = ""
 
 
-KEYS = ("temperature", "top_p", "max_new_tokens")  # of a preset that are knobs of sampling
 # As in alpaca_eval 0.6.6's entries SPPO-Mistral7B-PairRM, SPPO-Llama-3-Instruct-8B-PairRM and SPPO-Gemma-2-9B-It-PairRM, but
 # for the prompts of the last two. Those spell the beginning of sequence, so that vLLM's prompts have two, and end in
 # other line feeds than the models' templates, which are here.
