@@ -228,12 +228,22 @@ def test_a_judge_that_cannot_be_kept_alive_by_one_process_ends_both(hosts, tmp_p
     fails(both, REFUSED, "error: process 1: PairRM", 40)
 
 
-@pytest.mark.skipif(not (ROOT / "launch/local.sh").exists(), reason="no launch/local.sh")
-def test_local_sh_plays_the_game_of_one_process(pair, tmp_path):
+def by_local_sh(*given, **environment):
+    """What launch/local.sh prints, of two processes with four devices each."""
     done = subprocess.run(
-        ["bash", str(ROOT / "launch/local.sh"), "2", *words(tmp_path / "run", **pod_process.MESH)], cwd=ROOT,
-        env=os.environ | {"DEVICES": "4", "PYTHON": os.sys.executable}, capture_output=True, text=True, timeout=200,
+        ["bash", str(ROOT / "launch/local.sh"), "2", *map(str, given)], cwd=ROOT, timeout=200, capture_output=True, text=True,
+        env=os.environ | {"DEVICES": "4", "PYTHON": os.sys.executable} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    assert "report:" in done.stdout
-    assert kill_points.contents(tmp_path / "run") == kill_points.contents(pair / "whole")
+    return done.stdout
+
+
+def test_local_sh_plays_the_game_of_one_process_and_evaluates_it(pair, tmp_path):
+    run = tmp_path / "run"
+    assert "report:" in by_local_sh(*words(run, **pod_process.MESH))
+    assert kill_points.contents(run) == kill_points.contents(pair / "whole")
+    asked = ("--policy", f"{run}@1", "--against", f"{run}@0", "--out", tmp_path / "evaluations")
+    by_local_sh(*asked, COMMAND="evaluate")
+    (figures,) = (tmp_path / "evaluations").glob("*.json")
+    found, own = json.loads(figures.read_text()), json.loads((run / "iter_1/eval.json").read_text())
+    assert found["judges"]["judge"]["mean"] == own["win_rate"]["judge"]["base"]["mean"]
