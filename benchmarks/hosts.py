@@ -1,6 +1,6 @@
 """What several processes cost beside what they compute, and whether a run may change their number in its middle.
 
-python benchmarks/hosts.py [--part overhead meshes] [--json]
+python benchmarks/hosts.py [--part overhead meshes quickstart] [--json]
 
 overhead: the small game, with the embedded policy, 12 tokens and a rule as judge, on 1, 2 and 4 processes of one device with the
 same number of prompts each. For the second iteration it prints the share of the time in which a process agrees with others
@@ -10,6 +10,9 @@ which computes or writes. It holds if the share of agreeing grows by less than a
 meshes: a game begun by 2 processes of 4 devices is stopped in sampling, in judging and in training, and ended by 1 x 8, 1 x 2 and
 4 x 2. It holds if the responses are those of a game that nobody stops, the numbers equal to rounding, no file from before the
 stop is written again, and training goes on at the update where it stopped.
+
+quickstart: the first iteration of configs/quickstart.yaml by launch/local.sh in 2 x 4, 4 x 2 and 4 x 1 processes and devices, beside one
+process with 8 devices. It holds if all leave the same files, the same responses, and parameters within 1e-5.
 """
 
 import argparse
@@ -17,8 +20,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,8 @@ from tests.small_game import words  # noqa: E402
 
 PROCESSES = (1, 2, 4)
 ENDS = ((1, 8), (1, 2), (4, 2))  # processes x devices
+PARTS = ["overhead", "meshes", "quickstart"]
+SHAPES = ((1, 8), (2, 4), (4, 2), (4, 1))  # of the quickstart
 STOPS = {
     "sampling": "iter_1/responses/shard-00000-of-00006.parquet",
     "judging": "iter_1/preferences/shard-00000-of-00006.parquet",
@@ -139,6 +146,37 @@ def compared(games: Games, name: str, before: dict[str, Any], log: str) -> dict[
     }  # fmt: skip
 
 
+def quickstart(parent: Path) -> list[dict[str, Any]]:
+    """Play the first iteration of the quickstart in each shape; returns a row for each, compared with the first shape's."""
+    rows = []
+    for processes, devices in SHAPES:
+        out, began = parent / f"quickstart-{processes}x{devices}", time.monotonic()
+        subprocess.run(
+            [ROOT / "launch/local.sh", str(processes), "--config", ROOT / "configs/quickstart.yaml", "--iterations", "1", "--out", out],
+            env=os.environ | {"DEVICES": str(devices), "PYTHON": sys.executable}, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        first = parent / "quickstart-{}x{}".format(*SHAPES[0])
+        ours, its = responses(out), responses(first)
+        a, b = (load_file(path / "iter_1/export/model.safetensors") for path in (out, first))
+        rows.append(
+            {"processes": processes, "devices": devices, "seconds": round(time.monotonic() - began, 1)}
+            | {"same_files": names_of(out) == names_of(first), "files": len(names_of(out))}
+            | {"responses": sum(len(row["response_ids"]) for row in ours)}
+            | {
+                "responses_equal": [row["response_ids"] for row in ours]
+                == [row["response_ids"] for row in its]
+            }
+            | {"parameters": max(difference(a[key], b[key]) for key in b)}
+        )
+    return rows
+
+
+def names_of(out: Path) -> set[str]:
+    """The files of a run, but for those inside checkpoints and TensorBoard's, whose names hold times and processes."""
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    return {name for name in found if "checkpoints/" not in name and not name.startswith("tensorboard")}
+
+
 def responses(out: Path) -> list[dict[str, Any]]:
     """Rows of all shards of responses."""
     return [
@@ -173,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", nargs="*", choices=["overhead", "meshes"], default=["overhead", "meshes"])
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON in the last line")
     args = parser.parse_args()
     result: dict[str, Any] = {}
@@ -194,6 +232,11 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
                     holds &= row["responses_equal"] and row["training_went_on"] and not row["written_again"]
                     holds &= row["parameters"] < 1e-5
+        if "quickstart" in args.part:
+            result["quickstart"] = quickstart(Path(parent))
+            for row in result["quickstart"]:
+                print(json.dumps(row), flush=True)
+                holds &= row["same_files"] and row["responses_equal"] and row["parameters"] < 1e-5
     if args.json:
         print(json.dumps(result))
     sys.exit(not holds)

@@ -39,7 +39,7 @@ def pair(nursery, tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        codes = [process.wait(300) for process in both]
+        codes = [process.wait(500) for process in both]
     finally:
         for process in both:
             process.kill()

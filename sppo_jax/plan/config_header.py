@@ -24,13 +24,19 @@ NOT_PLANNED = (
     "prompts.turns",
     "model.template",
     "judge.strip",
+    "responses.split",
+    "responses.column",
 )
 
 
 def digest(config: Config) -> str:
     """Digest of all knobs that a plan may depend on, 12 hexadecimal digits."""
     knobs = configuration.flat(config)
-    kept = {key: value for key, value in knobs.items() if not key.startswith(NOT_PLANNED)}
+    kept = {
+        key: value
+        for key, value in knobs.items()
+        if not key.startswith(NOT_PLANNED) and (key, value) not in configuration.LATER.items()
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
