@@ -226,6 +226,23 @@ def test_mt_benchs_second_turn_holds_the_first_answer(played, tmp_path, monkeypa
     assert second
 
 
+def test_one_prompt_and_one_response_are_enough(played, evaluate, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "What is 2 plus 3?"}')
+    few = (
+        "--prompts",
+        f"jsonl:{tmp_path}/one.jsonl",
+        "--sampling.max_new_tokens",
+        8,
+        "--sampling.slots",
+        8,
+        "--eval.oracle=",
+    )
+    found, shown = evaluate("--policy", f"{played}@1", "--against", f"{played}@0", *few)
+    assert found["judges"]["judge"]["interval"] == [None, None]
+    assert "NaN" not in shown + json.dumps(found)
+    assert len(evaluate("--policy", f"{played}@1", "--best-of", 1, *few)[0]["curve"]) == 1
+
+
 def test_a_preset_sets_the_sampling_and_flags_count_more(played):
     asked = flags.read(
         ["--policy", f"{played}@1", "--best-of", "2", "--preset", "paper-llama3", "--sampling.top_p", "0.5"]

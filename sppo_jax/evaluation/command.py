@@ -1,7 +1,8 @@
 """The command `python -m sppo_jax.evaluate`: policies are asked, compared, measured, and written to files."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ class Evaluation:
         texts = [question.prompt for question in self.questions]
         with comparing.opened(self.config, self.policies[0].tokenizer, self.place, texts) as judges:
             if self.asked.round_robin:
-                self._tell("round-robin", self.round_robin(judges), tables.round_robin)
+                self._tell("round-robin", judges, self.round_robin(judges), tables.round_robin)
             elif self.asked.best_of:
-                self._tell(f"best-of-{self.asked.best_of}", self.best_of(judges), tables.best_of)
+                self._tell(f"best-of-{self.asked.best_of}", judges, self.best_of(judges), tables.best_of)
             else:
-                self._tell("win-rate", self.win_rate(judges), tables.win_rate)
+                self._tell("win-rate", judges, self.win_rate(judges), tables.win_rate)
 
     def respond(self, policy: Policy, count: int) -> list[Responses]:
         """`count` responses of a policy to each question."""
@@ -95,13 +96,13 @@ class Evaluation:
         texts = [row.responses[0] for row in own]
         against = [row.responses[int(same)] for row in others]
         categories = [question.category for question in self.questions]
-        return self._head() | figures.of_pair(probabilities, texts, against, categories, own, others)
+        return figures.of_pair(probabilities, texts, against, categories, own, others)
 
     def round_robin(self, judges: Sequence[Named]) -> Figures:
         """The matrix of win rates of all pairs, by each judge, with its ring and its von Neumann mixture."""
         answers = [self.respond(policy, 1) for policy in self.policies]
         m, ks = len(answers), [(0, 0)] * len(self.questions)
-        found: Figures = self._head() | {"judges": {}}
+        found: Figures = {"judges": {}}
         for judge in judges:
             matrix = np.full((m, m), 0.5)
             intervals: dict[str, list[float | None]] = {}
@@ -146,7 +147,7 @@ class Evaluation:
                 curve[-1]["win_rate"][judge.name] = figures.rate(p)
         if self.asked.write:
             self._write([row.responses[int(k)] for row, k in zip(own, picks[n], strict=True)])
-        return self._head() | {"curve": curve}
+        return {"curve": curve}
 
     def _read(self) -> list[Question]:
         """The questions: of --prompts, else the held-out prompts of the configuration."""
@@ -187,14 +188,21 @@ class Evaluation:
             "sampling": {key: getattr(self.sampling, key) for key in SHOWN},
         }
 
-    def _tell(self, kind: str, found: Figures, table: Any) -> None:
-        """Print the figures, and write them below --out."""
+    def _tell(
+        self, kind: str, judges: Sequence[Named], found: Figures, table: Callable[[Figures], str]
+    ) -> None:
+        """Print the figures, and write them below --out: in one file for each question, prompts, sampling and judges."""
         if not pod.first():
             return
-        names = "-".join(name.strip("/").replace("/", "_") for name in self.asked.policies)
-        path = self.place.root / f"{kind}-{names[-120:]}.json"
-        files.write_json(path, found)
-        self.place.metrics.say(table(found))
+        texts = "\0".join(question.prompt for question in self.questions)
+        head = self._head() | {
+            "prompts_sha256": files.sha256_text(texts),
+            "judge_identities": {judge.name: judge.judge.identity for judge in judges},
+        }
+        names = "-".join(name.strip("/").replace("/", "_") for name in self.asked.policies)[-100:]
+        path = self.place.root / f"{kind}-{names}-{files.sha256_text(json.dumps(head))[:8]}.json"
+        files.write_json(path, head | found)
+        self.place.metrics.say(table(head | found))
         self.place.metrics.say(f"figures: {path}")
 
 

@@ -55,6 +55,8 @@ class Named:
     def logits(self, place: Place, title: str, rows: Sequence[Responses]) -> np.ndarray:
         """Logits [n, K, K] of every ordered pair of each row's responses; parts that are on disk are read."""
         k = len(rows[0].responses)
+        if k == 1:  # nothing to compare
+            return np.zeros((len(rows), 1, 1))
         texts = [self.read(row.prompt, row.responses) for row in rows]
         made_from = {
             "judge": self.judge.identity,

@@ -18,7 +18,11 @@ def rate(p: np.ndarray) -> Figures:
 
 def interval(p: np.ndarray) -> list[float | None]:
     """The 95 % interval of the mean of values [n]; None where there is none, as for a single prompt."""
-    return [float(end) if np.isfinite(end) else None for end in statistics.interval(p)]
+    return _ends(statistics.interval(p))
+
+
+def _ends(found: Sequence[float]) -> list[float | None]:
+    return [float(end) if np.isfinite(end) else None for end in found]
 
 
 def of_pair(
@@ -40,7 +44,7 @@ def of_pair(
         found["judges"][name] = rate(p) | {
             "length_controlled_own_fit": {
                 "mean": float(controlled.rate),
-                "interval": [float(controlled.low), float(controlled.high)],
+                "interval": _ends((controlled.low, controlled.high)),
                 "slope": float(controlled.slope),
             }
         }

@@ -158,6 +158,7 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
             first.append("--judge.path=none")
     if prompts:  # both, since a model of one's own needs them named
         first += [f"--prompts.source={prompts}", f"--prompts.heldout={prompts}"]
+        first += ["--pairs.source=", "--responses.source="]  # a run's own, which are not read here
     return config_file.load(config_files, [*first, *overrides])
 
 
