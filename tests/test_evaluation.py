@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 
+from sppo_jax import config_file
 from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import command, comparing, flags, tables
 
@@ -106,9 +108,40 @@ def test_killed_anywhere_it_ends_with_the_same_figures_and_asks_nothing_twice(
 
 def test_a_second_question_reuses_what_the_first_has_judged(played, evaluate, monkeypatch):
     evaluate("--policy", f"{played}@1", "--against", f"{played}@0")
-    evaluate("--round-robin", f"{played}@1", f"{played}@0")
     monkeypatch.setattr(comparing, "prefer", lambda *_: pytest.fail("judged again"))
-    evaluate("--round-robin", f"{played}@1", f"{played}@0")
+    found, _ = evaluate("--round-robin", f"{played}@0", f"{played}@1")
+    assert found["judges"]["judge"]["win_rate"][1][0] == pytest.approx(own(played, 1, "base"))
+
+
+def test_the_same_policy_twice_is_refused_in_a_round_and_answers_anew_against_itself(
+    played, evaluate, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(played / "iter_1/export", copy)
+    with pytest.raises(BadInput, match="are the same policy"):
+        evaluate(
+            "--round-robin", copy, played / "iter_1/export", "--prompts", "embedded:prompts/heldout.jsonl", "--judge.backend", CIRCLE
+        )  # fmt: skip
+    found, _ = evaluate("--policy", f"{played}@1", "--best-of", 2, "--against", f"{played}@1")
+    assert found["curve"][0]["win_rate"]["judge"]["ties"] < 1
+
+
+def test_thoughts_are_taken_out_by_the_template_of_the_policy_that_wrote_them():
+    """A policy whose header opens a thought beside one that does not think: the plain answers reach the judge whole."""
+    thinking, plain = (types.SimpleNamespace(thinks=thinks, tokenizer=None) for thinks in (True, False))
+    config = config_file.load(overrides=["--judge.backend", CIRCLE])
+    for policies in ([thinking, plain], [plain, thinking]):
+        read = comparing._reading(config, policies, own=False)
+        assert read("Hi?", ["plain", "whole"]) == ("Hi?", ["plain", "whole"])
+
+
+def test_the_questions_of_a_benchmark_are_read_whatever_splits_the_run_has(played, evaluate, tmp_path):
+    config = tmp_path / "run/config.yaml"
+    config.parent.mkdir()
+    text = (played / "config.yaml").read_text().replace("heldout_split: test", "heldout_split: test_1+test_2")
+    config.write_text(text)
+    asked = flags.read(["--policy", f"{config.parent}@1", "--best-of", "2", "--prompts", "jsonl:x.jsonl"])
+    assert asked.config.prompts.heldout_split == "test"
 
 
 def test_best_of_is_what_the_judge_prefers(played, evaluate):
@@ -125,7 +158,13 @@ def test_a_rule_that_runs_in_a_ring_is_seen_and_mixed(tmp_path, monkeypatch, sin
 
     class Fixed:
         def __init__(self, name, *_):
-            self.name, self.tokenizer, self.digests, self.iteration = name[-1], None, {"policy": name}, 0
+            self.name, self.tokenizer, self.thinks = name[-1], None, False
+
+        def draws_as(self, other):
+            return self is other
+
+        def said(self, row):
+            return row
 
         def respond(self, place, prompts, *_):
             return [
@@ -159,6 +198,8 @@ WRONG = {
     "no such run": (["--policy", "nowhere@1", "--against", "embedded:policy"], "no such directory nowhere"),
     "a bucket": (["--policy", "gs://b/run@1", "--against", "embedded:policy"], "sppo_jax.export --run gs://b/run"),
     "an unknown flag": (["--policy", "embedded:policy", "--agains", "b"], "did you mean '--against'?"),
+    "too many digits": (["--policy", "embedded:policy", "--best-of", "9" * 5000], "whole number from 1 to 1024"),
+    "no questions": (["--policy", "some/where", "--against", "embedded:policy"], "--prompts jsonl:PATH"),
     "a bucket for figures": (["--policy", "embedded:policy", "--best-of", "2", "--out", "gs://b"], "a directory of this"),
     "a judge to name": (["--policy", "some/where", "--against", "embedded:policy", "--prompts", "jsonl:x"], "--judge.path"),
 }  # fmt: skip

@@ -91,11 +91,12 @@ def entry(model: str, weights: str, preset: Preset) -> dict[str, Any]:
 def write_entry(path: Path, model: str, weights: str, preset: Preset) -> list[str]:
     """Write models_configs/MODEL/configs.yaml and prompt.txt beside the file of outputs; returns where they are."""
     folder = path.parent / "models_configs" / model
-    with files.replacing(folder) as part:
-        part.mkdir()
-        text = yaml.safe_dump(entry(model, weights, preset), sort_keys=False, allow_unicode=True)
-        (part / "configs.yaml").write_text(text, encoding="utf-8")
-        (part / "prompt.txt").write_text(preset.prompt, encoding="utf-8")
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(entry(model, weights, preset), sort_keys=False, allow_unicode=True)
+    for name, content in (("configs.yaml", text), ("prompt.txt", preset.prompt)):
+        with files.replacing(folder / name) as part:
+            part.write_text(content, encoding="utf-8")
     return [f"{folder}: configs.yaml and prompt.txt; vLLM loads the policy from {weights}"]
 
 

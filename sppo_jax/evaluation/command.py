@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from jax.sharding import Mesh
 
 from sppo_jax import compilation, files, prompts, sharding
 from sppo_jax.config import Sampling
+from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import best_of, comparing, figures, formats, games, place, presets, questions, tables
 from sppo_jax.evaluation.comparing import Named
-from sppo_jax.evaluation.flags import Asked
+from sppo_jax.evaluation.flags import Asked, run_of
 from sppo_jax.evaluation.place import Place
 from sppo_jax.evaluation.policies import Policy
 from sppo_jax.evaluation.questions import Question
@@ -21,6 +23,7 @@ from sppo_jax.records import Responses
 from sppo_jax.run import cluster, pod
 
 Figures = dict[str, Any]
+OTHERS = re.compile(r"[^A-Za-z0-9@._-]+")  # characters that a name of figures does not have
 SHOWN = ("temperature", "top_p", "top_k", "max_new_tokens")  # knobs of sampling that a preset sets
 
 
@@ -42,7 +45,10 @@ class Evaluation:
     def __init__(self, asked: Asked, at: Place, sampling: Sampling):
         """Open the policies and read the questions. Raises BadInput for what is wrong with any of them."""
         self.asked, self.place, self.sampling, self.config = asked, at, sampling, asked.config
-        self.policies = [Policy(name, asked.config, at.metrics.say) for name in asked.policies]
+        # A run's own options are its own, unless the command line names options for all.
+        of_all = "model.template" in asked.named or run_of(asked.policies[0]) is None
+        options = asked.config.model.template if of_all else None
+        self.policies = [Policy(name, asked.config, at.metrics.say, options) for name in asked.policies]
         self.questions = self._read()
         if asked.write:
             name, file = asked.write
@@ -55,14 +61,12 @@ class Evaluation:
         if self.asked.write and not self.asked.best_of:
             name = self.asked.write[0]
             turns = formats.turns(name, self.questions, self._one_each)
-            if turns is None:
-                self._write([row.responses[0] for row in self.respond(self.policies[0], 1)])
-            else:
-                self._write(turns)
+            rows = [] if turns else self.respond(self.policies[0], 1, whole=name == "jsonl")
+            self._write(turns or [row.responses[0] for row in rows])
             if len(self.policies) == 1:
                 return
         texts = [question.prompt for question in self.questions]
-        with comparing.opened(self.config, self.policies[0].tokenizer, self.place, texts) as judges:
+        with comparing.opened(self.config, self.policies, self.place, texts) as judges:
             if self.asked.round_robin:
                 self._tell("round-robin", judges, self.round_robin(judges), tables.round_robin)
             elif self.asked.best_of:
@@ -70,23 +74,24 @@ class Evaluation:
             else:
                 self._tell("win-rate", judges, self.win_rate(judges), tables.win_rate)
 
-    def respond(self, policy: Policy, count: int) -> list[Responses]:
-        """`count` responses of a policy to each question."""
+    def respond(self, policy: Policy, count: int, *, whole: bool = False) -> list[Responses]:
+        """`count` responses of a policy to each question, as judges read them, or `whole`, with their thoughts."""
         sampling = dataclasses.replace(self.sampling, responses=count)
         texts = [question.prompt for question in self.questions]
-        return policy.respond(self.place, texts, self.mesh, sampling, self.config.seed)
+        found = policy.respond(self.place, texts, self.mesh, sampling, self.config.seed)
+        return found if whole else [policy.said(row) for row in found]
 
     def _one_each(self, texts: Sequence[str], temperature: float) -> list[str]:
         """One response of the first policy to each prompt text, at this temperature."""
         sampling = dataclasses.replace(self.sampling, responses=1, temperature=temperature)
         found = self.policies[0].respond(self.place, texts, self.mesh, sampling, self.config.seed)
-        return [row.responses[0] for row in found]
+        return [self.policies[0].said(row).responses[0] for row in found]
 
     def win_rate(self, judges: Sequence[Named]) -> Figures:
         """The figures of the first policy against the second. The same policy twice: its first response against its second."""
         mine, theirs = self.policies
         own = self.respond(mine, 1)
-        same = mine.digests == theirs.digests and mine.iteration == theirs.iteration
+        same = mine.draws_as(theirs)
         others = self.respond(theirs, 2 if same else 1)
         ks = [(0, int(same))] * len(own)
         probabilities = {
@@ -100,6 +105,11 @@ class Evaluation:
 
     def round_robin(self, judges: Sequence[Named]) -> Figures:
         """The matrix of win rates of all pairs, by each judge, with its ring and its von Neumann mixture."""
+        for i, policy in enumerate(self.policies):
+            if twin := next((other for other in self.policies[:i] if policy.draws_as(other)), None):
+                raise BadInput(
+                    f"--round-robin: {twin.name} and {policy.name} are the same policy: leave one of them out"
+                )
         answers = [self.respond(policy, 1) for policy in self.policies]
         m, ks = len(answers), [(0, 0)] * len(self.questions)
         found: Figures = {"judges": {}}
@@ -125,7 +135,11 @@ class Evaluation:
     def best_of(self, judges: Sequence[Named]) -> Figures:
         """Win rates of the best of 1, 2, 4 ... N responses by the judge against one response of the opponent."""
         n, policy, opponent = self.asked.best_of, self.policies[0], self.policies[-1]
-        alone = len(self.policies) == 1
+        alone = policy.draws_as(opponent)
+        if self.sampling.temperature == 0:
+            raise BadInput(
+                "--best-of: at sampling.temperature=0 all responses to a prompt are equal; give one above 0"
+            )
         own = self.respond(policy, n + alone)
         others = own if alone else self.respond(opponent, 1)
         logits = judges[0].logits(self.place, f"{policy.name}, best of {n}", comparing.as_rows(own, n))
@@ -159,6 +173,7 @@ class Evaluation:
                 split=p.heldout_split,
                 column=p.column,
                 limit=limit,
+                turns=p.turns,
                 tell=self.place.metrics.say,
             )
         sets = prompts.load(self.config, self.policies[0].tokenizer)
@@ -199,10 +214,10 @@ class Evaluation:
             "prompts_sha256": files.sha256_text(texts),
             "judge_identities": {judge.name: judge.judge.identity for judge in judges},
         }
-        names = "-".join(name.strip("/").replace("/", "_") for name in self.asked.policies)[-100:]
+        names = OTHERS.sub("_", "-".join(name.strip("/") for name in self.asked.policies))[-100:]
         path = self.place.root / f"{kind}-{names}-{files.sha256_text(json.dumps(head))[:8]}.json"
-        files.write_json(path, head | found)
         self.place.metrics.say(table(head | found))
+        files.write_json(path, head | found)
         self.place.metrics.say(f"figures: {path}")
 
 

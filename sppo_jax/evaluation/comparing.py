@@ -1,6 +1,7 @@
 """Judges in an evaluation: texts compared in parts that are kept on disk, and the probabilities that follow."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,16 @@ import numpy as np
 from sppo_jax import files, judges, records
 from sppo_jax.config import Config
 from sppo_jax.errors import Terminated
+from sppo_jax.evaluation.flags import run_of
 from sppo_jax.evaluation.place import Place, Task
+from sppo_jax.evaluation.policies import Policy
 from sppo_jax.judges import CheckedJudge, prefer
 from sppo_jax.preferences import probability_matrix
 from sppo_jax.records import Preferences, Responses
-from sppo_jax.run import pod
-from sppo_jax.run.directory import shard_ranges
+from sppo_jax.run import manifest, pod
+from sppo_jax.run.directory import RunDir, shard_ranges
 from sppo_jax.run.metrics import from_totals
+from sppo_jax.text import reading, thoughts
 from sppo_jax.text.reading import Reading
 
 PART = 1280  # ordered pairs of one part of a comparison
@@ -50,7 +54,12 @@ class Named:
             _together(a.prompt_id, a.prompt, [a.responses[i], b.responses[j]])
             for a, b, (i, j) in zip(first, second, ks, strict=True)
         ]
-        return probability_matrix(self.logits(place, title, rows))[:, 0, 1]
+        # Both orders of two policies are one comparison on disk: that of the texts which come first in the alphabet.
+        turned = [row.responses[::-1] for row in rows] < [row.responses for row in rows]
+        if turned:
+            rows = [dataclasses.replace(row, responses=row.responses[::-1]) for row in rows]
+        logits = self.logits(place, title, rows)
+        return probability_matrix(logits[:, ::-1, ::-1] if turned else logits)[:, 0, 1]
 
     def logits(self, place: Place, title: str, rows: Sequence[Responses]) -> np.ndarray:
         """Logits [n, K, K] of every ordered pair of each row's responses; parts that are on disk are read."""
@@ -88,26 +97,39 @@ class Named:
 
 
 @contextlib.contextmanager
-def opened(config: Config, tokenizer: Any, place: Place, trial: Sequence[str]) -> Iterator[list[Named]]:
+def opened(
+    config: Config, policies: Sequence[Policy], place: Place, trial: Sequence[str]
+) -> Iterator[list[Named]]:
     """The configured judge and, if there is one, the oracle, tried on the prompts `trial`.
 
-    `tokenizer`: the first policy's, for judge.prompt=chat.
+    Responses come to them as `Policy.said` gives them. judge.prompt=chat renders prompts as the first policy reads them. A run's
+    judge from the hub is the one that the run is pinned to.
     """
     with contextlib.ExitStack() as stack:
-        judge = judges.open_judge(config.judge)
+        run = run_of(policies[0].name)
+        judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(run[0])) if run else None)
         stack.callback(judge.close)
         judge.report_to(place.metrics.say)
-        read = judges.reading_of(config.judge, tokenizer)
         c = config.judge
         knobs = str((c.compute_dtype, c.source_tokens, c.candidate_tokens, c.total_tokens))
-        found = [Named("judge", judge, read, c, knobs)]
+        found = [Named("judge", judge, _reading(config, policies, own=False), c, knobs)]
         if config.eval.oracle:
             oracle = judges.from_attribute("eval.oracle", config.eval.oracle)
             stack.callback(oracle.close)
-            found.append(Named("oracle", oracle, judges.reading_of(c, tokenizer, own=True), c, ""))
+            found.append(Named("oracle", oracle, _reading(config, policies, own=True), c, ""))
         for named in found:
             judges.try_out(named.judge, [named.read(text, ())[0] for text in trial[:2]], 2)
         yield found
+
+
+def _reading(config: Config, policies: Sequence[Policy], *, own: bool) -> Reading:
+    """How the judge, or as `own` the oracle, reads responses from which each policy's thoughts are taken out already."""
+    judge, first = config.judge, policies[0]
+    read = judges.reading_of(dataclasses.replace(judge, strip="none"), first.tokenizer, own=own)
+    if first.thinks and judge.prompt == "chat" and not own:
+        read = reading.rendered(first.tokenizer, without=thoughts.of_header(first.tokenizer)[0])
+    thinking = any(policy.thinks for policy in policies)
+    return reading.answers_only(read, opened=False) if thinking else read
 
 
 def _together(prompt_id: int, prompt: str, texts: list[str]) -> Responses:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sppo_jax import command, config_file, files
-from sppo_jax.config import EMBEDDED, Config
+from sppo_jax.config import EMBEDDED, Config, Prompts
 from sppo_jax.errors import BadInput
 from sppo_jax.settings import words as command_line
+from sppo_jax.settings import yaml_text
 
 LISTS = {"--round-robin": "two or more policies", "--write": "a format and a file"}
 SINGLE = (
@@ -149,17 +150,34 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
     run = run_of(policy)
     first: list[str] = []
     if run is not None:
-        if not config_files:  # these devices, which are perhaps not the ones that the run was trained on
+        if not _names_mesh(
+            config_files
+        ):  # these devices, which are perhaps not the ones that the run was trained on
             first += ["--mesh.data=1", "--mesh.fsdp=-1", "--mesh.tensor=1"]
         config_files = [str(Path(run[0]) / RUN), *config_files]
     else:
+        named = (word.partition("=")[0].startswith("--prompts.") for word in overrides)
+        if not (prompts or config_files or policy.startswith(EMBEDDED) or any(named)):
+            raise BadInput(
+                f"{policy} is of no run: name the questions, --prompts jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME"
+            )
         first.append(f"--model.path={policy}")
         if not judged:  # a model of one's own needs a named one, even where none is opened
             first.append("--judge.path=none")
     if prompts:  # both, since a model of one's own needs them named
         first += [f"--prompts.source={prompts}", f"--prompts.heldout={prompts}"]
-        first += ["--pairs.source=", "--responses.source="]  # a run's own, which are not read here
+        # A run's own, which are not of these prompts.
+        first += [
+            "--pairs.source=",
+            "--responses.source=",
+            f"--prompts.heldout_split={Prompts.heldout_split}",
+        ]
     return config_file.load(config_files, [*first, *overrides])
+
+
+def _names_mesh(config_files: list[str]) -> bool:
+    keys = (key for file in config_files for key in yaml_text.read(Path(files.expand(file))))
+    return any(key.startswith("mesh.") for key in keys)
 
 
 def run_of(policy: str) -> tuple[str, int] | None:
@@ -168,7 +186,7 @@ def run_of(policy: str) -> tuple[str, int] | None:
     Raises BadInput for a directory before the @ that is no run.
     """
     out, at, number = policy.rpartition("@")
-    if policy.startswith(EMBEDDED) or not at or not (number.isascii() and number.isdigit()):
+    if policy.startswith(EMBEDDED) or not at or not _is_number(number):
         return None
     if "://" in out:
         raise BadInput(
@@ -185,9 +203,14 @@ def run_of(policy: str) -> tuple[str, int] | None:
     raise BadInput(f"{policy}: no such directory {out}")
 
 
+def _is_number(text: str) -> bool:
+    """Whether a text is a whole number of at most nine digits."""
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
 def _number(flag: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST):
-        raise BadInput(f"{flag} {command.printable(text)}: must be a whole number from 1 to {MOST}")
+    if not (_is_number(text) and 1 <= int(text) <= MOST):
+        raise BadInput(f"{flag} {command.printable(text)[:80]}: must be a whole number from 1 to {MOST}")
     return int(text)
 
 

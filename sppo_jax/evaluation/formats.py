@@ -24,6 +24,8 @@ def check(name: str, path: Path, questions: Sequence[Question], *, arena_format:
     """Raise BadInput, before anything is sampled, for questions or a file that a format does not take."""
     if name not in FORMATS:
         raise BadInput(f"--write {name}: must be one of {', '.join(FORMATS)}")
+    if files.is_dir(path) or not files.is_dir(path.absolute().parent):
+        raise BadInput(f"--write {name} {path}: name a file in a directory that is there")
     if not questions:
         raise BadInput(f"--write {name}: there are no questions")
     if name in ("mt_bench", "arena_hard") and (path.suffix != ".jsonl" or not path.stem.strip(".")):

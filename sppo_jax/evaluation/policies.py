@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,37 @@ from sppo_jax.records import Prompt, Responses
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.sampler import Sampler
-from sppo_jax.text import chat_template
+from sppo_jax.text import chat_template, thoughts
 
 
 class Policy:
     """A policy that was named: `iteration` is that of its run, else 0, and goes into its responses' random keys."""
 
-    def __init__(self, name: str, config: Config, tell: Callable[[str], None]):
-        """Find its files; a name on the hub is downloaded. Raises BadInput for a name that is none."""
+    def __init__(
+        self, name: str, config: Config, tell: Callable[[str], None], options: Mapping[str, Any] | None
+    ):
+        """Find its files; a name on the hub is downloaded. `options`: of its template; None: those of its own run.
+
+        Raises BadInput for a name that is none.
+        """
         self.name, self._config = name, config
         found = run_of(name)
         self.iteration = BASE if found is None else found[1]
         self.directory = names.fetch(name, tell=tell).directory if found is None else _of_run(*found, tell)
         self.architecture = hf.stored_architecture(self.directory, tell=tell)
-        options = config.model.template
-        if found is not None:  # each run's own, except for what the command line says of all
-            options = options or config_file.load([RunDir(found[0]).config]).model.template
+        if options is None and found is not None:
+            options = config_file.load([RunDir(found[0]).config]).model.template
         self.tokenizer = chat_template.load_tokenizer(self.directory, options)
         self.eos = chat_template.eos_ids(self.directory, self.tokenizer, self.architecture.vocab)
+
+    @functools.cached_property
+    def thinks(self) -> bool:
+        """Whether judges are to read its responses without their thoughts."""
+        return thoughts.strips(self._config.judge.strip, self.tokenizer) == "think"
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return files.sha256(hf.weight_files(self.directory))
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
@@ -66,9 +80,14 @@ class Policy:
         Of a run's policy they are the ones of the run, where prompts, seed and sampling are the same.
         """
         dtype = sharding.compute_dtype(self._config.model.compute_dtype, mesh)
-        asked = [self._prompt(n, text) for n, text in enumerate(prompts)]
+        every = [self._prompt(n, text) for n, text in enumerate(prompts)]
+        # Prompts that differ in the white space around them have the same random keys, and are asked once.
+        once: dict[int, Prompt] = {}
+        for prompt in every:
+            once.setdefault(prompt.prompt_id, prompt)
+        asked = list(once.values())
         made_from = self.digests | {
-            "prompts": files.sha256_text("\0".join(str(p.ids) for p in asked)),
+            "prompts": files.sha256_text(json.dumps([[p.text, p.ids] for p in asked])),
             "configuration": _digest(sampling, seed, self.iteration, dtype),
         }
         task = place.task("policies", self.name, made_from, seed=seed, iteration=self.iteration)
@@ -84,7 +103,20 @@ class Policy:
             longest = max(len(p.ids) for p in asked)
             return Sampler(model, self.tokenizer, sampling, mesh, eos=self.eos, longest=longest)
 
-        return respond.respond(asked, sampler, _NoFollower(), task)
+        found = {row.prompt_id: row for row in respond.respond(asked, sampler, _NoFollower(), task)}
+        return [found[prompt.prompt_id] for prompt in every]
+
+    def said(self, row: Responses) -> Responses:
+        """The responses as judges read them: without thoughts, where the policy's template knows them (judge.strip)."""
+        if not self.thinks:
+            return row
+        opened = thoughts.of_header(self.tokenizer)[1]
+        texts = [thoughts.taken_out(text, opened=opened) for text in row.responses]
+        return dataclasses.replace(row, responses=texts)
+
+    def draws_as(self, other: "Policy") -> bool:
+        """Whether both give the same responses to the same prompts."""
+        return self.iteration == other.iteration and self._weights == other._weights
 
     def _prompt(self, n: int, text: str) -> Prompt:
         """Prompt number n. Raises BadInput for a conversation that the policy's template refuses: none is left out silently."""

@@ -25,14 +25,20 @@ class Question:
 
 
 def read(
-    source: str, *, split: str, column: str, limit: int | None, tell: Callable[[str], None] = lambda _: None
+    source: str,
+    *,
+    split: str,
+    column: str,
+    limit: int | None,
+    turns: conversations.Which = "last",
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[Question]:
     """The first `limit` questions of a source (None: all), in its order.
 
     The prompt of a row is in `column`; in a row without it, the first of `turns` (MT-Bench, and Arena-Hard before April
     2025) or `instruction` (AlpacaEval). It is asked as it is, white space around it included. The category is in
     `category`, or `dataset` (AlpacaEval). A row that is empty, not text or a repetition is left out: a repetition has the
-    question_id or uid of an earlier row, or the prompt where it has neither. `tell` gets a line about such rows, and
+    question_id or uid of an earlier row, or the prompt where it has neither. `turns` as in prompts.turns. `tell` gets a line about such rows, and
     one about prompts with white space around them. Raises BadInput where the source cannot be read or has no question.
     """
     named, seen, columns = Source(KNOB, source, split), set[str](), dict[str, None]()
@@ -45,7 +51,7 @@ def read(
             count[row] += 1
             continue
         columns |= dict.fromkeys(row)
-        prompt, reason = _prompt(row, column)
+        prompt, reason = _prompt(row, column, turns)
         identity = next((f"{key} {row[key]}" for key in IDS if row.get(key) is not None), prompt)
         reason = reason or ("repeated" if identity in seen else "")
         if reason:
@@ -66,15 +72,10 @@ def read(
     return found
 
 
-def prompt_of(value: Any) -> tuple[str, bool] | str:
-    """The prompt in a column's value, and whether something of it is left out; or the name of the reason why there is none."""
-    return conversations.prompt(value)
-
-
-def _prompt(row: Row, column: str) -> tuple[str, str]:
+def _prompt(row: Row, column: str, turns: conversations.Which) -> tuple[str, str]:
     """(prompt, "") of a row, or ("", the name of the reason why it has none)."""
     value = row.get(column)
-    found = prompt_of(value) if value is not None else _of_benchmark(row)
+    found = conversations.prompt(value, turns) if value is not None else _of_benchmark(row)
     if isinstance(found, str):
         return "", found
     if not found[0].strip():

@@ -3,9 +3,10 @@
 `python -m sppo_jax.judge --in FILE --out FILE`. What is judged is kept in a hidden file beside --out until that is written.
 """
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ where a line of answers.jsonl is {"prompt": "Who?", "responses": ["I", "You and 
   --in FILE
       rows: a file of JSON lines or parquet, or jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME as prompts.source takes them
   --out FILE.jsonl|FILE.parquet
-      a new file
+      a new file: the rows' prompts and responses, with their scores
   --template DIR|OWNER/NAME
       the model whose tokenizer and chat template the judge's reading needs: for --judge.prompt chat
   --config FILE
@@ -72,7 +73,11 @@ def main(words: Sequence[str]) -> None:
     judge = judges.open_judge(settings)
     try:
         # Only for its lines, progress and signals: this command writes no metrics.
-        with Metrics(RunDir(request.out.parent)) as metrics, metrics.stopping_on_signals():
+        with (
+            _alone(request.out),
+            Metrics(RunDir(request.out.parent)) as metrics,
+            metrics.stopping_on_signals(),
+        ):
             judge.report_to(metrics.say)
             for line in lines:
                 metrics.say(line)
@@ -84,6 +89,22 @@ def main(words: Sequence[str]) -> None:
     finally:
         judge.close()
     print(f"{len(asked)} rows written to {request.out}")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a lock beside --out. Raises BadInput where another command writes the same file, or has just written it."""
+    from sppo_jax.run import directory
+
+    lock = out.with_name(f".{out.name}.lock")
+    with files.writing(lock):
+        file = lock.open("a+b", buffering=0)
+    with directory.held(file):
+        try:
+            _target(str(out))  # again, now that nobody else can write it
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def usage() -> str:

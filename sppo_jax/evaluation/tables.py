@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sppo_jax.command import printable
+
 Figures = dict[str, Any]
 WIDTH = 79
 NAME = 28  # columns of a name
@@ -19,7 +21,7 @@ def win_rate(found: Figures) -> str:
             _row("  length-controlled*", _number(controlled["mean"]), _interval(controlled["interval"]), "")
         )
         for category, part in figures.get("categories", {}).items():
-            lines.append(_rate(f"  {category} ({part['prompts']})", part))
+            lines.append(_rate(f"  {printable(' '.join(category.split()))} ({part['prompts']})", part))
     lines += ["", _row("", *(f"policy {letter}" for letter in "AB"))]
     labels = {
         "characters": "characters, mean", "tokens": "tokens, mean", "truncated": "truncated share",
