@@ -172,7 +172,8 @@ def test_runs_begun_before_the_section_existed_go_on(tmp_path):
     inputs = {"base_weights": "b", "judge": "j", "prompts_1": "p"}
 
     def of(settings):
-        made_from = manifest.Provenance(RunDir(tmp_path), settings, "float32", inputs).made_from(
+        resolved = {"model.compute_dtype": "float32", "judge.strip": "none"}
+        made_from = manifest.Provenance(RunDir(tmp_path), settings, resolved, inputs).made_from(
             0, "prompts_1"
         )
         return made_from["configuration"]

@@ -234,7 +234,7 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
 
     play(1)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["model"] == {"name": "owner/policy", "revision": begun}
+    assert manifest["model"] == {"name": "owner/policy", "revision": begun, "template": {}}
     hub.add("owner/policy", files | {"generation_config.json": b'{"eos_token_id": 7}'})
     play(2)
     assert json.loads((out / "manifest.json").read_text())["model"]["revision"] == begun

@@ -20,6 +20,7 @@ from sppo_jax.run import shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics, read
 from sppo_jax.run.stage import Stage
+from sppo_jax.text import reading
 from tests.stand_ins import PROMPTS, Counting, K, Pod, Streaming, answer
 
 
@@ -35,7 +36,7 @@ def play(tmp_path):
         alone = threading.current_thread() is threading.main_thread()
         with Metrics(run) as metrics, metrics.stopping_on_signals() if alone else contextlib.nullcontext():
             stage = Stage(run, 1, seed, shard_prompts=3, made_from={"policy": "p"}, metrics=metrics)
-            with judge.Judging(stage, checked, config.Judge(), str, len(PROMPTS)) as judging:
+            with judge.Judging(stage, checked, config.Judge(), reading.as_it_is, len(PROMPTS)) as judging:
                 if beside:
                     rows = respond.respond(PROMPTS, lambda: sampler, judging, stage)
                 else:

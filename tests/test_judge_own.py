@@ -347,5 +347,5 @@ def test_a_judge_that_makes_numpy_strict_makes_only_itself_strict(own):
         return [[[0, 3e38], [-3e38, 0]]]
 
     row = Responses(1, "Who?", [1], [[2], [2]], ["a", "b"], ["stop"] * 2, [-1.0] * 2)
-    [found] = judges.prefer([row], own(compare), config.Judge(), str)
+    [found] = judges.prefer([row], own(compare), config.Judge(), lambda prompt, texts: (prompt, texts))
     assert found.win_rate == [0.75, 0.25]

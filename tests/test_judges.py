@@ -21,6 +21,7 @@ from sppo_jax.records import Responses
 from sppo_jax.report import page
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import RunDir
+from sppo_jax.text import reading
 from sppo_jax.tiny import world
 from tests.small_game import words
 
@@ -169,7 +170,7 @@ def test_sharpness_reaches_the_win_rates():
     row = Responses(1, "Who?", [1], [[2], [2], [2]], ["a", "b", "c"], ["stop"] * 3, [-1.0] * 3)
     for sharpness in (1.0, 2.0):
         settings = config.Judge(sharpness=sharpness)
-        [found] = judges.prefer([row], Scripted(), settings, str)
+        [found] = judges.prefer([row], Scripted(), settings, reading.as_it_is)
         np.testing.assert_allclose(found.probability[0][1], 1 / (1 + np.exp(-sharpness * 2)))
 
 
