@@ -8,7 +8,6 @@ from scipy.stats import binom, t
 
 from sppo_jax.evaluation.statistics import (
     RIDGE,
-    by_category,
     distinct,
     interval,
     length_controlled,
@@ -204,16 +203,3 @@ def test_repeated_counts_every_copy():
     assert repeated(["x", "y", "x", "x", "x "]) == 3 / 5
     assert repeated(["x", "y"]) == 0
     assert np.isnan(repeated([]))
-
-
-def test_categories_have_the_figures_of_their_own_prompts():
-    values = np.random.default_rng(4).random(30)
-    names = ["b", "a", "a"] * 10
-    found = by_category(values, names)
-    assert list(found) == ["a", "b"]
-    assert (found["a"].count, found["b"].count) == (20, 10)
-    assert found["b"].mean == pytest.approx(values[::3].mean())
-    assert (found["b"].low, found["b"].high) == interval(values[::3])
-    assert np.isnan(by_category([0.5], ["alone"])["alone"].low)
-    with pytest.raises(ValueError, match="category of each value"):
-        by_category(values, names[1:])

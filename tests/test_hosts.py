@@ -246,4 +246,5 @@ def test_local_sh_plays_the_game_of_one_process_and_evaluates_it(pair, tmp_path)
     by_local_sh(*asked, COMMAND="evaluate")
     (figures,) = (tmp_path / "evaluations").glob("*.json")
     found, own = json.loads(figures.read_text()), json.loads((run / "iter_1/eval.json").read_text())
-    assert found["judges"]["judge"]["mean"] == own["win_rate"]["judge"]["base"]["mean"]
+    expected = own["win_rate"]["judge"]["base"]["mean"]
+    assert found["judges"]["judge"]["mean"] == pytest.approx(expected, abs=1e-6)  # PairRM with other threads

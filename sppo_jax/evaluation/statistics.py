@@ -30,16 +30,6 @@ class LengthControlled:
     slope: float
 
 
-@dataclass(frozen=True)
-class Category:
-    """The mean of a category's prompts, their number, and the interval of the mean; NaN of a single prompt."""
-
-    mean: float
-    count: int
-    low: float
-    high: float
-
-
 def interval(
     values: ArrayLike, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
@@ -110,22 +100,6 @@ def repeated(texts: Sequence[str]) -> float:
     """Share of the texts that another one equals, character by character; NaN of no texts."""
     copies = Counter(texts)
     return sum(copies[text] > 1 for text in texts) / len(texts) if texts else float("nan")
-
-
-def by_category(values: ArrayLike, categories: Sequence[str], *, seed: int = 0) -> dict[str, Category]:
-    """Mean, count and 95 % interval of the values [n] of each category [n], sorted by name.
-
-    Raises ValueError if a value has no category.
-    """
-    found = _vector("values", values)
-    if len(found) != len(categories):
-        raise ValueError(f"needed a category of each value, found {len(categories)} for {len(found)} values")
-    rows: dict[str, list[float]] = {name: [] for name in sorted(set(categories))}
-    for name, value in zip(categories, found.tolist(), strict=True):
-        rows[name].append(value)
-    return {
-        name: Category(float(np.mean(row)), len(row), *interval(row, seed=seed)) for name, row in rows.items()
-    }
 
 
 def _fit(p: Vector, delta: Vector) -> tuple[Vector, Vector]:
