@@ -231,7 +231,7 @@ def test_a_judge_that_cannot_be_kept_alive_by_one_process_ends_both(hosts, tmp_p
 def by_local_sh(*given, **environment):
     """What launch/local.sh prints, of two processes with four devices each."""
     done = subprocess.run(
-        ["bash", str(ROOT / "launch/local.sh"), "2", *map(str, given)], cwd=ROOT, timeout=200, capture_output=True, text=True,
+        ["bash", str(ROOT / "launch/local.sh"), "2", *map(str, given)], cwd=ROOT, timeout=280, capture_output=True, text=True,
         env=os.environ | {"DEVICES": "4", "PYTHON": os.sys.executable} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
