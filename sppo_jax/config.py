@@ -234,10 +234,7 @@ class Responses:
         "elsewhere instead. Its rows are the training prompts, in prompts.column",
     )
     split: str = knob("train", "split of a tfds or hf source, {iteration} allowed")
-    column: str = knob(
-        "responses",
-        "column that holds the list of a prompt's responses, of which the first sampling.responses are taken",
-    )
+    column: str = knob("responses", "column of a prompt's list of responses; the first K are taken")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load(config: Config, tokenizer: Any, answers: Answers | None = None) -> Prom
     Without a source of held-out prompts a share of the prompts of iteration 1 (of the whole pool where there is one) is
     held out. A row that is empty, not text, repeated, held out, over-long or refused by the chat template is skipped and
     counted, never cut. With pairs.source nothing is sampled, and `train` is empty. With responses.source the prompts are its
-    own, and `answers` takes the responses to those that are trained on. Raises BadInput if a source cannot be read or
+    own, and `answers` collects the responses to the training prompts. Raises BadInput if a source cannot be read or
     leaves no prompts.
     """
     sets, seen = PromptSets([], [], answers=answers), dict[int, str]()

@@ -40,7 +40,7 @@ def test_scores_choose_and_win_rates_do_not():
 def test_the_preference_for_the_first_place_cancels():
     scores = np.array([0.1, 0.3, 0.2])
     logits = (scores[:, None] - scores)[None]
-    biased = logits + 5  # whoever is shown first
+    biased = logits + 5  # the response that is shown first gains 5
     biased[0, 0, 2] += 0.01
     assert [best.tolist() for best in chosen(biased).values()] == [[0], [1], [1]]
 

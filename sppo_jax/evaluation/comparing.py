@@ -36,7 +36,7 @@ class Named:
     judge: CheckedJudge
     read: Reading
     settings: Any  # config.Judge
-    knobs: str  # those that its logits depend on
+    knobs: str  # the values of the knobs that change its logits
 
     def probabilities(
         self,

@@ -162,9 +162,9 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
                 f"{policy} is of no run: name the questions, --prompts jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME"
             )
         first.append(f"--model.path={policy}")
-        if not judged:  # a model of one's own needs a named one, even where none is opened
+        if not judged:  # beside a policy of the user's own a judge must be named, also where none is opened
             first.append("--judge.path=none")
-    if prompts:  # both, since a model of one's own needs them named
+    if prompts:  # in both knobs, which must be named beside a policy of the user's own
         first += [f"--prompts.source={prompts}", f"--prompts.heldout={prompts}"]
         # A run's own, which are not of these prompts.
         first += [

@@ -75,7 +75,7 @@ class Policy:
     def respond(
         self, place: Place, prompts: Sequence[str], mesh: Mesh, sampling: Sampling, seed: int
     ) -> list[Responses]:
-        """sampling.responses responses to each prompt, in order: those that `place` has, and the rest sampled.
+        """Return sampling.responses responses to each prompt, in order. Those on disk in `place` are read, the rest are sampled.
 
         Of a run's policy they are the ones of the run, where prompts, seed and sampling are the same.
         """
