@@ -15,6 +15,7 @@ from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.run import directory, manifest, pod
+from sppo_jax.run.clock import Clock
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -33,6 +34,7 @@ class Session:
 
     def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge: CheckedJudge):
         self.config, self.paths, self.metrics, self.judge = config, run, metrics, judge
+        self.clock = Clock(metrics, config.iterations)
         self.oracle = judges.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
@@ -58,7 +60,7 @@ class Session:
                 Sampler, tokenizer=self.tokenizer, sampling=config.sampling, mesh=self.mesh, eos=self.eos,
                 longest=max(lengths),
             ),
-            lengths=lengths,
+            lengths=lengths, doing=self.clock.doing,
         )  # fmt: skip
         self.devices.policy(BASE)
         most = [len(part) for part in self.given] or [len(part) for part in self.sets.train]
@@ -167,15 +169,18 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Session]:
-    """Claim OUT, start the judge's process before any device is touched, and open every input."""
+def opened(config: Config, *, quiet: bool = False) -> Iterator[Session]:
+    """Claim OUT, start the judge's process before any device is touched, and open every input.
+
+    A `quiet` run prints warnings and its result only.
+    """
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
     # Signals are ours to the very end, and so outside of all that is closed before.
     with contextlib.ExitStack() as signals, contextlib.ExitStack() as stack:
         judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(config.out)))
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
-        metrics = stack.enter_context(Metrics(run))
+        metrics = stack.enter_context(Metrics(run, quiet=quiet))
         judge.report_to(metrics.say)
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
