@@ -8,14 +8,14 @@ import importlib
 import sys
 from typing import Any
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # `python -m`, and the imports of a command begin now
     from sppo_jax import command
     from sppo_jax.errors import end_on_ctrl_c
 
     end_on_ctrl_c()
     command.check_module(sys.orig_argv)
-
-__version__ = "0.1.0"
 
 MODULES = (
     "config",

@@ -27,8 +27,8 @@ def play(run: Session) -> None:
             model_card.write(run.paths, t)
     if pod.first():
         page.write(run.paths)
-        run.metrics.say(page.table(run.paths), result=True)
-    run.metrics.say(f"report: {bucket.shown(run.paths.report)}", result=True)
+        run.metrics.say(page.table(run.paths), always=True)
+    run.metrics.say(f"report: {bucket.shown(run.paths.report)}", always=True)
 
 
 def iterate(run: Session, t: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sppo_jax import interchange, judges, prompts, sharding
 from sppo_jax.config import Config
 from sppo_jax.devices import Devices
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, about
 from sppo_jax.files import exists
 from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
@@ -37,7 +37,8 @@ class Session:
         self.clock = Clock(metrics, config.iterations)
         self.oracle = judges.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
+        with about("model.path="):
+            self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
         base = self.source.directory
         read = hf.stored_architecture(base, tell=metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
@@ -181,7 +182,7 @@ def opened(config: Config, *, quiet: bool = False) -> Iterator[Session]:
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
         metrics = stack.enter_context(Metrics(run, quiet=quiet))
-        judge.report_to(metrics.say)
+        judge.report_to(functools.partial(metrics.say, always=True))
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
             stack.callback(session.oracle.close)

@@ -68,9 +68,9 @@ class Metrics:
             file.seek(max(0, size - 1))
             return file.read(1) not in (b"", b"\n")
 
-    def say(self, text: str, *, result: bool = False) -> None:
-        """Print a line for people. A quiet run prints warnings and its `result` only."""
-        if not self._silent and (not self._quiet or result or WARNING in text):
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Print a line for people. A quiet run prints warnings only, and what it `always` prints."""
+        if not self._silent and (not self._quiet or always or WARNING in text):
             self._console.print(text)
 
     @contextlib.contextmanager
