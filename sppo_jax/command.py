@@ -233,6 +233,8 @@ def script() -> None:
         say(f"error: {_not_a_command(printable(name))}")
         sys.exit(BAD_INPUT)
     sys.argv = [f"sppo_jax {name}", *words]
+    if not sys.flags.safe_path:
+        sys.path[0] = ""  # as by python -m: a judge in the working directory is found
     runpy.run_module(f"sppo_jax.{module}", run_name="__main__", alter_sys=True)
 
 

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.text import Text
 
 PLAIN_SECONDS = 5.0  # between plain lines of one stage
@@ -94,8 +95,10 @@ class Line:
             return
         label, numbers = count.fitted(width - bar - 1)
         yield Text(f"{label} ", no_wrap=True, end="")
-        yield ProgressBar(total=count.total, completed=count.done, width=bar)
-        yield Text(f" {numbers}", no_wrap=True, end="")
+        drawn = list(console.render(ProgressBar(total=count.total, completed=count.done, width=bar), options))
+        yield from drawn
+        gap = bar - Segment.get_line_length(drawn)  # without colours what is left is not drawn
+        yield Text(f"{' ' * gap} {numbers}", no_wrap=True, end="")
 
 
 @contextlib.contextmanager
