@@ -260,4 +260,4 @@ def test_progress_of_what_is_left_to_the_judge_counts_what_is_done(play, capsys,
     done = [int(text.split()[3].split("/")[0]) for text in lines]
     assert done[0] in range(19)
     assert done == sorted(done)
-    assert lines[-1].startswith("iteration 1 judge: 42/42 pairs, ")
+    assert lines[-1].startswith("iteration 1 judge: 42/42 pairs in ")

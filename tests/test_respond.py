@@ -99,7 +99,7 @@ def test_T16_killed_in_the_middle_of_a_shard_what_is_finished_is_not_sampled_aga
     assert rows == [answer(prompt) for prompt in PROMPTS]
     assert follower.taken == dict(enumerate(rows))  # the prompts from before too
     assert files(begun) == files(tmp_path / "whole/iter_1/responses")
-    assert "iteration 1 respond: 7/7 prompts, " in capsys.readouterr().out.splitlines()[-1]
+    assert "iteration 1 respond: 7/7 prompts in " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_line_that_a_crash_has_cut_costs_its_own_prompt_alone(tmp_path, play):
@@ -209,7 +209,7 @@ def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, ca
     assert "iteration 1 respond: 2/7 prompts, " in shown[0]
     assert " left, tokens/s " in shown[0]
     assert ", slots in use 6, judged 2" in shown[0]
-    assert shown[-1].startswith("iteration 1 respond: 7/7 prompts, ")
+    assert shown[-1].startswith("iteration 1 respond: 7/7 prompts in ")
     [line] = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     tokens = sum(len(ids) for row in rows for ids in row.response_ids)
     assert line["stage"] == "respond"

@@ -64,7 +64,7 @@ def _check_override(flag: str, word: str, flags: Iterable[str]) -> None:
     if keys := [k for k in knobs if k.startswith(f"{key}.")]:
         names = ", ".join(k.split(".")[1] for k in keys)
         raise BadInput(f"{flag} is a section: write --{keys[0]} VALUE; its keys are {names}")
-    raise BadInput(f"unknown flag {flag}{unknown(key, [*own, 'help'], '--')}; see --help")
+    raise BadInput(f"unknown flag {flag}{unknown(key, [*own, 'help', 'version'], '--')}; see --help")
 
 
 def _meant(word: str, own: Sequence[str]) -> str:
