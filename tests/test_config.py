@@ -14,6 +14,7 @@ from sppo_jax import config, config_file
 from sppo_jax.errors import BadInput
 from sppo_jax.losses import LOSSES
 from sppo_jax.preferences import probability_matrix, win_rates
+from sppo_jax.settings import resuming
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -151,7 +152,7 @@ def test_dump_loads_back_to_the_same(tmp_path):
 def test_changed_keys_name_what_changes_results_only():
     before = config_file.load()
     after = config_file.load([], ["--fit.eta", "5", "--mesh.tensor", "2", "--iterations", "9", "--out", "x"])
-    assert config.changed_keys(before, after) == ["fit.eta"]
+    assert resuming.changed_keys(before, after) == ["fit.eta"]
 
 
 def enums():
