@@ -145,7 +145,9 @@ def test_texts_on_the_command_line_are_taken_as_they_are():
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
-    before = config_file.load([], ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7"])
+    flags = ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7", "--log.to", "[trackio, wandb]"]
+    before = config_file.load([], flags)
+    assert before.log.to == ["trackio", "wandb"]
     assert from_text(tmp_path, config_file.dump(before)) == before
 
 
@@ -161,7 +163,7 @@ def enums():
             for field in dataclasses.fields(section.type):
                 kinds = get_args(field.type) if get_origin(field.type) is not Literal else (field.type,)
                 for kind in kinds:
-                    if get_origin(kind) is Literal:
+                    if get_origin(kind) is Literal and get_origin(field.type) is not list:
                         yield from ((f"{section.name}.{field.name}", value) for value in get_args(kind))
 
 
