@@ -43,6 +43,7 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report.html"
         self.tensorboard = self.root / "tensorboard"
+        self.tracked = self.root / "tracked.json"
         self.profile = self.root / "profile"
 
     def iteration(self, t: int) -> Path:
