@@ -117,13 +117,8 @@ def _truncated(at: _Iteration) -> str | None:
 
 
 def _undecided(at: _Iteration) -> str | None:
-    entropy, ties = at.get("judge", "entropy"), at.get("judge", "tie_share")
-    if entropy is None or ties is None or ties > TIES:
-        return None
-    undecided = (entropy / math.log(2) - ties) / (
-        1 - ties
-    )  # of the pairs that do not tie, as a share of log 2
-    if undecided < UNDECIDED:
+    entropy, ties = at.get("judge", "entropy"), at.get("judge", "tie_share") or 0
+    if entropy is None or entropy < UNDECIDED * math.log(2) or ties > TIES:
         return None
     return (
         f"the judge's entropy is {entropy:.3f} of at most {math.log(2):.3f} nats: to it nearly every pair is a coin's throw, and it "
