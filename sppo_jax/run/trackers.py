@@ -74,10 +74,12 @@ class Tracking:
             self._events.add(named, line["step"], line["time"])
         if self._curves is None or self._knobs is None:
             return
-        for tracker in self._trackers if not self._begun else ():
+        found = self._curves.of(line)
+        # With the first points: shards' lines, which have none, come from the judge's thread, and wandb wants the main one.
+        for tracker in self._trackers if found and not self._begun else ():
             tracker.config(self._knobs)
-        self._begun = True
-        for points in self._curves.of(line):
+        self._begun |= bool(found)
+        for points in found:
             for tracker in self._trackers:
                 tracker.scalars(*points)
 
