@@ -14,8 +14,8 @@ from sppo_jax.losses import LOSSES
 # At the first update log-ratios are 0, and the loss is what doing nothing costs. Batches differ: one of 16 pairs has up to
 # twice another's loss. Three times the first one's is no chance.
 LOSS = 3.0
-# A regression on targets within ±5 overshoots on single responses, hardly by more than twice. Five times is another policy.
-RATIO = 5.0
+# Single responses overshoot their targets: in the quickstart, which is healthy, one of 64 reaches 5.5 times the largest.
+RATIO = 10.0
 LEAST_TARGET = (
     1.0  # nats; smaller targets lie within what any update moves the log-ratio of a text of 100 tokens by
 )

@@ -89,7 +89,7 @@ def _table(name: str, rows: Sequence[Sequence[str]], step: int, wall_time: float
     from tensorboard.plugins.text import metadata
     from tensorboard.util import tensor_util
 
-    data = [[text.encode("utf-8", errors="replace") for text in row] for row in rows]
+    data = [[text.encode() for text in row] for row in rows]
     event = Event(wall_time=wall_time, step=step)
     event.summary.value.add(
         tag=name,

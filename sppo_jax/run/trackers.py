@@ -85,8 +85,9 @@ class Tracking:
 
     def samples(self, t: int, rows: Sequence[Sample]) -> None:
         """Take the sample texts of iteration t, after a line of it."""
+        texts = [Sample(*(text.encode("utf-8", "replace").decode() for text in row)) for row in rows]
         for tracker in self._trackers:
-            tracker.samples(rows, t)
+            tracker.samples(texts, t)
 
     def close(self, failed: bool = False) -> None:
         """Close all trackers. `failed`: the run ends with an error."""
