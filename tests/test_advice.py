@@ -56,7 +56,7 @@ def test_a_rate_that_is_too_high_is_said_at_the_fourth_update_and_once_with_the_
         ([1.21e5, 1.19e5, 1.23e5, 1.2e5], [0, 1, 5, 20], {"fit__eta": 1000}),  # the paper's setting
         ([0.6931, 0.69, 0.72, 0.6], [0, 10, 20, 40], {"fit__eta": 10, "fit__loss": "dpo"}),
         ([25, 26, 22, 19], [0, 4, 8, 12], {"fit__eta": 10, "fit__loss": "ipo"}),
-        ([25, 26, 22, 19], [0, 4, 8, 12], {"fit__eta": 10, "fit__loss": "sppo_hard"}),
+        ([25, 41, 22, 19], [0, 9, 8, 12], {"fit__eta": 10, "fit__loss": "sppo_hard"}),
     ],
 )
 def test_a_healthy_training_is_no_sign(losses, ratios, knobs):

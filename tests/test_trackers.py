@@ -21,7 +21,7 @@ from tests.small_game import words
 
 UPDATE = {
     "loss": 5.0, "grad_norm": 2.0, "learning_rate": 1e-5, "log_ratio_chosen": 3.0, "log_ratio_rejected": -2.0, "margin": 5.0,
-    "accuracy": 0.75, "max_log_ratio": 8.0,
+    "accuracy": 0.75, "max_log_ratio": 8.0, "logprob_chosen": -30.0, "logprob_rejected": -40.0,
 }  # fmt: skip
 SAMPLES = [Sample("why?", "because", "since | *x*"), Sample("how?", "so", "thus \ud800")]
 
@@ -79,7 +79,7 @@ def test_rewards_are_log_ratios_over_eta_as_in_trl():
         {
             "train/loss": 5.0, "train/grad_norm": 2.0, "train/learning_rate": 1e-5,
             "train/rewards/chosen": 0.3, "train/rewards/rejected": -0.2, "train/rewards/margins": 0.5, "train/rewards/accuracies": 0.75,
-            "train/log_ratio/chosen": 3.0, "train/log_ratio/rejected": -2.0, "train/log_ratio/margins": 5.0, "train/log_ratio/max": 8.0,
+            "train/logps/chosen": -30.0, "train/logps/rejected": -40.0, "train/log_ratio/chosen": 3.0, "train/log_ratio/rejected": -2.0, "train/log_ratio/margins": 5.0, "train/log_ratio/max": 8.0,
         }
     )  # fmt: skip
 

@@ -17,6 +17,8 @@ TRAINING = (
     ("log_ratio_rejected", "train/rewards/rejected", True),
     ("margin", "train/rewards/margins", True),
     ("accuracy", "train/rewards/accuracies", False),
+    ("logprob_chosen", "train/logps/chosen", False),
+    ("logprob_rejected", "train/logps/rejected", False),
     ("log_ratio_chosen", "train/log_ratio/chosen", False),
     ("log_ratio_rejected", "train/log_ratio/rejected", False),
     ("margin", "train/log_ratio/margins", False),
