@@ -8,15 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from sppo_jax import config_file
+from sppo_jax import config_file, fit
 from sppo_jax.config import Config, Fit
 from sppo_jax.run import metrics
 from sppo_jax.run.advice import RULES, SLOWER, Signs, found
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
+from sppo_jax.training.batches import Batches
 from sppo_jax.training.optimizer import make_optimizer
 from tests.small_game import words
+from tests.test_fit import pairs_of
 
 
 def configured(**knobs):
@@ -83,8 +85,8 @@ def test_a_rate_that_is_too_high_is_said_whatever_the_loss(losses, ratios, knobs
 
 
 def test_rmsprops_first_step_is_ten_times_the_rate():
-    fit = Fit(learning_rate=1e-3, warmup=0.0, schedule_epochs=1000, epochs=1)
-    optimizer, params = make_optimizer(fit, 1), jnp.ones(3)
+    settings = Fit(learning_rate=1e-3, warmup=0.0, schedule_epochs=1000, epochs=1)
+    optimizer, params = make_optimizer(settings, 1), jnp.ones(3)
     step, _ = optimizer.update(jnp.array([0.5, -2.0, 1e-3]), optimizer.init(params), params)
     np.testing.assert_allclose(np.abs(step), SLOWER * 1e-3, rtol=1e-3)
     adam = optax.adam(1e-3)
@@ -187,3 +189,28 @@ def test_the_run_prints_a_sign_once_and_other_processes_print_nothing(tmp_path, 
         assert not other.is_sign(1, "fit", 3, loss=1e9, max_log_ratio=1e9)
         other.scalars(1, "fit", 3, loss=1e9, max_log_ratio=1e9)
     assert capsys.readouterr().out == ""
+
+
+def test_an_update_that_is_a_sign_is_written_and_said_at_once_between_the_lines_of_log_every(
+    tmp_path, capsys
+):
+    config = config_file.load([], words(tmp_path, log__every=50))
+    batches = Batches(pairs_of(6), global_batch=1, epochs=1, seed=0, iteration=1)
+    run, said = RunDir(tmp_path), []
+
+    def advance(_n, **_facts):
+        said.append("warning" in capsys.readouterr().out)
+
+    with Metrics(run, config) as written:
+        log = fit._Log(Stage(run, 1, 0, 1, {}, written), advance, config, batches)
+        for update in WENT_WRONG:
+            names = {
+                "loss": update["loss"],
+                "max_log_ratio": update["max_log_ratio"],
+                "grad_norm": 1.0,
+                "margin": 0.0,
+            }
+            log.add(update["step"], {name: jnp.asarray(x) for name, x in names.items()})
+        log.flush()
+    assert said == [False, False, False, True, False, False]
+    assert [update["step"] for update in metrics.read(run)] == [0, 3, 5]
