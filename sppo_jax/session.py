@@ -181,7 +181,7 @@ def opened(config: Config, *, quiet: bool = False) -> Iterator[Session]:
         judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(config.out)))
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
-        metrics = stack.enter_context(Metrics(run, quiet=quiet))
+        metrics = stack.enter_context(Metrics(run, config, quiet=quiet))
         judge.report_to(functools.partial(metrics.say, always=True))
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
