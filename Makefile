@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart test lint venv dev tiny config-docs plan
+.PHONY: quickstart test lint venv dev tiny config-docs files-docs plan
 
 quickstart: venv
 	$(RUN) -m sppo_jax.main --config configs/quickstart.yaml
@@ -30,6 +30,9 @@ plan: venv .tpu/installed
 
 config-docs: venv
 	$(RUN) -m sppo_jax.config > configs/README.md
+
+files-docs: venv
+	$(RUN) -m sppo_jax.run.layout > docs/files.md
 
 venv: .venv/installed
 
