@@ -41,7 +41,12 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
             nested.setdefault(section, {})[name] = value
         else:
             nested[key] = value
-    config = embedded.resolve(draccus.decode(Config, nested))
+    return checked(draccus.decode(Config, nested))
+
+
+def checked(config: Config) -> Config:
+    """Return a configuration that was made in Python as `load` returns it: embedded parts filled in. Raises BadInput."""
+    config = embedded.resolve(config)
     checks.validate(config)
     return config
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sppo_jax import config_file
 from sppo_jax.command import call
-from sppo_jax.config import knobs
+from sppo_jax.config import Config, knobs
 from sppo_jax.settings import words as command_line
 
 
@@ -14,7 +14,11 @@ def main(words: Sequence[str]) -> None:
         print(usage())
         return
     files, overrides = command_line.split(words, {"--config": True})
-    config = config_file.load([file for _, file in files], overrides)
+    play(config_file.load([file for _, file in files], overrides))
+
+
+def play(config: Config) -> None:
+    """Play the game of this configuration: its inputs are opened, and all its iterations are played or found on disk."""
     # Only now, since these import jax: a wrong flag is refused at once.
     from sppo_jax import compilation, selfplay, session
     from sppo_jax.run import bucket, cluster, pod
