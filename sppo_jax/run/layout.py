@@ -76,7 +76,7 @@ FILES: list[tuple[Path, str]] = [
     ),
     (
         RUN.pairs(T),
-        "what is trained on: `prompt_ids`, and best to worst `response_ids`, `win_rate`, `target` (nats), `ref_logprob` (nats); beside "
+        "what is trained on: `prompt_ids`, and best to worst `response_ids`, `win_rate`, `baseline`, `target` (nats), `ref_logprob` (nats); beside "
         "them the official code's columns `chosen`, `rejected`, `chosen_probs`, `chosen_probs_win`, `chosen_probs_lose`",
     ),
     (RUN.root / f"iter_{T}" / "checkpoints", "parameters, optimizer state and step, as orbax writes them"),
