@@ -48,7 +48,7 @@ def commands(path):
         found = [line.strip() for language, body in fences(text) if language in SHELLS for line in body]
         text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     found += [" ".join(span.replace("\\|", "|").split()) for span in re.findall(r"`([^`]+)`", text)]
-    return [line for line in found if COMMAND.fullmatch(line)]
+    return [line for line in found if COMMAND.fullmatch(line) and not re.search(r"sppo_jax[. ]NAME\b", line)]
 
 
 COMMANDS = [
