@@ -39,21 +39,19 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 for word in "$@"; do
-    case $word in --help | -h) exec "$PYTHON" -m "sppo_jax.$COMMAND" --help ;; esac
+    case $word in --help | -h | --version) exec "$PYTHON" -m "sppo_jax.$COMMAND" --help ;; esac
 done
 
 # Reads the command line as the command does, so that one process instead of N refuses a bad one.
 prepare='
 import socket
-from sppo_jax import config_file
+from sppo_jax import main
 from sppo_jax.command import call
 from sppo_jax.evaluation import flags
-from sppo_jax.settings import words
 def out_of(command, *given):
     if command == "evaluate":
         return flags.read(given).out
-    files, overrides = words.split(given, {"--config": True})
-    return config_file.load([file for _, file in files], overrides).out
+    return main.read(given)[0].out
 def prepare(given):
     out = out_of(*given)
     with socket.socket() as free:

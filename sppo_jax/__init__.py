@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from sppo_jax.config import Config
     from sppo_jax.run.directory import RunDir
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # `python -m`, and the imports of a command begin now
     from sppo_jax import command
     from sppo_jax.errors import end_on_ctrl_c
 
     end_on_ctrl_c()
     command.check_module(sys.orig_argv)
-
-__version__ = "0.1.0"
 
 MODULES = (
     "config",

@@ -17,7 +17,7 @@ from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.records import Prompt
-from sppo_jax.settings import mapping
+from sppo_jax.settings import checks, mapping
 from sppo_jax.text import chat_template
 from sppo_jax.text.messages import Message, written
 
@@ -77,7 +77,7 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
     ):
         accepted = knobs[key]
         if value is not None and accepted is not None and value not in accepted:
-            raise BadInput(f"{flag} {value}: must be {accepted.whole()}")
+            raise BadInput(f"{flag} {value}: must be {checks.bounds(accepted, value)}")
     return args
 
 

@@ -7,16 +7,16 @@ import errno
 import logging
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from sppo_jax import files
-from sppo_jax.errors import BadInput, Elsewhere, Terminated, one_line
+from sppo_jax.errors import BadInput, Elsewhere, Terminated, end_on_ctrl_c, one_line
 
 # Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -28,8 +28,20 @@ SYSTEM = frozenset(
     {*files.MEND, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ETXTBSY}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENODEV, errno.EBUSY}
 )
-COMMANDS = ("main", "plan", "evaluate", "judge", "export", "report", "chat", "interchange", "config")
+COMMANDS = {
+    "main": "play the whole game: sample, judge, train, measure",
+    "plan": "memory, time and cost on devices that are not here",
+    "evaluate": "compare policies by a judge, and write the public benchmarks' files",
+    "judge": "rank the responses in a file",
+    "chat": "talk to a policy",
+    "export": "write a policy as a Hugging Face directory, or push it to the hub",
+    "report": "write a run's report.html again",
+    "interchange": "write an iteration's pairs in the official code's columns",
+    "config": "print every knob as a table",
+}
+TRAIN = "train"  # what the console script calls main
 LONG = re.compile(r"\S{300,}")  # more than the longest name of a file
+MISSING = "the following arguments are required: "  # how argparse begins
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 SMALLER = (
     "lower sampling.slots, fit.global_batch or eval.prompts, or cut the model over more devices (mesh.fsdp)"
@@ -50,9 +62,17 @@ class Flags(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.add_argument("--version", action="version", version=version(), help="print the version")
 
     def error(self, message: str) -> NoReturn:
-        """Raise BadInput with argparse's message."""
+        """Raise BadInput with argparse's message, and what each missing flag takes."""
+        if message.startswith(MISSING):
+            actions = [
+                self._option_string_actions[flag] for flag in message.removeprefix(MISSING).split(", ")
+            ]
+            message = "give " + " and ".join(
+                f"{a.option_strings[0]} {a.metavar or a.dest.upper()}" for a in actions
+            )
         raise BadInput(f"{message}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
@@ -155,24 +175,96 @@ def call(entry: Callable[[Sequence[str]], None]) -> None:
         sys.exit(code)
 
 
+def version() -> str:
+    """The line that --version prints."""
+    from sppo_jax import __version__  # not yet there while the package imports this module
+
+    return f"sppo_jax {__version__}"
+
+
 def check_module(words: Sequence[str]) -> None:
     """Exit with 2 and one line where `python -m` runs a module of the package that is not a command.
 
     `words`: the process's own command line, with the interpreter and its options. Such a module would run, print nothing
-    and exit with 0. Modules of rooms are left alone: the embedded default and the judge's process have theirs.
+    and exit with 0. Modules of rooms are left alone: the embedded default and the judge's process have theirs. Where a
+    command is asked for --version, prints it and exits with 0, before the command's imports.
     """
-    module = next((b if a == "-m" else a[2:] for a, b in pairwise([*words, ""]) if a.startswith("-m")), "")
+    module, rest = _module_of(words)
     package, _, name = module.partition(".")
-    if package != "sppo_jax" or "." in name or name in COMMANDS:
+    if package != "sppo_jax" or "." in name:
         return
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
     _open_streams()
-    say(
-        f"error: {printable(module)} is not a command; "
-        + (f"did you mean sppo_jax.{near[0]}? " if near else "")
-        + f"commands are {', '.join(COMMANDS)}, as python -m sppo_jax.NAME"
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        say(
+            f"error: {printable(module)} is not a command; "
+            + (f"did you mean sppo_jax.{near[0]}? " if near else "")
+            + f"commands are {', '.join(COMMANDS)}, as python -m sppo_jax.NAME"
+        )
+        sys.exit(BAD_INPUT)
+    if "--version" in rest:
+        print(version(), file=shown(sys.stdout), flush=True)
+        sys.exit()
+
+
+def _module_of(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The module that a command line of Python runs by -m, or an empty name, and the words after it."""
+    for i, word in enumerate(words):
+        if word == "-m":
+            return "".join(words[i + 1 : i + 2]), words[i + 2 :]
+        if word.startswith("-m"):
+            return word[2:], words[i + 1 :]
+    return "", []
+
+
+def script() -> None:
+    """The console script: `sppo_jax NAME WORDS` does what `python -m sppo_jax.NAME WORDS` does; train stands for main."""
+    end_on_ctrl_c()
+    _open_streams()
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h"):
+        print(_commands(), file=shown(sys.stdout), flush=True)
+        return
+    if "--version" in (name, *words):
+        print(version(), file=shown(sys.stdout), flush=True)
+        return
+    module = "main" if name == TRAIN else name
+    if module not in COMMANDS:
+        say(f"error: {_not_a_command(printable(name))}")
+        sys.exit(BAD_INPUT)
+    sys.argv = [f"sppo_jax {name}", *words]
+    if not sys.flags.safe_path:
+        sys.path[0] = ""  # as by python -m: a judge in the working directory is found
+    runpy.run_module(f"sppo_jax.{module}", run_name="__main__", alter_sys=True)
+
+
+def _commands() -> str:
+    """The text of `sppo_jax --help`."""
+    names = {TRAIN if name == "main" else name: about for name, about in COMMANDS.items()}
+    return "\n".join(
+        [
+            "sppo_jax COMMAND [FLAGS]",
+            "",
+            "  sppo_jax train --config configs/quickstart.yaml --out runs/quickstart",
+            "",
+            *(f"  {name:<12} {about}" for name, about in names.items()),
+            "",
+            "sppo_jax COMMAND --help lists the flags of one; sppo_jax --version prints the version.",
+        ]
     )
-    sys.exit(BAD_INPUT)
+
+
+def _not_a_command(name: str) -> str:
+    """The line about a first word of the console script that names no command."""
+    names = [TRAIN, *COMMANDS]
+    if name.startswith("-"):
+        return f"{name} comes after a command, as sppo_jax train {name}; commands are {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1)
+    return (
+        f"{name} is not a command; "
+        + (f"did you mean sppo_jax {near[0]}? " if near else "")
+        + f"commands are {', '.join(names)}"
+    )
 
 
 def exit_code(error: BaseException) -> int:

@@ -7,7 +7,7 @@ sampler's copy, without its cache, stays until the policy is trained or another 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -47,8 +47,12 @@ class Devices:
         judges: Sequence[CheckedJudge],
         make_sampler: Callable[[Transformer], Sampler],
         lengths: Sequence[int],
+        doing: Callable[[str], AbstractContextManager[None]],
     ):
-        """`make_sampler` makes the run's sampler from a first policy; `lengths`: tokens of every prompt of the run."""
+        """`make_sampler` makes the run's sampler from a first policy; `lengths`: tokens of every prompt of the run.
+
+        `doing` returns the context in which each turn's time is counted.
+        """
         self._config, self._run, self._source = config, run, source
         self._architecture, self._mesh, self._compute_dtype = architecture, mesh, compute_dtype
         self._trainer, self._judges, self._make_sampler, self._lengths = (
@@ -57,6 +61,7 @@ class Devices:
             make_sampler,
             lengths,
         )
+        self._doing = doing
         self._exclusive = own_memory(mesh)
         self._turn = ""
         self._policy: tuple[int, Transformer] | None = None
@@ -136,7 +141,8 @@ class Devices:
             raise RuntimeError(f"the devices are {self._turn}; that turn ends before {turn} begins")
         self._turn = turn
         try:
-            yield
+            with self._doing(turn):
+                yield
         finally:
             self._turn = ""
 

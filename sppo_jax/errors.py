@@ -1,8 +1,10 @@
 """How commands fail: bad input from the user, a request to stop, and the end of another process of the same run."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 
 
@@ -30,6 +32,15 @@ class Elsewhere(BaseException):
 def one_line(error: BaseException) -> str:
     """The message of an exception with every run of white space as one space."""
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def about(place: str) -> Iterator[None]:
+    """Put `place`, such as the knob that named an input, in front of what BadInput says."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{place}{error}") from None
 
 
 def end_on_ctrl_c() -> None:

@@ -108,7 +108,7 @@ def main(words: Sequence[str]) -> None:
     args = flags.read(words)
     to = _path("--to", args.to)
     if (args.run is None) != (args.iteration is None):
-        raise BadInput("--run and --iteration go together")
+        raise BadInput("--run and --iteration go together: give both, as --run OUT --iteration 3")
     if args.run is None and not args.push:
         raise BadInput("nothing to do: give --run and --iteration, or --push")
     if args.run is None and args.dtype:

@@ -15,7 +15,7 @@ import numpy as np
 from sppo_jax import config as configuration
 from sppo_jax import pairrm, preferences
 from sppo_jax.command import say
-from sppo_jax.errors import BadInput, Terminated, one_line
+from sppo_jax.errors import BadInput, Terminated, about, one_line
 from sppo_jax.records import Preferences, Responses
 from sppo_jax.run import pod
 from sppo_jax.text import reading, thoughts
@@ -227,17 +227,15 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     """
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)
-    if judge.backend not in pairrm.BACKENDS:
-        known = ", ".join(pairrm.BACKENDS)
-        raise BadInput(f"judge.backend={judge.backend} is not known; choose {known} or module:attribute")
-    opened = pairrm.load(
-        judge.path,
-        judge.backend,
-        python=judge.python,
-        limits=pairrm.Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens),
-        dtype=judge.compute_dtype,
-        pinned=pinned or {},
-    )
+    with about("judge.path: "):
+        opened = pairrm.load(
+            judge.path,
+            judge.backend,
+            python=judge.python,
+            limits=pairrm.Limits(judge.source_tokens, judge.candidate_tokens, judge.total_tokens),
+            dtype=judge.compute_dtype,
+            pinned=pinned or {},
+        )
     return CheckedJudge(opened, f"judge.backend={judge.backend}")
 
 

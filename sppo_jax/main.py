@@ -1,11 +1,47 @@
 """The command line: `python -m sppo_jax.main --config FILE [--section.key value ...]` plays the whole game."""
 
+import importlib.util
+import os
+import textwrap
 from collections.abc import Sequence
 
-from sppo_jax import config_file
-from sppo_jax.command import call
-from sppo_jax.config import Config, knobs
+from sppo_jax import command, config_file
+from sppo_jax.config import Config, Distributed, Knob, knobs
+from sppo_jax.run import early
 from sppo_jax.settings import words as command_line
+
+FLAGS = {"--config": True, "--quiet": False}  # the command's own, and whether each takes a value
+USAGE = """python -m sppo_jax.main --config FILE [--config FILE ...] [--section.key value ...]
+
+Plays SPPO with this configuration; the same command again resumes, or prints the table of a finished run.
+
+  python -m sppo_jax.main --config configs/quickstart.yaml --out runs/quickstart
+  python -m sppo_jax.main --config configs/quickstart.yaml --iterations 1 --fit.eta 5 --out runs/short
+
+  --config FILE          a configuration; later files override earlier ones, and flags override all files
+  --section.key value    any knob below; of a flag given twice the last counts. A value that begins with -- is
+                         written --section.key=--value
+  --quiet                print nothing but warnings, errors, the final table and the report's path
+  --version              print the version
+  --help                 print this text"""
+# What the knobs of each section are about; "" stands for those without a section.
+HEADINGS = {
+    "": "The run",
+    "model": "The policy",
+    "mesh": "The devices of the mesh",
+    "distributed": "Several processes",
+    "prompts": "Prompts to train on, and held-out ones",
+    "sampling": "Sampling of responses",
+    "judge": "The judge that compares them",
+    "pairs": "Pairs to train on",
+    "responses": "Responses made elsewhere",
+    "fit": "Training",
+    "eval": "Evaluation on held-out prompts",
+    "log": "What is written down",
+}
+COLUMNS = 100  # of the text of a knob
+# Variables in which a launcher gives a process its number: SLURM, Open MPI, indexed jobs of Kubernetes, TPUs on GKE.
+NUMBERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
 
 
 def main(words: Sequence[str]) -> None:
@@ -13,38 +49,75 @@ def main(words: Sequence[str]) -> None:
     if "--help" in words or "-h" in words:
         print(usage())
         return
-    files, overrides = command_line.split(words, {"--config": True})
-    play(config_file.load([file for _, file in files], overrides))
+    if "--version" in words:
+        print(command.version())
+        return
+    config, quiet = read(words)
+    play(config, quiet=quiet)
 
 
-def play(config: Config) -> None:
-    """Play the game of this configuration: its inputs are opened, and all its iterations are played or found on disk."""
-    # Only now, since these import jax: a wrong flag is refused at once.
+def play(config: Config, *, quiet: bool = False) -> None:
+    """Play the game of this configuration: its inputs are opened, and all its iterations are played or found on disk.
+
+    `quiet`: print nothing but warnings, errors, the final table and the report's path.
+    """
+    if _is_alone(config.distributed):  # else the other processes would wait for this one
+        early.check(config)
+    if not quiet and _is_first(config.distributed):
+        print(
+            f"loading {config.model.path}: iterations {config.iterations}, out {config.out} ...", flush=True
+        )
+    # Only now, since these import jax: a mistake is told at once.
     from sppo_jax import compilation, selfplay, session
     from sppo_jax.run import bucket, cluster, pod
 
     compilation.keep_programs()
     with cluster.joined(config.distributed):
-        with bucket.opened(config.out, pod.index(), pod.count()), session.opened(config) as opened:
+        with (
+            bucket.opened(config.out, pod.index(), pod.count()),
+            session.opened(config, quiet=quiet) as opened,
+        ):
             selfplay.play(opened)
         pod.meet("end")  # a failure of any process until here is the run's
 
 
+def read(words: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether it asks for --quiet. Raises BadInput for one that cannot be used."""
+    own, overrides = command_line.split(words, FLAGS)
+    config = config_file.load([file for flag, file in own if flag == "--config"], overrides)
+    return config, any(flag == "--quiet" for flag, _ in own)
+
+
 def usage() -> str:
-    """The text of --help: every knob with its type, range, default and meaning."""
-    lines = [
-        "python -m sppo_jax.main --config FILE [--config FILE ...] [--section.key value ...]",
-        "",
-        "Plays SPPO with this configuration; the same command again resumes. Later files override earlier ones, and",
-        "flags override all files; of a flag given twice the last counts. A value that begins with -- is written",
-        "--section.key=--value.",
-        "",
-    ]
-    for key, kind, default, text, accepted in knobs():
-        limits = f", {accepted}" if accepted else ""
-        lines += [f"  --{key} {kind}{limits}", f"      {text} (default: {default!r})"]
+    """The text of --help: every knob with its type, range, default and meaning, by section."""
+    lines, section = [USAGE], None
+    for knob in knobs():
+        if (found := knob.key.rpartition(".")[0]) != section:
+            section = found
+            lines += ["", " - ".join(filter(None, [section, HEADINGS.get(section)])), ""]
+        lines += _described(knob)
     return "\n".join(lines)
 
 
+def _described(knob: Knob) -> list[str]:
+    """The lines of --help about one knob."""
+    limits = f", {knob.range}" if knob.range else ""
+    text = textwrap.wrap(f"{knob.help} (default: {knob.default!r})", COLUMNS - 6, break_long_words=False)
+    return [f"  --{knob.key} {knob.kind}{limits}", *(f"      {line}" for line in text)]
+
+
+def _is_alone(settings: Distributed) -> bool:
+    """Whether nothing suggests that there are other processes, before jax looks for them; on TPUs there may be."""
+    launched = any(name in os.environ for name in (*NUMBERS, "JAX_COORDINATOR_ADDRESS"))
+    return not (settings.coordinator or launched or importlib.util.find_spec("libtpu"))
+
+
+def _is_first(settings: Distributed) -> bool:
+    """Whether this is process 0, or not known to be another one, before the processes have found each other."""
+    if settings.process_id >= 0:
+        return settings.process_id == 0
+    return all(os.environ.get(name, "0") == "0" for name in NUMBERS)
+
+
 if __name__ == "__main__":
-    call(main)
+    command.call(main)

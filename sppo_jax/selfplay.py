@@ -1,6 +1,7 @@
 """The loop: the algorithm box of arXiv:2405.00675, stage by stage. Each stage reads what is on disk, or makes it."""
 
 from sppo_jax import evaluate, export, fit, pairs, respond
+from sppo_jax.files import exists
 from sppo_jax.judge import Judging
 from sppo_jax.records import Pair
 from sppo_jax.report import model_card, page
@@ -16,17 +17,18 @@ def play(run: Session) -> None:
         run.metrics.say(line)
     for t in range(1, run.config.iterations + 1):
         if not there(run.paths.evaluation(t)):
-            for done in (t - 1, t) if there(run.paths.export(t)) else (t - 1,):
-                export.mend(run.paths, run.config, run.source, done, run.mesh, run.devices.free)
-            iterate(run, t)
+            with run.clock.iteration(t, begun=exists(run.paths.iteration(t))):
+                for done in (t - 1, t) if there(run.paths.export(t)) else (t - 1,):
+                    export.mend(run.paths, run.config, run.source, done, run.mesh, run.devices.free)
+                iterate(run, t)
             if t < run.config.iterations and pod.first():
                 page.write(run.paths)
         if pod.first() and run.paths.export(t).exists():
             model_card.write(run.paths, t)
     if pod.first():
         page.write(run.paths)
-        run.metrics.say(page.table(run.paths))
-    run.metrics.say(f"report: {bucket.shown(run.paths.report)}")
+        run.metrics.say(page.table(run.paths), always=True)
+    run.metrics.say(f"report: {bucket.shown(run.paths.report)}", always=True)
 
 
 def iterate(run: Session, t: int) -> None:
@@ -42,9 +44,11 @@ def iterate(run: Session, t: int) -> None:
         except NoneWhole:  # training begins again, with the log-probs of this machine's own forward pass
             iterate(run, t)
             return
-        export.export_policy(run.devices.policy(t), run.source, run.paths, t)
+        with run.clock.doing("exporting"):
+            export.export_policy(run.devices.policy(t), run.source, run.paths, t)
 
-    evaluate.measure(run, t, probe)
+    with run.clock.doing("evaluating"):
+        evaluate.measure(run, t, probe)
 
 
 def _played(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from sppo_jax import interchange, judges, prompts, sharding
 from sppo_jax.config import Config
 from sppo_jax.devices import Devices
-from sppo_jax.errors import BadInput
+from sppo_jax.errors import BadInput, about
 from sppo_jax.files import exists
 from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
 from sppo_jax.records import Pair, Prompt
 from sppo_jax.run import directory, manifest, pod
+from sppo_jax.run.clock import Clock
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -33,9 +34,11 @@ class Session:
 
     def __init__(self, config: Config, run: RunDir, metrics: Metrics, judge: CheckedJudge):
         self.config, self.paths, self.metrics, self.judge = config, run, metrics, judge
+        self.clock = Clock(metrics, config.iterations)
         self.oracle = judges.from_attribute("eval.oracle", config.eval.oracle) if config.eval.oracle else None
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
+        with about("model.path="):
+            self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
         base = self.source.directory
         read = hf.stored_architecture(base, tell=metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
@@ -58,7 +61,7 @@ class Session:
                 Sampler, tokenizer=self.tokenizer, sampling=config.sampling, mesh=self.mesh, eos=self.eos,
                 longest=max(lengths),
             ),
-            lengths=lengths,
+            lengths=lengths, doing=self.clock.doing,
         )  # fmt: skip
         self.devices.policy(BASE)
         most = [len(part) for part in self.given] or [len(part) for part in self.sets.train]
@@ -167,16 +170,19 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Session]:
-    """Claim OUT, start the judge's process before any device is touched, and open every input."""
+def opened(config: Config, *, quiet: bool = False) -> Iterator[Session]:
+    """Claim OUT, start the judge's process before any device is touched, and open every input.
+
+    A `quiet` run prints warnings and its result only.
+    """
     # The judge starts before the run directory is made: a missing judge must not leave a directory behind.
     # Signals are ours to the very end, and so outside of all that is closed before.
     with contextlib.ExitStack() as signals, contextlib.ExitStack() as stack:
         judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(config.out)))
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
-        metrics = stack.enter_context(Metrics(run))
-        judge.report_to(metrics.say)
+        metrics = stack.enter_context(Metrics(run, quiet=quiet))
+        judge.report_to(functools.partial(metrics.say, always=True))
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:
             stack.callback(session.oracle.close)

@@ -42,7 +42,7 @@ def resolve_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int,
         sizes[sizes.index(-1)] = devices // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != devices:
         raise BadInput(
-            f"mesh data {data}, fsdp {fsdp}, tensor {tensor} does not fit {devices} devices: make data x fsdp x tensor = "
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} does not fit {devices} devices: make data x fsdp x tensor = "
             f"{devices}, with sizes of at least 1; one of them may be -1, for what the others leave"
         )
     return sizes[0], sizes[1], sizes[2]

@@ -155,7 +155,7 @@ def test_generated_text_does_not_command_the_terminal(text, shown):
         (["--top-p", "inf"], "--top-p inf: must be above 0 and at most 1$"),
         (["--temperature", "nan"], r"--temperature nan: must be at least 0 and below 3\.4e38$"),
         (["--temperature", "1e39"], r"--temperature 1e\+39: must be at least 0 and below 3\.4e38$"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1 and below 2147483648$"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1$"),
         (
             ["--max-new-tokens", "600"],
             "--max-new-tokens 600: the policy has 512 positions in all; give at most 256",

@@ -65,21 +65,24 @@ def test_values_that_make_no_sense_are_refused_by_name(override):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--fit.warmup=1", "fit.warmup=1.0 must be at least 0 and below 1"),
-        ("--sampling.top_p=0", "sampling.top_p=0.0 must be above 0 and at most 1"),
-        ("--sampling.responses=1", "sampling.responses=1 must be at least 2 and below 2147483648"),
-        ("--fit.eta=.nan", "fit.eta=nan must be above 0 and below 2147483648"),
-        ("--fit.epochs=99999999999", "fit.epochs=99999999999 must be at least 1 and below 2147483648"),
-        ("--fit.eta=-5", "fit.eta=-5.0 must be above 0 and below 2147483648"),
-        ("--sampling.temperature=-1", "sampling.temperature=-1.0 must be at least 0 and below 3.4e38"),
+        ("--fit.warmup=1", "fit.warmup=1.0 must be at least 0 and below 1; the default is 0.1"),
+        ("--sampling.top_p=0", "sampling.top_p=0.0 must be above 0 and at most 1; the default is 1.0"),
+        ("--sampling.responses=1", "sampling.responses=1 must be at least 2; the default is 5"),
+        ("--fit.eta=.nan", "fit.eta=nan must be above 0 and below 2147483648; the default is 1000.0"),
+        (
+            "--fit.epochs=99999999999",
+            "fit.epochs=99999999999 must be at least 1 and below 2147483648; the default is 1",
+        ),
+        ("--fit.eta=-5", "fit.eta=-5.0 must be above 0; the default is 1000.0"),
+        ("--sampling.temperature=-1", "sampling.temperature=-1.0 must be at least 0; the default is 1.0"),
         (
             "--judge.total_tokens=3",
             "judge.total_tokens=3 must be 0 (the checkpoint's number), or at least 4 and below 2147483648",
         ),
-        ("--seed=4294967296", "seed=4294967296 must be at least 0 and below 4294967296"),
+        ("--seed=4294967296", "seed=4294967296 must be at least 0 and below 4294967296; the default is 42"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_with_the_whole_range(override, message):
+def test_a_number_out_of_its_range_is_refused_with_the_range_and_the_default(override, message):
     with pytest.raises(BadInput) as caught:
         config_file.load([], [override])
     assert str(caught.value) == message

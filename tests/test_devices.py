@@ -1,5 +1,6 @@
 """Who is on the devices: how often weights are cast, cache pages allocated and the judge's weights read in a game."""
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -65,6 +66,7 @@ def test_on_devices_with_their_own_memory_a_policy_is_cast_at_most_twice(tmp_pat
 def test_a_turn_on_the_devices_ends_before_the_next_begins():
     owner = devices.Devices.__new__(devices.Devices)
     owner._turn, owner._exclusive, owner._judges = "", False, []
+    owner._doing = lambda turn: contextlib.nullcontext()
     with owner.sampling(0), pytest.raises(RuntimeError, match="the devices are sampling"), owner.judging():
         pass
     with pytest.raises(ZeroDivisionError), owner.sampling(0):

@@ -86,6 +86,7 @@ def test_metrics_are_json_lines_with_their_place(played):
         "pairs",
         "fit",
         "evaluate",
+        "seconds",
     }
     assert all({"iteration", "stage", "step", "time"} <= set(line) for line in lines)
     assert {"cycle_share", "tie_share", "position_bias", "entropy"} <= set(

@@ -262,7 +262,7 @@ def test_only_a_folders_default_template_counts_among_a_runs_inputs(tmp_path):
         ({"--dtype": "int8"}, "invalid choice: 'int8'"),
         ({"--run": None}, "--run and --iteration go together"),
         ({"--run": None, "--iteration": None}, "nothing to do"),
-        ({"--to": None}, "the following arguments are required: --to"),
+        ({"--to": None}, "give --to DIR; see"),
         ({"--push": "one"}, r"one: no such directory, and not a name on the hub"),
         ({"--push": "a/b@c"}, "--push a/b@c: no revision here"),
     ],

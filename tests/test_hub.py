@@ -280,7 +280,5 @@ def test_models_and_judges_are_loaded_by_every_name_that_the_command_line_takes(
 
 @pytest.mark.parametrize("load", [models.load, pairrm.load])
 def test_a_name_that_is_not_embedded_is_refused_with_the_names_that_are(load):
-    with pytest.raises(
-        BadInput, match="nothing named 'nobody' is embedded; there are: pairrm, policy, prompts"
-    ):
+    with pytest.raises(BadInput, match="embedded:nobody: not embedded; there are: pairrm, policy, prompts"):
         load("embedded:nobody")

@@ -15,8 +15,7 @@ from sppo_jax import config, judge, respond
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.pairrm.mesh_judge import JaxJudge
-from sppo_jax.run import metrics as metrics_
-from sppo_jax.run import shards
+from sppo_jax.run import progress, shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics, read
 from sppo_jax.run.stage import Stage
@@ -239,7 +238,7 @@ def test_on_a_pod_each_process_judges_its_shards_but_on_the_mesh_all_do(tmp_path
 
 
 def test_progress_of_what_is_left_to_the_judge_counts_what_is_done(play, capsys, monkeypatch):
-    monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(judge, "POLL_SECONDS", 0.01)
     release = threading.Event()
 

@@ -8,8 +8,7 @@ import pytest
 
 from sppo_jax import respond
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.run import metrics as metrics_
-from sppo_jax.run import shards
+from sppo_jax.run import progress, shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -203,7 +202,7 @@ def test_where_a_sampler_needs_the_whole_pod_all_sample_the_same_and_the_first_w
 
 
 def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, capsys, monkeypatch):
-    monkeypatch.setattr(metrics_, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     rows, _, _ = play()
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 4
@@ -217,43 +216,6 @@ def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, ca
     assert (line["responses"], line["mean_tokens"]) == (21, tokens / 21)
     assert line["tokens_per_second"] == pytest.approx(tokens / line["seconds"])
     assert line["slot_efficiency"] == pytest.approx(tokens / (4 * 9 * 6))
-
-
-def test_what_was_there_before_counts_but_does_not_hurry_the_clock(tmp_path, capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics_.time, "monotonic", lambda: now[0])
-    with (
-        Metrics(RunDir(tmp_path)) as metrics,
-        metrics.progress("respond", 1000, "prompts", done=900) as advance,
-    ):
-        on_progress = metrics.chunks(advance, lambda: {"judged": 3})
-        now[0] += 10
-        on_progress(0, 500, 8)  # none is finished yet: no time left is known
-        now[0] += 10
-        on_progress(20, 500, 7)
-        on_progress(0, 1, 1)  # too soon
-        now[0] += 20
-        on_progress(80, 1000, 0)
-        on_progress(0, 0, 0)  # over
-    assert capsys.readouterr().out.splitlines() == [
-        "respond: 900/1000 prompts, 0.0/s, tokens/s 50, slots in use 8, judged 3",
-        "respond: 920/1000 prompts, 1.0/s, 1m20s left, tokens/s 50, slots in use 7, judged 3",
-        "respond: 1000/1000 prompts, 2.5/s in 40s, tokens/s 50, slots in use 0, judged 3",
-    ]
-
-
-def test_a_bar_begins_where_the_last_run_ended(tmp_path, monkeypatch):
-    import io
-
-    from rich.console import Console
-
-    with Metrics(RunDir(tmp_path)) as metrics:
-        screen = io.StringIO()
-        metrics._console = Console(file=screen, force_terminal=True, width=160)
-        with metrics.progress("respond", 10, "prompts", done=6) as advance:
-            metrics.chunks(advance)(4, 70, 5)
-    assert "10/10" in screen.getvalue()
-    assert "slots in use 5" in screen.getvalue()
 
 
 def test_scalars_of_two_threads_are_whole_lines(tmp_path):

@@ -156,10 +156,12 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
             first += ["--mesh.data=1", "--mesh.fsdp=-1", "--mesh.tensor=1"]
         config_files = [str(Path(run[0]) / RUN), *config_files]
     else:
+        _check_run(policy)
         named = (word.partition("=")[0].startswith("--prompts.") for word in overrides)
         if not (prompts or config_files or policy.startswith(EMBEDDED) or any(named)):
             raise BadInput(
-                f"{policy} is of no run: name the questions, --prompts jsonl:PATH, parquet:PATH, hf:NAME or tfds:NAME"
+                f"{policy} is of no run, which would have prompts: give --prompts jsonl:PATH, parquet:PATH, hf:NAME or "
+                "tfds:NAME"
             )
         first.append(f"--model.path={policy}")
         if not judged:  # beside a policy of the user's own a judge must be named, also where none is opened
@@ -201,6 +203,19 @@ def run_of(policy: str) -> tuple[str, int] | None:
     if out.count("/") == 1 and not out.startswith((".", "/", "~")):  # perhaps owner/repo@revision of the hub
         return None
     raise BadInput(f"{policy}: no such directory {out}")
+
+
+def _check_run(policy: str) -> None:
+    """Raise BadInput, with the name to give, for a run directory without an iteration."""
+    root = Path(files.expand(policy))
+    if "://" in policy or policy.startswith(EMBEDDED) or not files.is_file(root / RUN):
+        return
+    numbers = [
+        int(path.parent.name[5:]) for path in root.glob("iter_*/export") if path.parent.name[5:].isdigit()
+    ]
+    raise BadInput(
+        f"{policy}: a run directory; name an iteration of it, as {policy}@{max(numbers, default=0)}"
+    )
 
 
 def _is_number(text: str) -> bool:

@@ -39,7 +39,7 @@ def unread(error: Exception, repo: str, revision: str | None, *, connected: bool
         return f"{repo}: the hub answers {status}; try again later"
     if _offline(chain):
         at = f" at revision {revision}" if revision else ""
-        return f"{missing} complete in the hub's cache{at}, and HF_HUB_OFFLINE forbids to fetch it"
+        return f"{missing} complete in the hub's cache{at}, and HF_HUB_OFFLINE forbids to fetch it: unset it, or name a directory"
     if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
         return f"{repo}: the disk of the hub's cache is full; make room, or set HF_HOME to another place"
     if not connected or _unreachable(chain):

@@ -8,7 +8,7 @@ from sppo_jax import files
 from sppo_jax.command import say
 from sppo_jax.config import EMBEDDED
 from sppo_jax.errors import BadInput
-from sppo_jax.hub import repositories
+from sppo_jax.hub import adapters, repositories
 
 _DATA = Path(__file__).resolve().parents[1] / "tiny" / "data"
 
@@ -22,7 +22,7 @@ def path(name: str) -> Path:
     if not name or not found.is_relative_to(_DATA) or not found.exists():
         entries = sorted(entry.name for entry in _DATA.glob("*") if entry.is_dir())
         raise BadInput(
-            f"nothing named {name!r} is embedded; there are: {', '.join(entries) or 'none (make tiny)'}"
+            f"{EMBEDDED}{name}: not embedded; there are: {', '.join(entries) or 'none (make tiny)'}"
         )
     return found
 
@@ -46,8 +46,17 @@ def fetch(
     return repositories.fetch(name, revision, tell=tell)
 
 
+def check(name: str) -> None:
+    """Raise BadInput for a name that can be no checkpoint: neither embedded, nor a directory, nor a name on the hub."""
+    if name.startswith(EMBEDDED):
+        resolve(name)
+    elif not files.is_dir(Path(files.expand(name))):
+        repositories.parse(name)
+
+
 def check_export(name: str) -> None:
     """Raise BadInput, with the path to give, where a run's directory, or an iteration's, is named in place of an export."""
+    _check_iteration(name)
     root = Path(files.expand(name))
     # os.path.isdir is False also for names that no directory can have, about which `repositories` has lines of its own.
     if not os.path.isdir(root) or files.is_file(root / "config.json"):
@@ -62,4 +71,18 @@ def check_export(name: str) -> None:
     if files.is_file(root / "config.yaml") and files.is_file(root / "manifest.json"):
         raise BadInput(
             f"{name}: a run directory without an export yet, not a model; let its first iteration end"
+        )
+    if not files.exists(root / adapters.CONFIG):  # `repositories` says more of an adapter
+        raise BadInput(
+            f"{name}: no config.json in it; a model is a Hugging Face directory, a name on the hub (owner/repo) or "
+            f"{EMBEDDED}policy"
+        )
+
+
+def _check_iteration(name: str) -> None:
+    """Raise BadInput, with the path to give, for OUT@T, which `evaluate` alone reads."""
+    out, at, number = name.rpartition("@")
+    if at and number.isdigit() and files.is_file(Path(files.expand(out)) / "config.yaml"):
+        raise BadInput(
+            f"{name}: an iteration of a run; give its policy: {Path(out) / f'iter_{number}' / 'export'}"
         )

@@ -2,6 +2,8 @@
 
 They talk through the key-value store of JAX's coordination service, which lives in process 0. A thread of each process
 looks into it twice a second.
+
+jax is imported inside the functions: commands that only read a run's directory need it neither for --help nor for a wrong flag.
 """
 
 import contextlib
@@ -16,9 +18,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
-
-import jax
-from jax._src import distributed, xla_bridge
 
 from sppo_jax import command
 from sppo_jax.command import LOST, exit_code
@@ -61,6 +60,8 @@ class Member:
 
     def get(self, key: str) -> str:
         """Wait for `key`. Raises Terminated or Elsewhere when another process has ended."""
+        import jax
+
         while True:
             try:
                 found: bytes = self._client.blocking_key_value_get_bytes(f"sppo/{key}", 200)
@@ -111,6 +112,8 @@ class Member:
 
     def finish(self) -> None:
         """End together with the others, all of which have done everything: a signal comes too late to stop the run."""
+        import jax
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         self._over.set()
@@ -213,6 +216,8 @@ def joined(settings: Distributed) -> Iterator[None]:
     To be called before JAX is used. Raises BadInput for settings that cannot be; Elsewhere where another process has ended
     the run.
     """
+    from jax._src import distributed
+
     global _member
     if not _initialised(settings):
         yield
@@ -234,6 +239,9 @@ def joined(settings: Distributed) -> Iterator[None]:
 
 def _initialised(settings: Distributed) -> bool:
     """Start jax.distributed where there are several processes, and return whether there are."""
+    import jax
+    from jax._src import xla_bridge
+
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     given = settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     index = settings.process_id if settings.process_id >= 0 else None
@@ -283,6 +291,9 @@ def _initialised(settings: Distributed) -> bool:
 
 def _outcome(error: BaseException | None, given: str) -> bool:
     """Whether several processes have found each other."""
+    import jax
+    from jax._src import distributed
+
     if error is None:
         if distributed.global_state.num_processes == 1:
             aborting.off()

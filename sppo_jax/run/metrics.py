@@ -1,4 +1,4 @@
-"""Scalars to metrics.jsonl and TensorBoard, and progress to the terminal (a bar) or to a log (plain lines)."""
+"""A run's outputs: scalars to metrics.jsonl and TensorBoard, lines for people, and progress (`sppo_jax.run.progress`)."""
 
 import contextlib
 import json
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sppo_jax import command, files
-from sppo_jax.run import cluster, evaluations, pod
+from sppo_jax.run import cluster, evaluations, pod, progress
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.events import Events
 from sppo_jax.run.stopping import Stop
 
-PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
+WARNING = (
+    "warning: "  # begins the text of a line that --quiet leaves, after the name of its stage if it has one
+)
 
 
 class Metrics:
@@ -29,9 +30,9 @@ class Metrics:
     Any thread may write scalars and lines; one progress is shown at a time.
     """
 
-    def __init__(self, run: RunDir):
-        """Process 0 writes and shows them; the other processes of a run only count."""
-        self._run, self._silent = run, not pod.first()
+    def __init__(self, run: RunDir, *, quiet: bool = False):
+        """Process 0 writes and shows them; the other processes of a run only count. `quiet`: see `say`; no progress is shown."""
+        self._run, self._silent, self._quiet = run, not pod.first(), quiet
         self._begun = False
         self._events = Events(run.tensorboard)
         # A pipe or file has no width of its own: don't fold log lines at 80 columns. What cannot be shown is dropped.
@@ -67,75 +68,29 @@ class Metrics:
             file.seek(max(0, size - 1))
             return file.read(1) not in (b"", b"\n")
 
-    def say(self, text: str) -> None:
-        """Print a line for people."""
-        if not self._silent:
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Print a line for people. A quiet run prints warnings only, and what it `always` prints."""
+        if not self._silent and (not self._quiet or always or WARNING in text):
             self._console.print(text)
 
     @contextlib.contextmanager
     def progress(
         self, label: str, total: int, unit: str, *, done: int = 0, minor: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """Yield `advance(n, **facts)`, which adds n of `total` units; facts ("loss 0.1") are shown beside the rate.
+        """Yield `advance(n, **facts)`, which adds n of `total` units; facts ("loss 0.1") are shown after the rate.
 
-        `done` units were complete before: they count, except for the rate and the time left. A `minor` stage is printed
-        to a plain log only if it takes more than 5 seconds.
+        The first of the facts are kept longest on a narrow terminal. `done` units were complete before: they count, except
+        for the rate and the time left. A `minor` stage is printed to a plain log only if it takes more than 5 seconds.
         """
-        if self._silent:
+        count = progress.Count(label, total, unit, done)
+        if self._silent or self._quiet:
             yield lambda *_, **__: None
         elif self._console.is_terminal:
-            with self._bar(label, total, unit, done) as advance:
+            with progress.bar(self._console, count) as advance:
                 yield advance
         else:
-            with self._lines(label, total, unit, done, minor) as advance:
+            with progress.lines(self.say, count, minor=minor) as advance:
                 yield advance
-
-    @contextlib.contextmanager
-    def _lines(
-        self, label: str, total: int, unit: str, done: int, minor: bool
-    ) -> Iterator[Callable[..., None]]:
-        start = shown = time.monotonic()
-        before = done
-
-        def advance(n: int = 1, **facts: Any) -> None:
-            nonlocal done, shown
-            if n == 0 and done == total:
-                return
-            done += n
-            now = time.monotonic()
-            if (done < total or (minor and shown == start)) and now - shown < PLAIN_SECONDS:
-                return
-            shown = now
-            rate = (done - before) / max(now - start, 1e-9)
-            if done == total:
-                left = f" in {_clock(now - start)}"
-            else:
-                left = f", {_clock((total - done) / rate)} left" if rate else ""
-            self.say(f"{label}: {done}/{total} {unit}, {rate:.1f}/s{left}{_shown(facts)}")
-
-        yield advance
-
-    @contextlib.contextmanager
-    def _bar(self, label: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
-        columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[facts]}"),
-        )
-        with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task(label, total=total, completed=done, rate="", facts="")
-            start, new = time.monotonic(), 0
-
-            def advance(n: int = 1, **facts: Any) -> None:
-                nonlocal new
-                new += n
-                rate = f"{new / max(time.monotonic() - start, 1e-9):.1f} {unit}/s"
-                bar.update(task, advance=n, rate=rate, facts=_shown(facts).removeprefix(", "))
-
-            yield advance
 
     @contextlib.contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
@@ -176,7 +131,7 @@ class Metrics:
     ) -> Callable[[int, int, int], None]:
         """Return a callback for the sampler, which passes each chunk's prompts, tokens and slots in use to `advance` and polls.
 
-        The result of `facts()` is shown as well. `together`: all processes of the run sample the same prompts.
+        Slots are shown while some are in use, and the result of `facts()` as well. `together`: all processes of the run sample the same prompts.
         """
         start, tokens = time.monotonic(), 0
 
@@ -184,7 +139,8 @@ class Metrics:
             nonlocal tokens
             tokens += new_tokens
             rate = round(tokens / max(time.monotonic() - start, 1e-9))
-            advance(prompts, **{"tokens/s": rate, "slots in use": slots_in_use}, **facts())
+            slots = {"slots in use": slots_in_use} if slots_in_use else {}
+            advance(prompts, **{"tokens/s": rate}, **slots, **facts())
             self.poll(together=together)
 
         return on_progress
@@ -257,13 +213,3 @@ def _line(text: str) -> dict[str, Any] | None:
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
     """`line` with None for NaN and infinities, which JSON lacks."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-
-
-def _shown(facts: dict[str, Any]) -> str:
-    return "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in facts.items())
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -6,7 +6,9 @@ from typing import Any
 from sppo_jax.config import LARGEST, Config, Judge, Range, flat, knobs
 from sppo_jax.errors import BadInput
 from sppo_jax.losses import LOSSES
+from sppo_jax.settings.values import default, nearest
 
+BACKENDS = ("torch", "jax", "llm_blender")  # of PairRM; a judge of the user's own is module:attribute
 SMALLEST = 2.0**-126  # of float32; devices take what is smaller, and not 0, as 0
 
 
@@ -18,7 +20,7 @@ def validate(config: Config) -> None:
     if fit.schedule_epochs < fit.epochs:
         raise BadInput(
             f"fit.schedule_epochs={fit.schedule_epochs} is shorter than fit.epochs={fit.epochs}: "
-            "the rate would be 0 before the end"
+            f"the rate would be 0 before the end; set fit.schedule_epochs to {fit.epochs}"
         )
     _check_judge(config.judge)
     _check_loss(config)
@@ -35,10 +37,15 @@ def validate(config: Config) -> None:
 def _check_number(key: str, value: Any, accepted: Range | None) -> None:
     """Raise BadInput for a number out of its range, and for one that is 0 or infinite in float32 but not here."""
     if accepted is not None and value not in accepted:
-        raise BadInput(f"{key}={value} must be {accepted.whole()}")
+        raise BadInput(f"{key}={value} must be {bounds(accepted, value)}{default(key)}")
     smallest = "0, or at least 1.2e-38" if accepted is None or 0.0 in accepted else "at least 1.2e-38"
     if isinstance(value, float) and 0 < abs(value) < SMALLEST and not (accepted and accepted.clamped):
         raise BadInput(f"{key}={value} is 0 in float32, in which it is used: give {smallest}")
+
+
+def bounds(accepted: Range, value: float) -> str:
+    """Return the bounds of a range in words; the upper one that every number has only where `value` is beyond it."""
+    return str(accepted) if value < LARGEST else accepted.whole()
 
 
 def _check_loss(config: Config) -> None:
@@ -56,7 +63,12 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_judge(judge: Judge) -> None:
-    """Raise BadInput for limits that are too small, and for knobs that the backend does not read."""
+    """Raise BadInput for a backend that there is not, limits that are too small, and knobs that the backend does not read."""
+    if judge.backend not in BACKENDS and ":" not in judge.backend:
+        raise BadInput(
+            f"judge.backend={judge.backend} is not known; choose {', '.join(BACKENDS)}, or module:attribute for a judge of "
+            f"your own{nearest(judge.backend, BACKENDS)}"
+        )
     for key in ("source_tokens", "candidate_tokens", "total_tokens"):
         value = getattr(judge, key)
         if value and not 4 <= value < LARGEST:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from sppo_jax.config import Config, is_mapping, kinds
+from sppo_jax.config import Config, is_mapping, kinds, knobs
 from sppo_jax.errors import BadInput
 from sppo_jax.settings import mapping
 
@@ -60,9 +60,8 @@ def value(key: str, given: Text) -> Any:
         if len(digits) <= MOST_DIGITS:
             return int(digits)
         raise BadInput(f"{given.of(key)} needs a whole number, found one of {len(digits)} digits")
-    raise BadInput(
-        f"{given.of(key)} needs {needed(kind)}, found {_shown(text)}{_advice(kind, text, choices)}"
-    )
+    advice = _advice(kind, text, choices) or default(key)
+    raise BadInput(f"{given.of(key)} needs {needed(kind)}, found {_shown(text)}{advice}")
 
 
 def needed(kind: Any) -> str:
@@ -75,6 +74,12 @@ def needed(kind: Any) -> str:
             for option in get_args(kind)
         )
     return {int: "a whole number", float: "a number", str: "a text"}[kind]
+
+
+def default(key: str) -> str:
+    """Return "; the default is X" for a knob that holds a number or a choice; empty for another one."""
+    value = next(knob.default for knob in knobs() if knob.key == key)
+    return f"; the default is {value}" if kinds()[key] is not str and value != {} else ""
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sppo_jax.config import is_mapping, kinds
 from sppo_jax.errors import BadInput
-from sppo_jax.settings.values import unknown
+from sppo_jax.settings.values import default, unknown
 
 
 def split(words: Sequence[str], flags: Mapping[str, bool]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -39,7 +39,8 @@ def split(words: Sequence[str], flags: Mapping[str, bool]) -> tuple[list[tuple[s
 def _next(flag: str, todo: list[str]) -> str:
     """Take the value of `flag` from the words that follow it."""
     if not todo:
-        raise BadInput(f"{flag} needs a value")
+        key = flag.removeprefix("--")
+        raise BadInput(f"{flag} needs a value{default(key) if key in kinds() else ''}")
     if todo[0].startswith("--"):
         raise BadInput(
             f"{flag} needs a value, and the next word is the flag {todo[0]}; if that is the value, write {flag}={todo[0]}"

@@ -54,6 +54,8 @@ def _compose(path: Path) -> Any:
         problem = error.problem or error.context or "it cannot be read"
         if "single document" in str(error.context):
             problem = "several documents (---); put each into a file of its own, and give --config for each"
+        if "'\\t' that cannot start" in problem:
+            problem = "a tab before a key; indent with spaces"
         raise BadInput(
             f"--config {path}: not YAML: {f'line {mark.line + 1}: ' if mark else ''}{one_line(Exception(problem))}"
         ) from None
@@ -83,7 +85,10 @@ def _entries(path: Path, node: Any, section: str) -> Iterator[tuple[str, str, An
     prefix = f"{section}." if section else ""
     if not isinstance(node, yaml.MappingNode):
         what = f"{section} is a section of keys" if section else "expected sections and keys"
-        raise BadInput(f"{_where(path, node)}: {what}, found {_found(node)}")
+        keys = ", ".join(key.split(".")[1] for key in kinds() if section and key.startswith(prefix))
+        raise BadInput(
+            f"{_where(path, node)}: {what}, found {_found(node)}{f'; its keys are {keys}' if keys else ''}"
+        )
     seen: dict[str, str] = {}
     for key_node, child in node.value:
         where = _where(path, key_node)

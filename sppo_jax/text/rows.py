@@ -89,12 +89,13 @@ def _instead(source: Source, near: str) -> str:
 
 
 def _meant(name: str) -> str:
-    """Return the end of the line about a source without a kind, where it is a path."""
+    """Return the end of the line about a source without a kind, or with an unknown one, where it is a path."""
     with contextlib.suppress(BadInput):
-        if files.is_file(Path(name)):
-            return f"; did you mean {text_files.notation(Path(name), name)}:{shown_name(name)}?"
-        if files.is_dir(Path(name)):
-            return f"; did you mean hf:{shown_name(name)}?"
+        for path in filter(None, (name, name.partition(":")[2])):
+            if files.is_file(Path(path)):
+                return f"; did you mean {text_files.notation(Path(path), path)}:{shown_name(path)}?"
+            if files.is_dir(Path(path)):
+                return f"; did you mean hf:{shown_name(path)}?"
     return ""
 
 

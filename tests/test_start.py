@@ -1,0 +1,153 @@
+"""The first seconds of a command: what it prints, and when."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sppo_jax
+from sppo_jax import command, config, main
+
+QUICKSTART = ["--config", "configs/quickstart.yaml"]
+
+
+def first_line(module, words):
+    """Return the first line that a command prints to either stream, and the seconds until then."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"sppo_jax.{module}", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with process:
+        line = process.stdout.readline()
+        seconds = time.monotonic() - start
+        process.kill()
+    return line, seconds
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "limit"),
+    [
+        (QUICKSTART, "loading embedded:policy: iterations 3, out {out} ...", 3.0),
+        ([*QUICKSTART, "--fit.eta", "-5"], "error: fit.eta=-5.0 must be above 0", 3.0),
+        ([*QUICKSTART, "--judge.backend", "borda"], "error: judge.backend=borda is not known", 3.0),
+        ([*QUICKSTART, "--judge.backend", "ruels:judge"], "error: judge.backend=ruels:judge: there is no", 3.0),
+        ([*QUICKSTART, "--prompts.source", "jsonl:no.jsonl"], "error: prompts.source=jsonl:no.jsonl: no such", 3.0),
+        ([*QUICKSTART, "--judge.path", "no"], "error: judge.path=no: no such directory", 3.0),
+        (["--help"], "python -m sppo_jax.main --config FILE", 3.0),
+        (["--version"], f"sppo_jax {sppo_jax.__version__}", 1.5),
+    ],
+)  # fmt: skip
+def test_the_first_line_comes_before_jax_is_imported(words, said, limit, tmp_path):
+    """Seen on two busy cores: 0.4 to 1.1 s, and 0.15 s for --version. The limits are three times that."""
+    line, seconds = first_line("main", words if words[0] != "--config" else [*words, "--out", str(tmp_path)])
+    assert line.startswith(said.format(out=tmp_path))
+    assert seconds < limit
+
+
+def test_a_quiet_run_and_a_process_that_is_not_the_first_print_no_loading_line(monkeypatch, capsys):
+    class Loaded(Exception):
+        pass
+
+    def keep_programs():
+        raise Loaded
+
+    monkeypatch.setattr("sppo_jax.compilation.keep_programs", keep_programs)
+    second = ["--distributed.coordinator", "127.0.0.1:1", "--distributed.num_processes", "2"]
+    for words, shown in (
+        ([], True),
+        (["--quiet"], False),
+        ([*second, "--distributed.process_id", "0"], True),
+        ([*second, "--distributed.process_id", "1"], False),
+    ):
+        with pytest.raises(Loaded):
+            main.main(words)
+        assert capsys.readouterr().out.startswith("loading ") == shown
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(Loaded):
+        main.main([])
+    assert capsys.readouterr().out == ""
+
+
+def test_inputs_are_not_looked_up_early_where_other_processes_would_wait(monkeypatch):
+    def check(_config):
+        raise AssertionError
+
+    monkeypatch.setattr("sppo_jax.run.early.check", check)
+    monkeypatch.setattr("sppo_jax.run.cluster.joined", lambda _: pytest.fail("joined"))
+    with pytest.raises(AssertionError):
+        main.main([])
+    with pytest.raises(pytest.fail.Exception, match="joined"):
+        main.main(["--distributed.coordinator", "127.0.0.1:1"])
+
+
+def test_help_has_a_heading_for_every_section_and_an_example():
+    shown = main.usage().splitlines()
+    assert set(main.HEADINGS) == {knob.key.rpartition(".")[0] for knob in config.knobs()}
+    for section, heading in main.HEADINGS.items():
+        assert f"{section} - {heading}".removeprefix(" - ") in shown
+    assert "  python -m sppo_jax.main --config configs/quickstart.yaml --out runs/quickstart" in shown
+    assert max(map(len, shown)) <= 120
+
+
+def test_every_command_has_a_version_before_its_imports(capsys):
+    for name in command.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            command.check_module(["python", "-m", f"sppo_jax.{name}", "--policy", "x", "--version"])
+        assert not ended.value.code
+        assert capsys.readouterr().out == f"sppo_jax {sppo_jax.__version__}\n"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A function that runs the console script, and returns the module that it runs, its words, and what is printed."""
+
+    def script(*words):
+        ran = []
+        monkeypatch.setattr("sys.argv", ["/usr/bin/sppo_jax", *words])
+        monkeypatch.setattr("sys.path", ["/usr/bin", *sys.path[1:]])
+        monkeypatch.setattr("runpy.run_module", lambda name, **how: ran.append((name, how["run_name"])))
+        code = 0
+        try:
+            command.script()
+        except SystemExit as ended:
+            code = ended.code
+        return ran, sys.argv[1:], code, "".join(capsys.readouterr())
+
+    return script
+
+
+@pytest.mark.parametrize("name", ["train", *command.COMMANDS])
+def test_the_script_runs_the_command_as_python_does(name, script):
+    ran, words, code, _ = script(name, "--config", "x", "--help")
+    module = "main" if name == "train" else name
+    assert (ran, words, code) == ([(f"sppo_jax.{module}", "__main__")], ["--config", "x", "--help"], 0)
+    assert sys.path[0] == ""  # a judge in the working directory is found, as by python -m
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 0, "sppo_jax COMMAND [FLAGS]"),
+        (["--help"], 0, "  evaluate     compare policies"),
+        (["--version"], 0, f"sppo_jax {sppo_jax.__version__}\n"),
+        (["chat", "--version"], 0, f"sppo_jax {sppo_jax.__version__}\n"),
+        (["trian"], 2, "error: trian is not a command; did you mean sppo_jax train? commands are train, main, plan"),
+        (["--config", "x"], 2, "error: --config comes after a command, as sppo_jax train --config; commands are"),
+    ],
+)  # fmt: skip
+def test_the_script_lists_its_commands_and_refuses_others_in_one_line(words, code, said, script):
+    ran, _, found, shown = script(*words)
+    assert (ran, found) == ([], code)
+    assert said in shown
+    assert code == 0 or len(shown.splitlines()) == 1
+
+
+def test_the_script_prints_what_a_command_prints():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "from sppo_jax.command import script; script()", "config"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == config.markdown()
