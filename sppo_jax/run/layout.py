@@ -89,7 +89,7 @@ FILES: list[tuple[Path, str]] = [
     ),
     (
         RUN.evaluation(T),
-        "win rates against the base and the previous policy (mean, standard error), lengths, log-ratios",
+        "win rates against the base and the previous policy (mean, standard error, each prompt's), lengths, log-ratios",
     ),
 ]
 
@@ -101,6 +101,11 @@ JUDGED = [
         "length_correlation",
         "-1 to 1",
         "correlation of win rate and length within prompts; 0 where one never varies",
+    ),
+    (
+        "longest_share",
+        "share",
+        "prompts whose best response is their longest one; by chance it would be 1/K",
     ),
     ("entropy", "nats", "mean entropy of P(i > j): 0 is sure of every pair, ln 2 = 0.69 knows nothing"),
 ]
@@ -136,6 +141,7 @@ FIELDS: list[Field] = [
     Field("pairs", "empty_chosen", "count", "prompts left out: the best response is empty", "there are some"),
     Field("pairs", "responses", "count", "responses that are trained on"),
     Field("pairs", "truncated_responses", "count", "of these, cut at `sampling.max_new_tokens`"),
+    Field("pairs", "largest_target", "nats", "largest absolute target of a response that is trained on"),
     Field("sampler_gap", "mean", "nats", "mean difference of the sampler's and training's log-probs, per token", SAMPLED),
     Field("sampler_gap", "rms", "nats", "its root mean square", SAMPLED),
     Field("sampler_gap", "max", "nats", "its largest value", SAMPLED),
@@ -152,12 +158,17 @@ FIELDS: list[Field] = [
     Field("evaluate", "win_rate_judge_previous", "share", "the same against the previous policy"),
     Field("evaluate", "win_rate_oracle_base", "share", "the same by the oracle, against the base", ORACLE),
     Field("evaluate", "win_rate_oracle_previous", "share", "the same by the oracle, against the previous policy", ORACLE),
+    Field("evaluate", "win_rate_judge_base_stderr", "share", "standard error of the win rate"),
+    Field("evaluate", "win_rate_judge_previous_stderr", "share", "standard error of the win rate"),
+    Field("evaluate", "win_rate_oracle_base_stderr", "share", "standard error of the win rate", ORACLE),
+    Field("evaluate", "win_rate_oracle_previous_stderr", "share", "standard error of the win rate", ORACLE),
     Field("evaluate", "winners", "nats", "mean log-ratio of the best responses of the probe", RANKED),
     Field("evaluate", "winners_stderr", "nats", "its standard error", RANKED),
     Field("evaluate", "losers", "nats", "mean log-ratio of the worst responses of the probe", RANKED),
     Field("evaluate", "losers_stderr", "nats", "its standard error", RANKED),
     Field("evaluate", "kl_per_token", "nats", "estimate of KL(pi_t || pi_theta) per token, from the probe"),
     Field("evaluate", "tokens", "tokens", "mean length of a held-out response"),
+    Field("evaluate", "tokens_before", "tokens", "mean length of a held-out response of the previous policy"),
     Field("evaluate", "words", "words", "mean length of a held-out response"),
     Field("evaluate", "truncated_share", "share", "held-out responses cut at `sampling.max_new_tokens`"),
     *(Field("seconds", name, "s", f"wall time of the last start: {meaning}") for name, meaning in PARTS.items()),
