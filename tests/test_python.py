@@ -11,6 +11,7 @@ import pytest
 import sppo_jax
 from sppo_jax import config, config_file, main
 from sppo_jax.errors import BadInput, Terminated
+from tests.small_game import words
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/python.md").read_text()
@@ -76,10 +77,19 @@ def test_the_blocks_of_the_page_run(asked, played, tmp_path, monkeypatch, capsys
 
 
 def test_the_notebook_plays_a_game(single_device, tmp_path, monkeypatch, capsys):
+    """The game of its first cell is read as it is, and played as the small one, whose programs other tests have compiled."""
     monkeypatch.chdir(tmp_path)
+    play, found = main.play, []
+
+    def small(config):
+        found.append(config)
+        play(config_file.load([], words(config.out)))
+
+    monkeypatch.setattr(main, "play", small)
     assert all(not cell.get("outputs") for cell in NOTEBOOK["cells"])
     space = run("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
+    assert [config.out for config in found] == ["runs/notebook"]
     assert space["run"].report.is_file()
     shown = capsys.readouterr().out
-    assert re.search(r"iteration 1: win rate against the base, oracle: 0\.\d+", shown)
+    assert re.search(r"iteration 1: win rate against the base, judge: 0\.\d+", shown)
     assert "update 0: loss" in shown
