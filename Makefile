@@ -1,15 +1,15 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart test lint venv tiny config-docs plan
+.PHONY: quickstart test lint venv dev tiny config-docs files-docs plan
 
 quickstart: venv
 	$(RUN) -m sppo_jax.main --config configs/quickstart.yaml
 
-test: venv
+test: dev
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-lint: venv
+lint: dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy --num-workers auto
@@ -25,18 +25,30 @@ plan: venv .tpu/installed
 	PYTHONPATH=.tpu $(RUN) -m sppo_jax.plan --write --config configs/gemma2_9b.yaml --topology v5e:4x4
 
 .tpu/installed: venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .tpu libtpu==0.0.42.1
+	$(PIP) --no-deps --target .tpu libtpu==0.0.42.1
 	touch $@
 
 config-docs: venv
 	$(RUN) -m sppo_jax.config > configs/README.md
 
+files-docs: venv
+	$(RUN) -m sppo_jax.run.layout > docs/files.md
+
 venv: .venv/installed
 
-# The stamp is the last thing written: an interrupted installation starts again.
+dev: .venv/installed-dev
+
+# A stamp is the last thing written: an interrupted installation starts again. Python compiles what is imported when it is
+# imported, which takes less time than compiling everything now.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@

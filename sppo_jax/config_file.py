@@ -1,5 +1,6 @@
 """Configurations: read from files with overrides, and written. A key that is unknown or a value of the wrong type is refused."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,24 @@ import yaml
 
 from sppo_jax import files as file_system
 from sppo_jax.config import Config
+from sppo_jax.errors import BadInput
 from sppo_jax.settings import checks, embedded, paths, values, words, yaml_text
 from sppo_jax.settings.values import Text
+
+SHIPPED = (
+    Path(__file__).parent / "configs"
+)  # a link in the source tree, a folder where the package is installed
 
 
 def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
     """Return the configuration: the defaults, then each YAML file in turn, then `--section.key value` overrides.
 
-    `~` is expanded in its paths, and the embedded judge and prompts are filled in beside the embedded policy. Raises
+    A file is a path, or the name of a shipped configuration, such as "quickstart" (`find`). `~` is expanded in its paths, and the embedded judge and prompts are filled in beside the embedded policy. Raises
     BadInput that names the file, the key, and the nearest valid key or value.
     """
     texts: list[tuple[str, Text]] = []
     for file in files:
-        texts += yaml_text.read(Path(file_system.expand(str(file)))).items()
+        texts += yaml_text.read(find(file)).items()
     for word in words.split(overrides, {})[1]:
         flag, _, text = word.partition("=")
         texts.append((flag.removeprefix("--"), Text(text, flag)))
@@ -35,9 +41,34 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
             nested.setdefault(section, {})[name] = value
         else:
             nested[key] = value
-    config = embedded.resolve(draccus.decode(Config, nested))
+    return checked(draccus.decode(Config, nested))
+
+
+def checked(config: Config) -> Config:
+    """Return a configuration that was made in Python as `load` returns it: embedded parts filled in. Raises BadInput."""
+    config = embedded.resolve(config)
     checks.validate(config)
     return config
+
+
+def find(file: str | Path) -> Path:
+    """Return the path of a configuration file: the file of that path, else the shipped one of that name.
+
+    Raises BadInput for a name that is neither, with the nearest names.
+    """
+    name = str(file)
+    path = Path(file_system.expand(name))
+    if path.name != name or path.suffix not in ("", ".yaml") or (path.exists() and not path.is_dir()):
+        return path
+    shipped = sorted(known.stem for known in SHIPPED.glob("*.yaml"))
+    if path.stem in shipped:
+        return SHIPPED / f"{path.stem}.yaml"
+    if path.suffix:
+        return path
+    near = difflib.get_close_matches(name, shipped, n=3) or shipped
+    raise BadInput(
+        f"--config {name}: no such file, and no shipped configuration of that name; there are {', '.join(near)}"
+    )
 
 
 def dump(config: Config) -> str:

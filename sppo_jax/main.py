@@ -53,13 +53,21 @@ def main(words: Sequence[str]) -> None:
         print(command.version())
         return
     config, quiet = read(words)
+    play(config, quiet=quiet)
+
+
+def play(config: Config, *, quiet: bool = False) -> None:
+    """Play the game of this configuration: its inputs are opened, and all its iterations are played or found on disk.
+
+    `quiet`: print nothing but warnings, errors, the final table and the report's path.
+    """
     if _is_alone(config.distributed):  # else the other processes would wait for this one
         early.check(config)
     if not quiet and _is_first(config.distributed):
         print(
             f"loading {config.model.path}: iterations {config.iterations}, out {config.out} ...", flush=True
         )
-    # Only now, since these import jax: a wrong flag is refused at once.
+    # Only now, since these import jax: a mistake is told at once.
     from sppo_jax import compilation, selfplay, session
     from sppo_jax.run import bucket, cluster, pod
 

@@ -202,3 +202,27 @@ def test_shipped_configurations_load(path):
 def test_configs_readme_is_in_step_with_the_dataclasses():
     """If this fails: make config-docs."""
     assert (CONFIGS / "README.md").read_text() == config.markdown()
+
+
+def test_shipped_configurations_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quickstart = config_file.load([CONFIGS / "quickstart.yaml"])
+    assert config_file.load(["quickstart"]) == config_file.load(["quickstart.yaml"]) == quickstart
+    (tmp_path / "quickstart").mkdir()
+    assert config_file.load(["quickstart"]) == quickstart
+
+
+def test_a_file_wins_over_the_shipped_configuration_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("seed: 77\n")
+    assert config_file.load(["quickstart"]).seed == 77
+    (tmp_path / "lora.yaml").write_text("seed: 78\n")
+    assert config_file.load(["lora.yaml"]).seed == 78
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"no shipped configuration of that name; there are quickstart$"):
+        config_file.load(["quickstrat"])
+    with pytest.raises(BadInput, match=r"there are gemma2_9b, .*, ultrafeedback$"):
+        config_file.load(["xyz"])

@@ -178,7 +178,7 @@ def _config(policy: str, config_files: list[str], overrides: list[str], prompts:
 
 
 def _names_mesh(config_files: list[str]) -> bool:
-    keys = (key for file in config_files for key in yaml_text.read(Path(files.expand(file))))
+    keys = (key for file in config_files for key in yaml_text.read(config_file.find(file)))
     return any(key.startswith("mesh.") for key in keys)
 
 

@@ -50,7 +50,12 @@ def hf(source: Source, name: str, columns: Columns) -> Iterator[Row]:
 
 def tfds(source: Source, name: str, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a prepared directory, or of a name in the catalogue or prepared under TFDS_DATA_DIR."""
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise BadInput(
+            f"{source}: needs tensorflow-datasets: pip install 'sppo_jax[tfds]', in the repository '.[tfds]'"
+        ) from None
 
     advice = "give a directory that was prepared with file_format=array_record, or a name of its catalogue"
     with as_bad_input(source, advice):
