@@ -133,7 +133,8 @@ def test_a_figure_that_is_null_is_shown_as_a_dash_in_page_table_and_card(run, se
     "section", [{"win_rate": 3}, {"win_rate": {"judge": [1]}}, {"win_rate": {"judge": {"base": {"mean": "0.6"}}}},
                 {"win_rate": {"judge": {"base": {"mean": 7.0, "stderr": 0.1}}}}, {"length": {"tokens": [20]}}, {"length": "long"},
                 {"win_rate": {"judge": {"base": {"mean": 0.5, "stderr": -1}}}}, {"log_ratio": {"winners": True}},
-                {"iteration": 5}, {"iteration": "1"}, {"prompts": -3}, {"length": {"tokens": 10**400}}]
+                {"win_rate": {"judge": {"base": RATE | {"per_prompt": [0.5, 2]}}}}, {"features": [1]}, {"features": {"right": "x"}},
+                {"win_rate": {"judge": {"base": RATE | {"per_prompt": 0.5}}}}, {"iteration": 5}, {"iteration": "1"}, {"prompts": -3}, {"length": {"tokens": 10**400}}]
 )  # fmt: skip
 def test_a_figure_of_another_kind_is_a_dash_with_a_note_and_refused_by_the_card(run, section):
     change(run.evaluation(1), **section)
@@ -336,6 +337,21 @@ def test_a_run_with_held_out_prompts_of_their_own_says_nothing_of_a_share(run):
 )
 def test_counts_that_a_manifest_lacks_are_none(manifest):
     assert evaluations.held_out(manifest) is None
+
+
+def test_json_has_each_list_of_numbers_on_one_line_and_texts_as_they_are(tmp_path):
+    value = {
+        "a": [0.25, -1e-9, 3],
+        "b": ["[\n1,\n2\n]", "[ 1,  2 ]"],
+        "c": [],
+        "d": [[1, 2], [3.5]],
+        "e": [None, 1],
+    }
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert '"a": [0.25, -1e-09, 3],' in text
+    assert '  "b": [\n' in text
 
 
 def test_numbers_are_finite_and_within_range():

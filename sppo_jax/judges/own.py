@@ -84,12 +84,10 @@ class OwnJudge:
         """The user's `features`, empty without one. Raises BadInput for what it raises, or unless it gives {text: number}."""
         if (call := self._member("features")) is None:
             return {}
-        found = self._run("features raised ", lambda: dict(call(prompt, response)))
+        found: dict[Any, Any] = self._run("features raised ", lambda: dict(call(prompt, response)))
         for key, value in found.items():
-            known = (
-                isinstance(value, int | float | np.integer | np.floating | np.bool_) and abs(value) <= LARGEST
-            )
-            if not isinstance(key, str) or not known:
+            real = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+            if not isinstance(key, str) or not real or not abs(value) <= LARGEST:  # NaN too
                 raise BadInput(
                     f"{self._name}: features must be finite numbers, {{name: number}}, found {_shown(value)} for "
                     f"{_shown(key)}; {MEND}"

@@ -149,6 +149,7 @@ def _seconds(axes: Any, facts: Facts) -> None:
             below = below + seconds
     if t:
         axes.set_xlim(min(t) - 1, max(t) + 1)
+        axes.set_ylim(0, 1.4 * max(below))  # the legend lies above the bars
 
 
 def _speed(axes: Any, facts: Facts) -> None:
@@ -215,6 +216,7 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
     """One picture as inline SVG, the same bytes for the same numbers; empty where nothing is drawn."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     style: Any = {
@@ -224,19 +226,22 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.9))
         axes = figure.add_subplot()
         draw(axes, facts)
-        if not any(a.get_label() != LEVEL for a in (*axes.lines, *axes.patches, *axes.containers)):
+        drawn: list[Any] = [*axes.lines, *axes.patches, *axes.containers]
+        if all(artist.get_label() == LEVEL for artist in drawn):
             return ""
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, ncols=3 if axes.containers and axes.patches else 1)
         axes.set_xlabel(xlabel)
         if xlabel in ("iteration", "update"):
             left, right = axes.get_xlim()
             if right - left < 1:  # a single point
                 axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        # Once: a figure with a layout of its own is drawn, and laid out, twice in saving.
+        ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = "<svg" + out.getvalue().partition("<svg")[2]
