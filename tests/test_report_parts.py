@@ -76,14 +76,15 @@ def test_columns_in_which_nothing_was_measured_are_left_out():
 
 def test_features_have_a_row_each_and_a_column_for_each_policy():
     found = [
-        evaluation(0, features={"right": 0.42}),
+        evaluation(0, features={"right": 0.42, "same": 9.0}),
         evaluation(1),
-        evaluation(2, features={"right": 0.78, "new": 2}),
+        evaluation(2, features={"right": 0.78, "same": 9.0, "new": 2.0}),
     ]
     assert tables.features(found) == [
         ["responses", "base", "iteration 2"],
-        ["right", "0.420", "0.780"],
         ["new", "-", "2.000"],
+        ["right", "0.420", "0.780"],
+        ["same", "9.000", "9.000"],
     ]
     assert tables.features([evaluation(0)]) == []
 

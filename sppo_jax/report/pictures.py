@@ -62,13 +62,13 @@ def pictures(
 
 
 def _win_rates(axes: Any, facts: Facts) -> None:
-    for name in ("judge", "oracle"):
+    for name, form in (("judge", "o-"), ("oracle", "s--")):
         rates = [
             (e.iteration, rate.mean, rate.stderr)
             for e in facts.evaluations
             if (rate := e.against(name, "base"))
         ]
-        _errorbars(axes, rates, INK[name], name)
+        _errorbars(axes, rates, INK[name], name, form)
     _line_at(axes, 0.5)
 
 
@@ -148,8 +148,9 @@ def _seconds(axes: Any, facts: Facts) -> None:
             axes.bar(t, seconds, 0.6, bottom=below, color=ink, label=name)
             below = below + seconds
     if t:
-        axes.set_xlim(min(t) - 1, max(t) + 1)
-        axes.set_ylim(0, 1.4 * max(below))  # the legend lies above the bars
+        axes.set_xlim(min(t) - 0.6, max(t) + 0.6)
+        axes.set_ylim(0, 1.5 * max(below))
+        axes.legend(frameon=False, ncols=3, loc="upper center")  # above the bars
 
 
 def _speed(axes: Any, facts: Facts) -> None:
@@ -198,14 +199,18 @@ def _histogram(axes: Any, values: Sequence[float], bins: np.ndarray, ink: str, l
 
 
 def _errorbars(
-    axes: Any, found: Iterable[tuple[int, float | None, float | None]], ink: str, label: str
+    axes: Any,
+    found: Iterable[tuple[int, float | None, float | None]],
+    ink: str,
+    label: str,
+    form: str = "o-",
 ) -> None:
     """Means with 95 % intervals, of (x, mean, standard error); nothing where there are none."""
     drawn = [(x, y, e or 0.0) for x, y, e in found if y is not None and max(abs(y), e or 0.0) <= LARGEST]
     if drawn:
         x, mean, stderr = zip(*drawn, strict=True)
         spread = [INTERVAL * value for value in stderr]
-        axes.errorbar(x, mean, spread, marker="o", capsize=4, color=ink, label=label)
+        axes.errorbar(x, mean, spread, fmt=form, capsize=4, color=ink, label=label)
 
 
 def _line_at(axes: Any, y: float) -> None:
@@ -232,8 +237,8 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
         drawn: list[Any] = [*axes.lines, *axes.patches, *axes.containers]
         if all(artist.get_label() == LEVEL for artist in drawn):
             return ""
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, ncols=3 if axes.containers and axes.patches else 1)
+        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
+            axes.legend(frameon=False)
         axes.set_xlabel(xlabel)
         if xlabel in ("iteration", "update"):
             left, right = axes.get_xlim()

@@ -60,9 +60,14 @@ def judged(lines: Sequence[dict[str, Any]]) -> Table:
 
 
 def features(found: Sequence[Evaluation]) -> Table:
-    """Means of what the oracle finds in held-out responses: a row for each feature, a column for each policy; empty without any."""
+    """Means of what the oracle finds in held-out responses: a row for each feature, the most changed first, a column for each policy.
+
+    Empty without any.
+    """
     measured = [e for e in found if e.features]
-    names = dict.fromkeys(name for e in measured for name in e.features)
+    names = list(dict.fromkeys(name for e in measured for name in e.features))
+    change = {name: measured[-1].features.get(name, 0) - measured[0].features.get(name, 0) for name in names}
+    names.sort(key=lambda name: -abs(change[name]))
     head = ["responses", *("base" if e.iteration == BASE else f"iteration {e.iteration}" for e in measured)]
     rows = [[name, *(figure(e.features.get(name), "{:.3f}") for e in measured)] for name in names]
     return [head, *rows] if rows else []
