@@ -119,6 +119,6 @@ def preferred(run: RunDir, t: int, matrices: list[list[list[float]]], *, respons
         row = Responses(
             i, f"prompt {i}", [1], [[2]] * responses, texts, ["stop"] * responses, [-1.0] * responses
         )
-        judged = Preferences(i, np.zeros_like(p).tolist(), p, np.mean(p, axis=1).tolist(), "pairwise")
+        judged = Preferences(i, p, p, [0.5] * responses, "pairwise")
         records.replace(run.shard(t, "responses", i, len(matrices)), Responses, [row], {})
         records.replace(run.shard(t, "preferences", i, len(matrices)), Preferences, [judged], {})

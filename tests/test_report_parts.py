@@ -144,8 +144,12 @@ def test_shards_that_cannot_be_read_or_do_not_fit_are_named(tmp_path):
     preferred(run, 1, [RING, RING], responses=3)
     run.shard(1, "responses", 0, 2).write_bytes(b"PAR1")
     run.shard(1, "preferences", 1, 2).write_bytes(run.shard(1, "preferences", 0, 2).read_bytes())
-    assert rings.strongest(run, 1, told.append) is None
+    preferred(
+        run, 2, [[[0.5, 0.9], [0.1]], [[None] * 3] * 3, [[float("nan")] * 3] * 3, RING[:2]], responses=3
+    )
+    assert rings.strongest(run, 2, told.append) is None
     assert [line.split(":")[0] for line in told] == [
+        *(f"iter_2/preferences/shard-{i:05d}-of-00004.parquet" for i in range(4)),
         "iter_1/responses/shard-00000-of-00002.parquet",
         "iter_1/preferences/shard-00001-of-00002.parquet",
     ]

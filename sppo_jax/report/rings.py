@@ -35,8 +35,8 @@ def strongest(run: RunDir, last: int, tell: Tell) -> Ring | None:
     """
     for t in range(last, BASE, -1):
         found, best, weakest = None, 0.0, 0.5 + TIE
-        for responses, judged in _rows(run, t, tell):
-            ring = ring_of(np.asarray(judged.probability, np.float64))
+        for responses, p in _rows(run, t, tell):
+            ring = ring_of(p)
             if ring and (best := min(ring[1])) > weakest:
                 found, weakest = (responses, *ring), best
         if found:
@@ -60,8 +60,8 @@ def ring_of(p: np.ndarray) -> tuple[list[int], list[float]] | None:
     return [i, j, k], [float(p[i, j]), float(p[j, k]), float(p[k, i])]
 
 
-def _rows(run: RunDir, t: int, tell: Tell) -> Iterator[tuple[Responses, Preferences]]:
-    """Responses of iteration t with their preferences, from its first shards."""
+def _rows(run: RunDir, t: int, tell: Tell) -> Iterator[tuple[Responses, np.ndarray]]:
+    """Responses of iteration t with their P [K, K], from its first shards."""
     folder = run.iteration(t) / "preferences"
     names = files.entries(folder) if files.is_dir(folder) else []
     for name in [name for name in names if NAME.fullmatch(name)][:SHARDS]:
@@ -71,7 +71,21 @@ def _rows(run: RunDir, t: int, tell: Tell) -> Iterator[tuple[Responses, Preferen
         except BadInput as error:
             tell(str(error).replace(f"{run.root}/", ""))
             continue
-        if [row.prompt_id for row in rows] == [row.prompt_id for row in judged]:
-            yield from zip(rows, judged, strict=True)
-        else:
+        if [row.prompt_id for row in rows] != [row.prompt_id for row in judged]:
             tell(f"{path.relative_to(run.root)}: belongs to other responses")
+            continue
+        found = [(row, _matrix(its, row)) for row, its in zip(rows, judged, strict=True)]
+        if any(p is None for _, p in found):
+            tell(f"{path.relative_to(run.root)}: damaged: a row has no prompt, response or probability")
+        yield from ((row, p) for row, p in found if p is not None)
+
+
+def _matrix(judged: Preferences, row: Responses) -> np.ndarray | None:
+    """P [K, K] of a row; None where it, or a text of the row, is not whole."""
+    texts = [row.prompt, *(row.responses or [None])]
+    try:
+        p = np.array(judged.probability, np.float64)
+    except (TypeError, ValueError):
+        return None
+    whole = all(isinstance(text, str) for text in texts) and p.shape == (len(texts) - 1,) * 2
+    return p if whole and np.isfinite(p).all() else None
