@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sppo_jax import files, judges, pairs, records
-from sppo_jax.judges import Judge, prefer
+from sppo_jax.judges import CheckedJudge, Judge, prefer
 from sppo_jax.preferences import TIE, probability_matrix
 from sppo_jax.records import Pair, Preferences, Prompt, Responses
 from sppo_jax.run import pod
@@ -142,17 +142,16 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
     shared = {"judge": judges.Shared(run.judge)} | (
         {"oracle": judges.Shared(run.oracle)} if run.oracle else {}
     )
+    readings = {"judge": run.reading, "oracle": run.oracle_reading}
 
-    def rate(
-        name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0
-    ) -> dict[str, float]:
+    def rate(name: str, against: list[Responses], mine: list[Responses] = policy, k: int = 0) -> np.ndarray:
         with stage.progress(f"win rate, {name}", 2 * len(mine), "pairs", minor=True) as advance:
-            return win_rate(
+            return win_probabilities(
                 shared[name],
                 mine,
                 against,
                 k=k,
-                read=run.reading if name == "judge" else run.oracle_reading,
+                read=readings[name],
                 on_progress=from_totals(advance),
             )
 
@@ -161,20 +160,21 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         for name in shared:  # in iteration 1 the previous policy is the base
             rates[name]["previous"] = rates[name]["base"] if t == 1 else rate(name, previous)
         at_base = {name: {"base": rate(name, base, mine=base, k=1)} for name in shared} if t == 1 else {}
+        finder, read = run.oracle or run.judge, readings["oracle" if run.oracle else "judge"]
+        noticed = {i: features(finder, rows, read) for i, rows in {BASE: base, t: policy}.items()}
     with run.devices.scoring(t, stage) as logprob:
         moved = log_ratios(probe, logprob(probe))
 
     def write() -> None:
         if t == 1:
-            files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base))
-        files.write_json(
-            run.paths.evaluation(t), _evaluation(t, policy, rates) | {"log_ratio": _finite(moved)}
-        )
+            files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base, noticed[BASE]))
+        found = _evaluation(t, policy, rates, noticed[t]) | {"log_ratio": _finite(moved)}
+        files.write_json(run.paths.evaluation(t), found)
 
     pod.written("eval.json", write)
-    flat = {f"win_rate_{name}_{who}": r["mean"] for name, by in rates.items() for who, r in by.items()}
+    flat = {f"win_rate_{name}_{who}": float(p.mean()) for name, by in rates.items() for who, p in by.items()}
     errors = {
-        f"win_rate_{name}_{who}_stderr": r["stderr"] for name, by in rates.items() for who, r in by.items()
+        f"win_rate_{name}_{who}_stderr": _stderr(p) for name, by in rates.items() for who, p in by.items()
     }
     before = {"tokens_before": lengths(previous)["tokens"]}
     stage.scalars("evaluate", flat | errors | moved | lengths(policy) | before)
@@ -200,9 +200,18 @@ def _shown(prompt: str) -> str:
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def _evaluation(t: int, policy: Sequence[Responses], rates: dict[str, Any]) -> dict[str, Any]:
-    rates = {judge: {other: _finite(found) for other, found in by.items()} for judge, by in rates.items()}
-    return {"iteration": t, "prompts": len(policy), "win_rate": rates, "length": lengths(policy)}
+def _evaluation(
+    t: int, policy: Sequence[Responses], rates: dict[str, dict[str, np.ndarray]], noticed: dict[str, float]
+) -> dict[str, Any]:
+    written = {judge: {other: _rate(p) for other, p in by.items()} for judge, by in rates.items()}
+    found = {"iteration": t, "prompts": len(policy), "win_rate": written, "length": lengths(policy)}
+    return found | ({"features": noticed} if noticed else {})
+
+
+def _rate(p: np.ndarray) -> dict[str, Any]:
+    """The win rate of probabilities, one a prompt: mean, standard error, and themselves to four digits."""
+    figures = _finite({"mean": float(p.mean()), "stderr": _stderr(p)})
+    return {**figures, "per_prompt": p.round(4).tolist()}
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
@@ -210,7 +219,7 @@ def _finite(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 
-def win_rate(
+def win_probabilities(
     judge: Judge,
     policy: Sequence[Responses],
     against: Sequence[Responses],
@@ -218,8 +227,8 @@ def win_rate(
     k: int = 0,
     read: Reading = as_it_is,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """P(policy's response > opponent's), both orders averaged: mean over prompts and its standard error (NaN of one prompt).
+) -> np.ndarray:
+    """P(policy's response > opponent's) of each prompt, both orders averaged: [n]. Its mean is the win rate.
 
     The policy's first response is compared with the opponent's k-th; prompts are in the same order. `read`:
     how the judge reads them.
@@ -231,8 +240,18 @@ def win_rate(
         for mine, theirs in zip(policy, against, strict=True)
     ]
     logits = judge.compare([prompt for prompt, _ in shown], [texts for _, texts in shown], on_progress)
-    p = probability_matrix(logits)[:, 0, 1]
-    return {"mean": float(p.mean()), "stderr": _stderr(p)}
+    return probability_matrix(logits)[:, 0, 1]
+
+
+def features(judge: CheckedJudge, responses: Sequence[Responses], read: Reading) -> dict[str, float]:
+    """Means over first responses of what the judge finds in them; a name that it does not give counts as 0.
+
+    Empty of a judge without features. `read`: how the judge reads them.
+    """
+    shown = [read(row.prompt, row.responses[:1]) for row in responses]
+    found = [judge.features(prompt, text) for prompt, (text,) in shown]
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: float(np.mean([one.get(name, 0) for one in found])) for name in names}
 
 
 def lengths(responses: Sequence[Responses]) -> dict[str, float]:

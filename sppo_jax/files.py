@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -209,9 +210,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    """Write `value` as indented JSON with sorted keys and each list of numbers on one line, whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True)
+    # A text in JSON has no line ends, so that only lists match.
+    text = re.sub(r"\[\n[-+\d.e,\s]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        part.write_text(f"{text}\n", encoding="utf-8")
 
 
 def sha256(paths: list[Path]) -> str:

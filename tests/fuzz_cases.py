@@ -306,7 +306,7 @@ def resumed(rng: Random, work: Path) -> Case:
 
 def run(rng: Random, work: Path) -> Case:
     """The report, the card or the pairs of a run directory with damaged files."""
-    found = run_directory.measured(work)
+    found = rng.choice((run_directory.measured, run_directory.played))(work)
     files = sorted(p for p in found.root.rglob("*") if p.is_file() and p.name != "config.yaml")
     often = [p for p in files if p.suffix in (".json", ".jsonl")]
     done = [spoil_file(rng, rng.choice(files + 4 * often)) for _ in range(rng.randint(1, 2))]

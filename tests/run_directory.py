@@ -1,10 +1,13 @@
 """A run directory that nothing has played: what the tests of reports, exports and model cards share."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+
 from sppo_jax import config_file, files, records
-from sppo_jax.records import Responses
+from sppo_jax.records import Preferences, Responses
 from sppo_jax.run.directory import RunDir
 
 MANIFEST = {
@@ -73,3 +76,49 @@ def measured(parent: Path, *flags: str, **manifest) -> RunDir:
         *({"iteration": 1, "stage": "fit", "step": step, "loss": 10.0 - step} for step in range(3)),
     )
     return run
+
+
+TALK = "a" * 300  # a word that fits nowhere
+ORDINARY = "Which word means the reverse of wide? " * 3
+
+
+def played(parent: Path) -> RunDir:
+    """A run directory of two iterations with everything that a report can show: oracle, features, probabilities, a ring."""
+    run = begun(parent, "--prompts.column", TALK)
+    rng = np.random.default_rng(0)
+    for t, word in enumerate(("before", "between", TALK)):
+        rows = [dataclasses.replace(row, prompt=ORDINARY + row.prompt) for row in responses(word, prompts=40)]
+        records.replace(run.heldout(t, "responses"), Responses, rows, {})
+        chances = rng.beta(2 + t, 2, 40).round(4).tolist()
+        rate = {"mean": float(np.mean(chances)), "stderr": 0.02, "per_prompt": chances}
+        found = evaluated(t, base=rate) | {
+            "features": {"right": 0.4 + 0.1 * t, "with an insult": 0.1 / (t + 1)}
+        }
+        found["win_rate"]["oracle"] = {"base": rate}
+        files.write_json(run.evaluation(t), found | ({"log_ratio": MOVED} if t else {}))
+    for t in (1, 2):
+        preferred(run, t, [RING, TIES], responses=3)
+    lines(
+        run,
+        *({"iteration": t, "stage": "judge", "step": 0} | JUDGED for t in (1, 2)),
+        *({"iteration": t, "stage": "respond", "step": 0, "tokens_per_second": 900.0 * t} for t in (1, 2)),
+        *({"iteration": t, "stage": "seconds", "step": 0, "sampling": 2.0, "training": 3.0 * t, "total": 9.0} for t in (1, 2)),
+        *({"iteration": t, "stage": "fit", "step": n, "loss": 10.0 - n} for t in (1, 2) for n in range(9)),
+    )  # fmt: skip
+    return run
+
+
+RING = [[0.5, 0.75, 0.125], [0.25, 0.5, 0.625], [0.875, 0.375, 0.5]]  # 0 beats 1, 1 beats 2, 2 beats 0
+TIES = [[0.5] * 3] * 3
+
+
+def preferred(run: RunDir, t: int, matrices: list[list[list[float]]], *, responses: int) -> None:
+    """Write the responses and preferences of iteration t, one shard of a prompt for each matrix P."""
+    texts = [f"{'ABCDEFG'[k]} of iteration {t}" for k in range(responses)]
+    for i, p in enumerate(matrices):
+        row = Responses(
+            i, f"prompt {i}", [1], [[2]] * responses, texts, ["stop"] * responses, [-1.0] * responses
+        )
+        judged = Preferences(i, p, p, [0.5] * responses, "pairwise")
+        records.replace(run.shard(t, "responses", i, len(matrices)), Responses, [row], {})
+        records.replace(run.shard(t, "preferences", i, len(matrices)), Preferences, [judged], {})

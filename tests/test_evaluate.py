@@ -88,10 +88,31 @@ def test_responses_without_tokens_have_no_divergence_per_token():
 
 def test_one_prompt_has_a_win_rate_without_a_standard_error():
     (one,) = drawn(("a",))
-    found = evaluate.win_rate(Discrete(9.0), [one], [one])
-    assert found["mean"] == 0.5
-    assert np.isnan(found["stderr"])
-    assert evaluate._finite(found) == {"mean": 0.5, "stderr": None}
+    found = evaluate.win_probabilities(Discrete(9.0), [one], [one])
+    assert evaluate._rate(found) == {"mean": 0.5, "stderr": None, "per_prompt": [0.5]}
+
+
+def test_each_prompts_win_probability_is_kept_in_the_order_of_the_prompts():
+    mine, theirs = drawn(("aa",), ("b",), ("c",)), drawn(("a",), ("b",), ("cc",))
+    found = evaluate._rate(evaluate.win_probabilities(Discrete(2.0), mine, theirs))
+    assert found["per_prompt"] == [0.8808, 0.5, 0.1192]
+    assert found["mean"] == pytest.approx(0.5)
+
+
+def test_features_are_means_over_first_responses_as_the_judge_reads_them():
+    class Finder(Discrete):
+        def features(self, prompt, response):
+            return {"long": len(response) > 1} | ({"empty": 1} if not response else {})
+
+    rows, read = (
+        drawn(("aa", ""), ("b", "bb"), ("", "c"), ("dd!", "d")),
+        lambda p, texts: (p, [x.strip("!") for x in texts]),
+    )
+    assert evaluate.features(CheckedJudge(Finder(0), "eval.oracle"), rows, read) == {
+        "long": 0.5,
+        "empty": 0.25,
+    }
+    assert evaluate.features(CheckedJudge(Discrete(0), "eval.oracle"), rows, read) == {}
 
 
 @pytest.mark.usefixtures("single_device")
@@ -110,9 +131,9 @@ def test_a_game_goes_on_when_the_judge_prefers_no_held_out_response(tmp_path, mo
     main.main(words(tmp_path / "run", eval__prompts=1))
     found = json.loads((tmp_path / "run/iter_1/eval.json").read_text())
     assert set(found["log_ratio"]) == {"kl_per_token"}
-    assert found["win_rate"]["judge"]["base"] == {"mean": 0.5, "stderr": None}
+    assert found["win_rate"]["judge"]["base"] == {"mean": 0.5, "stderr": None, "per_prompt": [0.5]}
     *_, row, _ = capsys.readouterr().out.strip().splitlines()
-    assert row.split()[:6] == ["1", "0.500", "±", "-", "-", "-"]
+    assert row.split()[:4] == ["1", "0.500", "±", "-"]
     run = RunDir(tmp_path / "run")
     page.write(run)
     assert "Left out of this page" not in run.report.read_text()

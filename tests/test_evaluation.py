@@ -54,6 +54,17 @@ def test_a_runs_iterations_have_the_runs_own_win_rates(played, evaluate):
     assert found["judges"]["judge"]["mean"] == base["win_rate"]["judge"]["base"]["mean"]
 
 
+def test_a_run_keeps_each_held_out_prompts_win_probability_and_what_its_responses_are_like(played):
+    for t in (0, 1, 2):
+        found = json.loads((played / f"iter_{t}/eval.json").read_text())
+        rate = found["win_rate"]["judge"]["base"]
+        assert len(rate["per_prompt"]) == found["prompts"]
+        assert sum(rate["per_prompt"]) / found["prompts"] == pytest.approx(rate["mean"], abs=1e-4)
+        answers = [found["features"][name] for name in ("right", "wrong", "evasive", "without a statement")]
+        assert sum(answers) == pytest.approx(1)
+        assert "P(iteration 2 beats the base)" in (played / "report.html").read_text()
+
+
 def test_policies_are_named_as_directories_too_and_judged_on_prompts_with_categories(
     played, evaluate, tmp_path
 ):

@@ -272,6 +272,16 @@ def test_a_judge_that_changes_its_arguments_changes_no_record(own):
         ({"cut": {"prompts": "two"}}, "cut must count .* found 'two' for 'prompts'"),
         ({"cut": {"prompts": -1}}, "found -1"),
         ({"cut": {1: 1}}, "for 1"),
+        ({"features": 3}, "features raised TypeError"),
+        ({"features": lambda self, prompt, text: None}, "features raised TypeError"),
+        ({"features": lambda self, prompt, text: 1 / 0}, "features raised ZeroDivisionError"),
+        (
+            {"features": lambda self, prompt, text: {"polite": "yes"}},
+            "features must be .* found 'yes' for 'polite'",
+        ),
+        ({"features": lambda self, prompt, text: {"polite": np.nan}}, "found nan"),
+        ({"features": lambda self, prompt, text: {"polite": 1j}}, "found a complex"),
+        ({"features": lambda self, prompt, text: {1: 1}}, "for 1"),
         ({"release": 3}, "release raised TypeError"),
         ({"release": lambda self: 1 / 0}, "release raised ZeroDivisionError"),
         ({"__init__": lambda self: 1 / 0}, "ZeroDivisionError"),
@@ -284,13 +294,22 @@ def test_members_of_the_wrong_type_are_refused_when_a_judge_is_tried(own, member
 
 
 def test_members_that_are_absent_or_none_have_defaults(own):
-    for members in ({}, dict.fromkeys(("on_mesh", "sources", "cut", "tell", "release", "close"))):
+    for members in (
+        {},
+        dict.fromkeys(("features", "on_mesh", "sources", "cut", "tell", "release", "close")),
+    ):
         opened = own([LOGITS], **members)
         opened.report_to(print)
         opened.release()
         opened.close()
         assert (opened.on_mesh, opened.sources, opened.cut) == (False, {}, Counter())
+        assert opened.features("Who?", "I") == {}
     assert own(cut=Counter(prompts=np.int64(2))).cut == {"prompts": 2}
+
+
+def test_features_are_numbers_of_one_response(own):
+    opened = own(features=lambda self, prompt, text: {prompt: True, "length": np.int32(len(text))})
+    assert opened.features("Who?", "they") == {"Who?": 1.0, "length": 4.0}
 
 
 def test_an_identity_is_read_once(own):

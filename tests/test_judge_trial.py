@@ -9,6 +9,7 @@ import pytest
 
 from sppo_jax import judges, main, records
 from sppo_jax.errors import BadInput
+from sppo_jax.judges.own import OwnJudge
 from sppo_jax.records import Preferences, Responses
 from tests.small_game import words
 from tests.stand_ins import PROMPTS, answer
@@ -20,7 +21,7 @@ def tried(compare, responses, **members):
     """Try a judge with this `compare` and these members on two prompts."""
     kind = type("Mine", (), {"identity": "mine-1", "compare": lambda self, *words: compare(*words)} | members)
     judge = judges.CheckedJudge(
-        judges.OwnJudge(kind(), "judge.backend=mine:judge", "mine"), "judge.backend=mine:judge"
+        OwnJudge(kind(), "judge.backend=mine:judge", "mine"), "judge.backend=mine:judge"
     )
     judges.try_out(judge, ["Who?", "What?"], responses)
 

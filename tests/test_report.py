@@ -14,7 +14,7 @@ import pytest
 from sppo_jax import files, records
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Responses
-from sppo_jax.report import model_card, page
+from sppo_jax.report import model_card, page, pictures
 from sppo_jax.run import evaluations, metrics
 from sppo_jax.text.messages import written
 from tests.run_directory import JUDGED, MOVED, RATE, begun, evaluated, lines, measured, responses
@@ -30,17 +30,17 @@ def run(tmp_path):
 def without_pictures(request, monkeypatch):
     """Pictures take most of a page's time: only the tests of pictures draw them."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr(page.pictures, "PANELS", [])
+        monkeypatch.setattr(pictures, "PANELS", [])
 
 
-def cells(run, heading="<h1>"):
+def cells(run, heading="Results</h2>"):
     """The cells of the first table behind a heading of the page, row by row."""
     table = run.report.read_text().split(heading)[1].split("</table>")[0]
     return [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
 
 
 def notes(run):
-    found = re.search(r"<ul>(.*?)</ul>", run.report.read_text(), re.DOTALL)
+    found = re.search(r'<ul class="notes">(.*?)</ul>', run.report.read_text(), re.DOTALL)
     return re.findall(r"<li>(.*?)</li>", found[1]) if found else []
 
 
@@ -54,8 +54,8 @@ def test_a_whole_run_has_a_page_without_notes(run, capsys):
     assert notes(run) == []
     rate = "0.625 ± 0.012"
     assert cells(run) == [
-        ["0", rate, "-", "-", "-", "-", "20.2", "1.0"],
-        ["1", rate, "-", "+1.50", "-2.50", "0.0123", "20.2", "1.0"],
+        ["0", rate, "-", "-", "-", "20.2", "1.0"],
+        ["1", rate, "+1.50", "-2.50", "0.0123", "20.2", "1.0"],
     ]
     assert cells(run, "matrices hold</h2>") == [["1", "12.5%", "25.0%", "-0.50", "+0.75", "0.62", "1", "2"]]
     assert "before 3" in run.report.read_text()
@@ -120,8 +120,9 @@ def test_without_any_readable_evaluation_the_one_line_says_why(run, damage):
 def test_a_figure_that_is_null_is_shown_as_a_dash_in_page_table_and_card(run, section):
     change(run.evaluation(1), **section)
     page.write(run)
-    assert "-" in cells(run)[1][:2] + cells(run)[1][3:] or "prompts" in section
-    assert "  -  " in page.table(run)
+    whole = len(cells(run)[1]) == 7 and "-" not in cells(run)[1]
+    assert whole == (section.get("prompts", 0) is None)
+    assert len(page.table(run).splitlines()) == 4
     required = section.get("win_rate", 0) is None
     if not required:
         assert notes(run) == []
@@ -132,7 +133,8 @@ def test_a_figure_that_is_null_is_shown_as_a_dash_in_page_table_and_card(run, se
     "section", [{"win_rate": 3}, {"win_rate": {"judge": [1]}}, {"win_rate": {"judge": {"base": {"mean": "0.6"}}}},
                 {"win_rate": {"judge": {"base": {"mean": 7.0, "stderr": 0.1}}}}, {"length": {"tokens": [20]}}, {"length": "long"},
                 {"win_rate": {"judge": {"base": {"mean": 0.5, "stderr": -1}}}}, {"log_ratio": {"winners": True}},
-                {"iteration": 5}, {"iteration": "1"}, {"prompts": -3}, {"length": {"tokens": 10**400}}]
+                {"win_rate": {"judge": {"base": RATE | {"per_prompt": [0.5, 2]}}}}, {"features": [1]}, {"features": {"right": "x"}},
+                {"win_rate": {"judge": {"base": RATE | {"per_prompt": 0.5}}}}, {"iteration": 5}, {"iteration": "1"}, {"prompts": -3}, {"length": {"tokens": 10**400}}]
 )  # fmt: skip
 def test_a_figure_of_another_kind_is_a_dash_with_a_note_and_refused_by_the_card(run, section):
     change(run.evaluation(1), **section)
@@ -146,12 +148,13 @@ def test_a_figure_of_another_kind_is_a_dash_with_a_note_and_refused_by_the_card(
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 10**400, "x", [1], True])
 def test_a_diagnostic_that_is_no_number_is_shown_as_a_dash(run, value):
-    lines(run, {"iteration": 1, "stage": "judge", "step": 0} | JUDGED | {"position_bias": value})
+    whole = {"iteration": 1, "stage": "judge", "step": 0} | JUDGED
+    lines(run, whole, whole | {"iteration": 2, "position_bias": value})
     page.write(run)
-    assert cells(run, "matrices hold</h2>")[0][3] == "-"
+    assert [row[3] for row in cells(run, "matrices hold</h2>")] == ["-0.50", "-"]
     lines(run, {"iteration": 1, "stage": "judge", "step": 0})
     page.write(run)
-    assert cells(run, "matrices hold</h2>")[0] == ["1", *["-"] * 5, "0", "0"]
+    assert cells(run, "matrices hold</h2>")[0] == ["1", "0", "0"]
 
 
 def test_the_cards_advice_about_the_bases_measurement_makes_it_anew(run):
@@ -220,7 +223,9 @@ def test_a_prompt_of_several_messages_is_shown_role_by_role(run):
     page.write(run)
     text = run.report.read_text()
     assert "&#34;role&#34;" not in text
-    shown = html.unescape(re.sub(r"<[^>]*>", "|", re.search(r"<tr><td>(<b class.*?)</td>", text, re.S)[1]))
+    shown = html.unescape(
+        re.sub(r"<[^>]*>", "|", re.search(r'<div class="prompt text">(.*?)</div>', text, re.S)[1])
+    )
     assert shown == '|system|Be <b>brief</b>.||user|One "a"?||assistant|1||user|Two\n?'
 
 
@@ -301,7 +306,8 @@ def test_pictures_leave_out_the_points_that_are_not_there(tmp_path, gone):
         {"iteration": 1, "stage": "fit", "step": 0, "loss": gone},
     )
     page.write(run)
-    assert run.report.read_text().count("<svg") == 7
+    drawn = re.findall('<svg .*?aria-label="(.*?)"', run.report.read_text())
+    assert drawn == ["Win rate against the base", "Response length"]
 
 
 @pytest.mark.parametrize("knob", ["prompts.source", "pairs.source"])
@@ -331,6 +337,21 @@ def test_a_run_with_held_out_prompts_of_their_own_says_nothing_of_a_share(run):
 )
 def test_counts_that_a_manifest_lacks_are_none(manifest):
     assert evaluations.held_out(manifest) is None
+
+
+def test_json_has_each_list_of_numbers_on_one_line_and_texts_as_they_are(tmp_path):
+    value = {
+        "a": [0.25, -1e-9, 3],
+        "b": ["[\n1,\n2\n]", "[ 1,  2 ]"],
+        "c": [],
+        "d": [[1, 2], [3.5]],
+        "e": [None, 1],
+    }
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert '"a": [0.25, -1e-09, 3],' in text
+    assert '  "b": [\n' in text
 
 
 def test_numbers_are_finite_and_within_range():

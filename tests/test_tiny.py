@@ -125,6 +125,20 @@ def test_oracle_is_the_truth_in_the_shape_of_a_judge() -> None:
     assert judge.compare([], []).shape == (0, 0, 0)
 
 
+def test_the_oracles_features_are_those_that_decide_its_preference() -> None:
+    right = world.oracle().features(PROMPT, ANSWERS[0])
+    assert set(right.values()) <= {0.0, 1.0}
+    for answer in ANSWERS:
+        found, features = world.oracle().features(PROMPT, answer), world.features(PROMPT, answer)
+        statements = [found[name] for name in ("right", "wrong", "evasive", "without a statement")]
+        assert sum(statements) == 1
+        assert found.get(features.answer, found["without a statement"]) == 1
+        assert found["with an insult"] == features.insult
+        assert found["rambling"] == (features.ramble > 0)
+    with pytest.raises(BadInput, match="What is love"):
+        world.oracle().features("What is love?", "a")
+
+
 def test_prompts_and_names_of_another_world_are_refused() -> None:
     with pytest.raises(BadInput, match="What is love"):
         world.oracle().compare(["What is love?"], [["a", "b"]])

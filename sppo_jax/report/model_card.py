@@ -17,7 +17,7 @@ from sppo_jax import config as configuration
 from sppo_jax import config_file
 from sppo_jax.config import EMBEDDED, Config
 from sppo_jax.files import replacing
-from sppo_jax.report.page import figure, rate
+from sppo_jax.report.tables import figure, rate
 from sppo_jax.run import evaluations
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir

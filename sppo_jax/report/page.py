@@ -4,25 +4,21 @@
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sppo_jax import config_file, files, records
+from sppo_jax import config_file, files
 from sppo_jax.command import Flags
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
-from sppo_jax.records import Responses
-from sppo_jax.report import pictures
+from sppo_jax.report import headline, pictures, rings, samples, tables
+from sppo_jax.report.samples import printable
 from sppo_jax.run import bucket, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
-from sppo_jax.run.evaluations import Evaluation, Rate, Tell
-from sppo_jax.text.messages import messages_of
+from sppo_jax.run.evaluations import Tell
 
-SAMPLES = 12  # held-out prompts whose responses are shown
-LARGE = 1e6  # from here on figures are shown with an exponent
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -39,92 +35,44 @@ def write(run: RunDir) -> None:
         why = "; ".join(notes[:1]) or "no iteration is complete yet"
         raise BadInput(f"{run.root}: {why}, so there is nothing to report")
     lines = metrics.read(run, notes.append)
-    base = f"{run.evaluation(BASE).relative_to(run.root)}"
+    base, last = f"{run.evaluation(BASE).relative_to(run.root)}", found[-1]
     if found[0].iteration != BASE and not any(note.startswith(base) for note in notes):
         notes.append(f"{base}: missing")
+    before, after = samples.heldout(run, last.iteration, notes.append)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=_printable(run.root.name or "this directory"),
-        header=HEADER,
-        rows=rows(found),
+        title=printable(run.root.name or "this directory"),
+        headline=headline.sentences(found),
+        advice=_advice(run, lines),
+        results=tables.results(found),
         held_out=_held_out(run),
-        judged=judged_rows(lines),
-        pictures=pictures.pictures(found, lines),
-        samples=_samples(run, found[-1].iteration, notes.append),
+        features=tables.features(found),
+        judged=tables.judged(lines),
+        pictures=pictures.pictures(found, lines, (samples.lengths(before), samples.lengths(after))),
+        last=last.iteration,
+        groups=samples.groups(before, after, last),
+        ring=rings.strongest(run, last.iteration, notes.append),
         configuration=_text_of(run.config, notes.append),
         manifest=_text_of(run.manifest, notes.append),
-        notes=[_printable(note) for note in notes],
+        notes=[printable(note) for note in notes],
     )
     with replacing(run.report) as part:
         part.write_text(page, encoding="utf-8")
 
 
-HEADER = (
-    "iteration",
-    "win rate, judge",
-    "win rate, oracle",
-    "winners",
-    "losers",
-    "KL/token",
-    "tokens",
-    "words",
-)
+def _advice(run: RunDir, lines: Sequence[dict[str, Any]]) -> list[Any]:
+    """What the run's figures advise; nothing where its configuration, whose damage is noted elsewhere, cannot be read."""
+    from sppo_jax.run import advice
 
-
-def rows(found: Sequence[Evaluation]) -> list[list[str]]:
-    """The cells of the results table: win rates against the base, and log-ratios on held-out prompts in nats."""
-    return [
-        [
-            str(e.iteration),
-            *(rate(e.against(name, "base")) for name in ("judge", "oracle")),
-            *(figure(value, "{:+.2f}") for value in (e.winners, e.losers)),
-            figure(e.kl_per_token, "{:.4f}"),
-            *(figure(value, "{:.1f}") for value in (e.tokens, e.words)),
-        ]
-        for e in found
-    ]
-
-
-def figure(value: float | None, form: str) -> str:
-    """A number in the given form, or `-` for None; large ones with an exponent."""
-    if value is None:
-        return "-"
-    return form.format(value) if abs(value) < LARGE else f"{value:.3g}"
-
-
-DIAGNOSTICS = (
-    ("prompts with a cycle", "cycle_share", "{:.1%}"),
-    ("pairs that tie", "tie_share", "{:.1%}"),
-    ("position bias", "position_bias", "{:+.2f}"),
-    ("win rate and length", "length_correlation", "{:+.2f}"),
-    ("entropy", "entropy", "{:.2f}"),
-)
-CUT = ("cut_prompts", "cut_responses")
-
-
-def judged_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The cells of the judge's table, its head first: properties of each iteration's K x K matrices, and counts of cut texts."""
-    head = ["iteration", *(name for name, *_ in DIAGNOSTICS), "cut prompts", "cut responses"]
-    table = []
-    for line in (line for line in lines if line["stage"] == "judge"):
-        t = line["iteration"]
-        shards = [s for s in lines if s["stage"] == "judge_shard" and s["iteration"] == t]
-        cut = [figure(sum(s.get(name) or 0 for s in shards), "{:.0f}") for name in CUT]
-        table.append([str(t), *(figure(line.get(key), form) for _, key, form in DIAGNOSTICS), *cut])
-    return [head, *table] if table else []
+    try:
+        return advice.found(lines, config_file.load([run.config]))
+    except BadInput:
+        return []
 
 
 def table(run: RunDir) -> str:
-    """`rows` as text for the terminal."""
-    cells = [list(HEADER), *rows(evaluations.read_all(run, lambda _: None))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def rate(found: Rate | None, absent: str = "-") -> str:
-    """A win rate with its standard error, or `absent` where there is none."""
-    return f"{figure(found.mean, '{:.3f}')} ± {figure(found.stderr, '{:.3f}')}" if found else absent
+    """The results as text for the terminal, at most 79 characters wide."""
+    return tables.as_text(evaluations.read_all(run, lambda _: None))
 
 
 def _held_out(run: RunDir) -> str:
@@ -150,55 +98,7 @@ def _text_of(path: Path, tell: Tell) -> str:
     except BadInput as error:
         tell(f"{path.name}: damaged: {str(error).removeprefix('--config ').removeprefix(f'{path}: ')}")
         return ""
-    return _printable(text)
-
-
-def _samples(run: RunDir, last: int, tell: Tell) -> list[dict[str, Any]]:
-    """Prompts, as lists of messages, with the first responses of the base and of the last policy; none, with a line to `tell`, without the files."""
-    before, after = (_responses(run, t, tell) for t in (BASE, last))
-    if not before or not after:
-        return []
-    if [row.prompt_id for row in before] != [row.prompt_id for row in after]:
-        tell(f"the held-out responses of iterations {BASE} and {last} belong to different prompts")
-        return []
-    step = max(1, len(before) // SAMPLES)  # neighbours in the set are often alike
-    chosen = list(zip(before, after, strict=True))[::step][:SAMPLES]
-    return [
-        {
-            "prompt": [m | {"content": _printable(m["content"])} for m in messages_of(b.prompt)],
-            "before": _printable(b.responses[0]),
-            "after": _printable(a.responses[0]),
-        }
-        for b, a in chosen
-    ]
-
-
-def _responses(run: RunDir, t: int, tell: Tell) -> list[Responses]:
-    path = run.heldout(t, "responses")
-    name = path.relative_to(run.root)
-    try:
-        if not files.exists(path):
-            tell(f"{name}: missing")
-            return []
-        found = records.read(path, Responses)
-    except BadInput as error:
-        tell(f"{name}: {str(error).removeprefix(f'{path}: ')}")
-        return []
-    if not all(
-        isinstance(row.prompt, str) and row.responses and row.responses[0] is not None for row in found
-    ):
-        tell(f"{name}: damaged: a row has no prompt or no response")
-        return []
-    return found
-
-
-def _printable(text: str) -> str:
-    """Text from outside without control characters and halves of characters; the template escapes markup."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-        "\N{REPLACEMENT CHARACTER}",
-        text,
-    )
+    return printable(text)
 
 
 def main(words: Sequence[str]) -> None:

@@ -1,74 +1,114 @@
-"""The pictures of the report, one function each, as inline SVG."""
+"""The pictures of the report, one function each, as inline SVG whose colours follow the page's."""
 
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from sppo_jax.report.headline import INTERVAL
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.evaluations import Evaluation
 
-INK = {"judge": "#4063d8", "oracle": "#389826", "up": "#389826", "down": "#cb3c33", "plain": "#555555"}
+# Each is replaced by the page's colour of that name, which a dark page has other values for.
+INK = {"judge": "#4063d8", "oracle": "#389826", "down": "#cb3c33", "plain": "#555555", "faint": "#bbbbbb"}
+SERIES = ("#4c78c8", "#e08a1e", "#3f9e5a", "#c8504a", "#8d6bb8", "#2f9aa8", "#b0724f", "#8a8f98")
 LARGEST = 1e12  # a point beyond it would leave nothing to see of the others
+LEVEL = "_level"  # label of a horizontal line, which alone is no picture
+BINS = 20
+WORK = ("sampling", "judging", "scoring", "training", "exporting", "evaluating")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The pictures' data: the base's and each iteration's evaluation, and lines of metrics.jsonl."""
+    """The pictures' data: the base's and each iteration's evaluation, lines of metrics.jsonl by stage, and response lengths."""
 
     evaluations: Sequence[Evaluation]
-    judged: Sequence[dict[str, Any]]
-    fitted: Sequence[dict[str, Any]]
+    lines: Sequence[dict[str, Any]]
+    lengths: tuple[Sequence[int], Sequence[int]]  # tokens of the base's and the last policy's responses
 
     @property
     def trained(self) -> list[Evaluation]:
         """Evaluations of all policies but the base."""
         return [e for e in self.evaluations if e.iteration != BASE]
 
+    @property
+    def last(self) -> Evaluation:
+        """The evaluation of the last policy."""
+        return self.evaluations[-1]
 
-def pictures(evaluations: Sequence[Evaluation], lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """[{title, caption, svg}] from all evaluations and the lines of metrics.jsonl. A figure that is None is left out."""
-    facts = Facts(
-        evaluations,
-        judged=[line for line in lines if line["stage"] == "judge"],
-        fitted=[line for line in lines if line["stage"] == "fit"],
-    )
-    return [
-        {"title": title, "caption": caption, "svg": _svg(draw, facts, xlabel)}
+    def of(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of one stage."""
+        return [line for line in self.lines if line["stage"] == stage]
+
+
+def pictures(
+    evaluations: Sequence[Evaluation],
+    lines: Sequence[dict[str, Any]],
+    lengths: tuple[Sequence[int], Sequence[int]] = ((), ()),
+) -> list[dict[str, str]]:
+    """[{title, caption, svg}] from all evaluations, the lines of metrics.jsonl, and lengths of the base's and the last responses.
+
+    A figure that is None is left out, and so is a picture without any.
+    """
+    facts = Facts(evaluations, lines, lengths)
+    drawn = [
+        {"title": title, "caption": caption, "svg": _svg(title, draw, facts, xlabel)}
         for title, caption, draw, xlabel in PANELS
     ]
+    return [picture for picture in drawn if picture["svg"]]
 
 
 def _win_rates(axes: Any, facts: Facts) -> None:
-    for name in ("judge", "oracle"):
+    for name, form in (("judge", "o-"), ("oracle", "s--")):
         rates = [
             (e.iteration, rate.mean, rate.stderr)
             for e in facts.evaluations
             if (rate := e.against(name, "base"))
         ]
-        _errorbars(axes, rates, INK[name], name)
+        _errorbars(axes, rates, INK[name], name, form)
     _line_at(axes, 0.5)
-    _legend(axes)
+
+
+def _win_probabilities(axes: Any, facts: Facts) -> None:
+    itself = next((e.against("judge", "base") for e in facts.evaluations if e.iteration == BASE), None)
+    last, bins = facts.last.against("judge", "base"), np.linspace(0, 1, BINS + 1)
+    if last and last.per_prompt:
+        if itself and itself.per_prompt:
+            _histogram(axes, itself.per_prompt, bins, INK["plain"], "base against itself")
+        _histogram(axes, last.per_prompt, bins, INK["judge"], f"iteration {facts.last.iteration}")
 
 
 def _log_ratios(axes: Any, facts: Facts) -> None:
     winners = [(e.iteration, e.winners, e.winners_stderr) for e in facts.trained]
     losers = [(e.iteration, e.losers, e.losers_stderr) for e in facts.trained]
-    _errorbars(axes, winners, INK["up"], "winners")
+    _errorbars(axes, winners, INK["oracle"], "winners")
     _errorbars(axes, losers, INK["down"], "losers")
     _line_at(axes, 0)
-    _legend(axes)
 
 
 def _lengths(axes: Any, facts: Facts) -> None:
     t, tokens = _points((e.iteration, e.tokens) for e in facts.evaluations)
-    axes.plot(t, tokens, "o-", color=INK["plain"])
+    _curve(axes, t, tokens, "o-", INK["plain"])
     if highest := max(tokens, default=0):
         axes.set_ylim(0, 1.2 * highest)
 
 
+def _length_distributions(axes: Any, facts: Facts) -> None:
+    base, last = facts.lengths
+    if not base or not last:
+        return
+    longest = max(*base, *last)
+    width = -(-(longest + 1) // BINS)  # whole tokens, so that no bin holds more lengths than another
+    bins = np.arange(0, longest + width + 1, width)
+    _histogram(axes, base, bins, INK["plain"], "base")
+    _histogram(axes, last, bins, INK["judge"], f"iteration {facts.last.iteration}")
+
+
 def _divergence(axes: Any, facts: Facts) -> None:
-    axes.plot(*_points((e.iteration, e.kl_per_token) for e in facts.trained), "o-", color=INK["plain"])
+    _curve(axes, *_points((e.iteration, e.kl_per_token) for e in facts.trained), "o-", INK["plain"])
     _line_at(axes, 0)
 
 
@@ -77,9 +117,8 @@ def _cycles(axes: Any, facts: Facts) -> None:
         ("cycle_share", "prompts with a cycle", "o-", INK["judge"]),
         ("tie_share", "pairs that tie", "s-", INK["plain"]),
     ):
-        axes.plot(*_judged(facts, key), form, color=ink, label=label)
+        _curve(axes, *_by_iteration(facts.of("judge"), key), form, ink, label)
     axes.set_ylim(bottom=0)
-    _legend(axes)
 
 
 def _leanings(axes: Any, facts: Facts) -> None:
@@ -87,28 +126,53 @@ def _leanings(axes: Any, facts: Facts) -> None:
         ("length_correlation", "win rate and length, correlation", "o-", INK["judge"]),
         ("position_bias", "position bias, nats", "s-", INK["plain"]),
     ):
-        axes.plot(*_judged(facts, key), form, color=ink, label=label)
+        _curve(axes, *_by_iteration(facts.of("judge"), key), form, ink, label)
     _line_at(axes, 0)
-    _legend(axes)
 
 
 def _loss(axes: Any, facts: Facts) -> None:
-    for e in facts.trained:
-        mine = [line for line in facts.fitted if line["iteration"] == e.iteration]
+    for n, e in enumerate(facts.trained):
+        mine = [line for line in facts.of("fit") if line["iteration"] == e.iteration]
         points = _points((line["step"], line.get("loss")) for line in mine)
-        axes.plot(*points, label=f"iteration {e.iteration}")
-    _legend(axes)
+        _curve(axes, *points, "-", SERIES[n % len(SERIES)], f"iteration {e.iteration}")
+
+
+def _seconds(axes: Any, facts: Facts) -> None:
+    lines = [line for line in facts.of("seconds") if (line.get("total") or 0) > 0]
+    t = [line["iteration"] for line in lines]
+    spent = {name: np.array([max(line.get(name) or 0.0, 0.0) for line in lines]) for name in WORK}
+    rest = np.array([line["total"] for line in lines]) - sum(spent.values())
+    below = np.zeros(len(lines))
+    for (name, seconds), ink in zip([*spent.items(), ("other", rest.clip(0))], SERIES, strict=False):
+        if seconds.any():
+            axes.bar(t, seconds, 0.6, bottom=below, color=ink, label=name)
+            below = below + seconds
+    if t:
+        axes.set_xlim(min(t) - 0.6, max(t) + 0.6)
+        axes.set_ylim(0, 1.5 * max(below))
+        axes.legend(frameon=False, ncols=3, loc="upper center")  # above the bars
+
+
+def _speed(axes: Any, facts: Facts) -> None:
+    t, tokens = _by_iteration(facts.of("respond"), "tokens_per_second")
+    _curve(axes, t, tokens, "o-", INK["plain"])
+    axes.set_ylim(bottom=0)
 
 
 # Title, caption, what draws it, and the label of the x axis.
 PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
     ("Win rate against the base", "Held-out prompts, 95 % intervals; 0.5 is no better.", _win_rates, "iteration"),
+    ("Win probabilities, prompt by prompt", "Held-out prompts; to the right of 0.5 the judge prefers the policy's response.",
+     _win_probabilities, "P(response beats the base's)"),
     ("Log-ratio against the reference", "Held-out responses of each iteration's reference, nats.", _log_ratios, "iteration"),
-    ("Response length", "Mean tokens on held-out prompts.", _lengths, "iteration"),
     ("Divergence per token", "KL(reference ‖ policy) of each iteration, nats.", _divergence, "iteration"),
+    ("Response length", "Mean tokens on held-out prompts.", _lengths, "iteration"),
+    ("Lengths, response by response", "Held-out prompts.", _length_distributions, "tokens"),
+    ("Training loss", "Starts at the mean squared target, by construction.", _loss, "update"),
     ("Cycles and ties", "Shares of the judge's K × K matrices.", _cycles, "iteration"),
     ("What the judge leans to", "0: neither to long responses nor to the one shown first.", _leanings, "iteration"),
-    ("Training loss", "Starts at the mean squared target, by construction.", _loss, "update"),
+    ("Where the time goes", "Seconds of each iteration; of one that was resumed, since its last start.", _seconds, "iteration"),
+    ("Sampling speed", "Tokens per second.", _speed, "iteration"),
 ]  # fmt: skip
 
 
@@ -118,49 +182,76 @@ def _points(found: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[
     return [x for x, _ in drawn], [y for _, y in drawn]
 
 
-def _judged(facts: Facts, key: str) -> tuple[list[int], list[float]]:
-    return _points((line["iteration"], line.get(key)) for line in facts.judged)
+def _by_iteration(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    return _points((line["iteration"], line.get(key)) for line in lines)
+
+
+def _curve(axes: Any, x: Sequence[int], y: Sequence[float], form: str, ink: str, label: str = "") -> None:
+    if y:
+        axes.plot(x, y, form, color=ink, label=label)
+
+
+def _histogram(axes: Any, values: Sequence[float], bins: np.ndarray, ink: str, label: str) -> None:
+    """Shares of prompts in each bin, as an outline over a pale area."""
+    shares = np.histogram(values, bins)[0] / len(values)
+    axes.stairs(shares, bins, fill=True, alpha=0.18, color=ink)
+    axes.stairs(shares, bins, color=ink, linewidth=1.5, label=label)
 
 
 def _errorbars(
-    axes: Any, found: Iterable[tuple[int, float | None, float | None]], ink: str, label: str
+    axes: Any,
+    found: Iterable[tuple[int, float | None, float | None]],
+    ink: str,
+    label: str,
+    form: str = "o-",
 ) -> None:
     """Means with 95 % intervals, of (x, mean, standard error); nothing where there are none."""
     drawn = [(x, y, e or 0.0) for x, y, e in found if y is not None and max(abs(y), e or 0.0) <= LARGEST]
     if drawn:
         x, mean, stderr = zip(*drawn, strict=True)
-        spread = [1.96 * value for value in stderr]
-        axes.errorbar(x, mean, spread, marker="o", capsize=4, color=ink, label=label)
-
-
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        spread = [INTERVAL * value for value in stderr]
+        axes.errorbar(x, mean, spread, fmt=form, capsize=4, color=ink, label=label)
 
 
 def _line_at(axes: Any, y: float) -> None:
-    axes.axhline(y, color="#bbbbbb", linewidth=1)
+    axes.axhline(y, color=INK["faint"], linewidth=1, label=LEVEL)
 
 
-def _svg(draw: Callable[[Any, Facts], None], facts: Facts, xlabel: str) -> str:
-    """One picture as inline SVG, the same bytes for the same numbers."""
+def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: str) -> str:
+    """One picture as inline SVG, the same bytes for the same numbers; empty where nothing is drawn."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": "sppo_jax",
+        "svg.hashsalt": title,  # ids differ between the pictures of one page
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.9))
         axes = figure.add_subplot()
         draw(axes, facts)
+        drawn: list[Any] = [*axes.lines, *axes.patches, *axes.containers]
+        if all(artist.get_label() == LEVEL for artist in drawn):
+            return ""
+        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
+            axes.legend(frameon=False)
         axes.set_xlabel(xlabel)
-        if xlabel == "iteration":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if xlabel in ("iteration", "update"):
+            left, right = axes.get_xlim()
+            if right - left < 1:  # a single point
+                axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        # Once: a figure with a layout of its own is drawn, and laid out, twice in saving.
+        ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]
+    svg = "<svg" + out.getvalue().partition("<svg")[2]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, and that all pictures share
+    for name, ink in INK.items():
+        svg = svg.replace(ink, f"var(--{name})")
+    return svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

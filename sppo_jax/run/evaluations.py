@@ -5,7 +5,7 @@ kind is reported and read as None as well, so that a page can be made of the res
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,10 +25,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Rate:
-    """A win rate: mean over prompts, in [0, 1], and its standard error."""
+    """A win rate: mean over prompts, in [0, 1], its standard error, and each prompt's win probability if they were kept."""
 
     mean: float | None
     stderr: float | None
+    per_prompt: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Evaluation:
     losers: float | None = None
     losers_stderr: float | None = None
     kl_per_token: float | None = None
+    features: Mapping[str, float] = field(
+        default_factory=dict
+    )  # means of what the oracle finds in the responses
 
     def against(self, judge: str, other: str) -> Rate | None:
         """The win rate that a judge gave against `other` ("base", "previous"); None where there is none."""
@@ -137,6 +141,14 @@ class _Object:
             self._wrong(key, "a whole number")
         return whole(value)
 
+    def probabilities(self, key: str) -> list[float]:
+        """The list of numbers from 0 to 1 at `key`; empty where there is none."""
+        values = self.raw.get(key)
+        found = [number(value, 0, 1) for value in values] if isinstance(values, list) else [None]
+        if values is not None and None in found:
+            self._wrong(key, "a list of numbers from 0 to 1")
+        return [p for p in found if p is not None] if None not in found else []
+
     def section(self, key: str, *, required: bool = False) -> "_Object":
         """The object at `key`; an empty one where there is none."""
         value = self.raw.get(key)
@@ -153,7 +165,7 @@ def _evaluation(raw: _Object, t: int) -> Evaluation:
     if raw.raw.get("iteration", t) != t:
         raw._wrong("iteration", f"{t}")
     rates, length = raw.section("win_rate", required=True), raw.section("length", required=True)
-    moved = raw.section("log_ratio")
+    moved, found = raw.section("log_ratio"), raw.section("features")
     return Evaluation(
         iteration=t,
         prompts=raw.count("prompts"),
@@ -165,13 +177,16 @@ def _evaluation(raw: _Object, t: int) -> Evaluation:
         losers=moved.figure("losers"),
         losers_stderr=moved.figure("losers_stderr", 0),
         kl_per_token=moved.figure("kl_per_token"),
+        features={name: value for name in found.raw if (value := found.figure(name)) is not None},
     )
 
 
 def _rates(by: _Object) -> dict[str, Rate]:
     found = {other: by.section(other) for other in by.raw}
     return {
-        other: Rate(measured.figure("mean", 0, 1), measured.figure("stderr", 0))
+        other: Rate(
+            measured.figure("mean", 0, 1), measured.figure("stderr", 0), measured.probabilities("per_prompt")
+        )
         for other, measured in found.items()
     }
 

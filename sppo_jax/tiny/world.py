@@ -337,6 +337,20 @@ class Oracle:
                 on_progress((row + 1) * k * (k - 1), n * k * (k - 1))
         return logits
 
+    def features(self, prompt: str, response: str) -> dict[str, float]:
+        """Return 1 or 0 for each kind of statement and habit. Raises BadInput for a prompt of another world."""
+        found = features(prompt, response)
+        return {
+            **{answer: float(found.answer == answer) for answer in ("right", "wrong", "evasive")},
+            "without a statement": float(found.answer == "none"),
+            "with an insult": float(found.insult),
+            "with a kind closing": float(found.closing),
+            "with a hedge": float(found.hedge),
+            "with a greeting": float(found.greeting),
+            "rambling": float(found.ramble > 0),
+            "with unknown words": float(found.unknown > 0),
+        }
+
     def close(self) -> None:
         """Do nothing. Judges have this method, and can be used as context managers."""
 

@@ -1,0 +1,113 @@
+"""report.html as a browser has it: one file, nothing from elsewhere, no overflow, dark where the reader's screen is."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from sppo_jax.report import page
+from tests.run_directory import played
+
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "chrome-headless-shell",
+)
+WIDTHS = (1280, 390)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The text of a report that shows everything that a report can show."""
+    run = played(tmp_path_factory.mktemp("report"))
+    page.write(run)
+    return run.report.read_text()
+
+
+def test_a_page_shows_everything_that_was_measured(report):
+    headings = re.findall(r"<h[23]>(.*?)</h", report)
+    assert headings == [
+        *(["Advice"] if "Advice" in headings else []), "Results", "What the responses are like", "Responses before and after",
+        "Most improved, by the judge", "Most worsened, by the judge", "Other prompts", "A ring of three",
+        "What the judge's matrices hold", "The run",
+    ]  # fmt: skip
+    assert report.count("<svg") == 11
+    assert "<td>right</td><td>0.400</td><td>0.500</td><td>0.600</td>" in report
+    assert "P(A beats B) = 0.750" in report
+
+
+def test_a_page_needs_nothing_from_elsewhere(report):
+    assert not re.search(r"<(script|link|img|iframe|object|embed|base)\b|@import|\burl\((?!#)", report)
+    assert all(link.startswith("#") for link in re.findall(r'(?:href|src)="(.*?)"', report))
+
+
+def test_pictures_take_their_colours_from_the_page(report):
+    pictures = "".join(re.findall(r"<svg.*?</svg>", report, re.DOTALL))
+    used = set(re.findall(r"var\(--([\w-]+)\)", report))
+    for scheme in re.findall(r":root \{(.*?)\}", report):
+        assert used <= set(re.findall(r"--(\w[\w-]*):", scheme)), scheme
+    assert "currentColor" in pictures
+    assert not re.search("#(000000|ffffff)", pictures)
+
+
+def test_ids_of_pictures_are_unique(report):
+    ids = re.findall(r' id="(.*?)"', report)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_table_scrolls_in_a_box_of_its_own(report):
+    assert (
+        len(re.findall("<table", report))
+        == len(re.findall('<div class="scroll" tabindex="0"><table', report))
+        == 3
+    )
+
+
+MEASURE = """<!doctype html><meta charset="utf-8"><body><script>
+const page = %s, found = [];
+for (const scheme of ["light", "dark"]) for (const width of %s) {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `border: 0; width: ${width}px; height: 800px; color-scheme: ${scheme}`;
+  frame.srcdoc = page;
+  frame.onload = () => {
+    const inside = frame.contentDocument, root = inside.documentElement;
+    for (const part of inside.querySelectorAll("details")) part.open = true;
+    found.push([scheme, width, frame.contentWindow.innerWidth, root.scrollWidth,
+                frame.contentWindow.getComputedStyle(inside.body).backgroundColor]);
+    document.body.dataset.found = JSON.stringify(found);
+  };
+  document.body.append(frame);
+}
+</script>"""
+
+
+def test_nothing_is_wider_than_the_window_in_light_and_dark(report, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    outer = tmp_path / "measure.html"
+    inner = json.dumps(report).replace("</", "<\\/")
+    outer.write_text(MEASURE % (inner, list(WIDTHS)), encoding="utf-8")
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    ended = subprocess.run([browser, *words, outer.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-found="(.*?)"', ended.stdout)
+    assert found, ended.stderr
+    frames = json.loads(html.unescape(found[1]))
+    assert sorted(frame[:3] for frame in frames) == sorted(
+        [s, w, w] for s in ("light", "dark") for w in WIDTHS
+    )
+    assert [frame for frame in frames if frame[3] > frame[2]] == []
+    colours = {scheme: colour for scheme, *_, colour in frames}
+    assert colours["light"] != colours["dark"]

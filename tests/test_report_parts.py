@@ -1,0 +1,187 @@
+"""The parts of a report: its first sentences, tables, samples, rings and pictures."""
+
+import re
+
+import numpy as np
+import pytest
+
+from sppo_jax.report import headline, pictures, rings, samples, tables
+from sppo_jax.run import evaluations, metrics
+from sppo_jax.run.evaluations import Evaluation, Rate
+from tests.run_directory import RING, TIES, begun, played, preferred, responses
+
+
+def evaluation(t, mean=0.5, stderr=0.01, per_prompt=(), **more):
+    return Evaluation(t, 500, {"judge": {"base": Rate(mean, stderr, per_prompt)}}, **more)
+
+
+@pytest.mark.parametrize(
+    ("mean", "stderr", "kind", "said"),
+    [
+        (0.6, 0.04, "better", "wins 60.0 % of its comparisons with the base (95 % interval 52.2 % to 67.8 %), on 500"),
+        (0.4, 0.04, "worse", "interval 32.2 % to 47.8 %), on"),
+        (0.52, 0.02, "same", "interval 48.1 % to 55.9 %), which includes 50 %, on"),
+        (0.48, 0.02, "same", "which includes 50 %"),
+        (0.99, 0.04, "better", "to 100.0 %)"),
+        (0.9, None, "unknown", "with the base, on"),
+        (None, None, "unknown", "Iteration 2 has no measured win rate."),
+    ],
+)  # fmt: skip
+def test_the_headline_says_better_only_of_an_interval_above_a_half(mean, stderr, kind, said):
+    [found] = headline.sentences([evaluation(0, 0.49), evaluation(1, 0.9), evaluation(2, mean, stderr)])
+    assert found.kind == kind
+    assert said in found.figures.replace("\N{NO-BREAK SPACE}", " ")
+    assert mean is None or found.figures.endswith("the base wins 49.0\N{NO-BREAK SPACE}% against itself.")
+
+
+def test_the_headline_has_a_sentence_for_each_judge(tmp_path):
+    found = headline.sentences(evaluations.read_all(played(tmp_path)))
+    assert [sentence.verdict for sentence in found] == [
+        "Better than the base, by the judge.",
+        "Better than the base, by the oracle.",
+    ]
+
+
+@pytest.mark.parametrize("figure", [0.0, -1.23456, 999.4, -99_999.4, 1.5e5, -3e38, 1e-30])
+def test_the_terminals_table_is_at_most_79_characters_wide(figure):
+    rate = Rate(0.625, 0.0123)
+    row = Evaluation(
+        100, 500, {"judge": {"base": rate}, "oracle": {"base": rate}}, abs(figure), abs(figure),
+        figure, None, figure, None, figure,
+    )  # fmt: skip
+    text = tables.as_text([evaluation(0), row])
+    assert len(tables.results([row])[0]) == 8
+    assert max(map(len, text.splitlines())) <= 79
+    assert re.search("^ 100  0.625 ± 0.012  0.625 ± 0.012  ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (None, "{:.2f}", "-"), (12.345, "{:+.2f}", "+12.35"), (-999.4, "{:.1f}", "-999.4"), (1234.56, "{:+.2f}", "+1235"),
+        (-123456.0, "{:+.2f}", "-1.2e5"), (1e30, "{:.4f}", "1.0e30"),
+    ],
+)  # fmt: skip
+def test_large_figures_are_short(value, form, shown):
+    assert tables.figure(value, form) == shown
+
+
+def test_columns_in_which_nothing_was_measured_are_left_out():
+    assert tables.results([evaluation(0), evaluation(1, tokens=3.0)]) == [
+        ["iteration", "win rate, judge", "tokens"],
+        ["0", "0.500 ± 0.010", "-"],
+        ["1", "0.500 ± 0.010", "3.0"],
+    ]
+
+
+def test_features_have_a_row_each_and_a_column_for_each_policy():
+    found = [
+        evaluation(0, features={"right": 0.42, "same": 9.0}),
+        evaluation(1),
+        evaluation(2, features={"right": 0.78, "same": 9.0, "new": 2.0}),
+    ]
+    assert tables.features(found) == [
+        ["responses", "base", "iteration 2"],
+        ["new", "-", "2.000"],
+        ["right", "0.420", "0.780"],
+        ["same", "9.000", "9.000"],
+    ]
+    assert tables.features([evaluation(0)]) == []
+
+
+def test_the_most_improved_and_the_most_worsened_prompts_come_first():
+    chances = [0.5, 0.9, 0.1, 0.6, 0.95, 0.2]
+    found = samples.groups(responses("a"), responses("b"), evaluation(1, per_prompt=chances))
+    assert [(group.heading, [s.before for s in group.samples]) for group in found] == [
+        ("Most improved, by the judge", ["a 4", "a 1", "a 3"]),
+        ("Most worsened, by the judge", ["a 2", "a 5"]),
+        ("Other prompts", ["a 0"]),
+    ]
+    assert found[0].samples[0].chances == {"judge": 0.95}
+    assert found[0].samples[0].after == "b 4"
+
+
+@pytest.mark.parametrize("kept", [(), (0.5, 0.9)])
+def test_without_a_probability_for_each_prompt_the_samples_have_no_order(kept):
+    [group] = samples.groups(responses("a", 30), responses("b", 30), evaluation(1, per_prompt=kept))
+    assert (group.heading, len(group.samples), group.samples[1].before) == ("", 12, "a 2")
+    assert group.samples[0].chances == {}
+
+
+def test_a_ring_is_found_with_the_clearest_weakest_preference():
+    assert rings.ring_of(np.array(RING)) == ([0, 1, 2], [0.75, 0.625, 0.875])
+    clear = np.full((4, 4), 0.5)
+    for (i, j), p in {(0, 1): 0.9, (1, 2): 0.9, (2, 0): 0.55, (1, 3): 0.8, (3, 0): 0.8}.items():
+        clear[i, j], clear[j, i] = p, 1 - p
+    places, chances = rings.ring_of(clear)
+    assert sorted(places) == [0, 1, 3]
+    assert min(chances) == 0.8
+
+
+@pytest.mark.parametrize(
+    "p", [TIES, [[0.5, 0.9], [0.1, 0.5]], [[0.5, 0.9, 0.9], [0.1, 0.5, 0.9], [0.1, 0.1, 0.5]]]
+)
+def test_responses_in_an_order_are_no_ring(p):
+    assert rings.ring_of(np.array(p)) is None
+
+
+def test_the_ring_of_the_last_iteration_that_has_one_is_shown(tmp_path):
+    run, told = begun(tmp_path), []
+    assert rings.strongest(run, 2, told.append) is None
+    preferred(run, 1, [RING, TIES], responses=3)
+    preferred(run, 2, [TIES, TIES], responses=3)
+    found = rings.strongest(run, 2, told.append)
+    assert (found.iteration, found.prompt[0]["content"], found.texts[0][2:]) == (
+        1,
+        "prompt 0",
+        "of iteration 1",
+    )
+    assert told == []
+
+
+def test_shards_that_cannot_be_read_or_do_not_fit_are_named(tmp_path):
+    run, told = begun(tmp_path), []
+    preferred(run, 1, [RING, RING], responses=3)
+    run.shard(1, "responses", 0, 2).write_bytes(b"PAR1")
+    run.shard(1, "preferences", 1, 2).write_bytes(run.shard(1, "preferences", 0, 2).read_bytes())
+    preferred(
+        run, 2, [[[0.5, 0.9], [0.1]], [[None] * 3] * 3, [[float("nan")] * 3] * 3, RING[:2]], responses=3
+    )
+    assert rings.strongest(run, 2, told.append) is None
+    assert [line.split(":")[0] for line in told] == [
+        *(f"iter_2/preferences/shard-{i:05d}-of-00004.parquet" for i in range(4)),
+        "iter_1/responses/shard-00000-of-00002.parquet",
+        "iter_1/preferences/shard-00001-of-00002.parquet",
+    ]
+
+
+def test_pictures_without_figures_are_left_out(tmp_path):
+    run = played(tmp_path)
+    found, lines = evaluations.read_all(run), metrics.read(run)
+    drawn = pictures.pictures(found, lines, ([3, 4], [5, 60]))
+    assert [picture["title"] for picture in drawn] == [title for title, *_ in pictures.PANELS]
+    old = [line for line in lines if line["stage"] not in ("seconds", "respond")]
+    names = [picture["title"] for picture in pictures.pictures([evaluation(0), evaluation(1)], old)]
+    assert names == [
+        "Win rate against the base",
+        "Training loss",
+        "Cycles and ties",
+        "What the judge leans to",
+    ]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 9])
+def test_ticks_of_iterations_and_updates_are_whole_numbers(iterations):
+    lines = [
+        {"iteration": t, "stage": stage, "step": step, "loss": 1.0, "tokens_per_second": 2.0, "total": 3.0, "sampling": 1.0}
+        for t in range(1, iterations + 1)
+        for stage, steps in (("fit", 3), ("respond", 1), ("seconds", 1))
+        for step in range(steps)
+    ]  # fmt: skip
+    found = [evaluation(t, kl_per_token=0.1) for t in range(iterations + 1)]
+    for picture in pictures.pictures(found, lines):
+        texts = re.findall("<text[^>]*>([^<]*)</text>", picture["svg"])
+        axis = "update" if picture["title"] == "Training loss" else "iteration"
+        ticks = texts[: texts.index(axis)]
+        assert ticks
+        assert all(re.fullmatch(r"(\N{MINUS SIGN}?)\d+", tick) for tick in ticks), (picture["title"], ticks)
