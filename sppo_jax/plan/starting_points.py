@@ -1,11 +1,10 @@
 """The table of starting points in docs/your-data.md: python -m sppo_jax.plan.starting_points prints it, by formula.
 
-Each row is a plan of configs/own.yaml with the flags of `Start.flags`.
+Each row is the plan that `python -m sppo_jax.plan` has for configs/own.yaml with the flags of `Start.flags`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sppo_jax import config_file
 from sppo_jax.command import call
@@ -15,12 +14,13 @@ from sppo_jax.plan import search
 from sppo_jax.plan.table import Plan, duration, few
 from sppo_jax.plan.workload import Lengths
 
-CONFIG = Path("configs/own.yaml")
 # 1,000 prompts of 100 tokens an iteration, five responses of 250 tokens each, judged by PairRM on the same devices.
 LENGTHS = Lengths(prompt=100, response=250)
+# What configs/own.yaml says, which is not beside an installed package.
+OWN = "--prompts.source jsonl:prompts.jsonl --prompts.max_length 256"
 COMMON = (
-    "--prompts.per_iteration 1000 --sampling.max_new_tokens 512 --fit.global_batch 64 --fit.epochs 1 "
-    "--fit.schedule_epochs 1 --judge.backend jax --judge.path llm-blender/PairRM-hf"
+    "--prompts.per_iteration 1000 --sampling.max_new_tokens 512 --fit.global_batch 64 --fit.epochs 1 --fit.schedule_epochs 1 "
+    "--judge.backend jax --judge.path llm-blender/PairRM-hf"
 )
 RATE, ADAPTERS_RATE = 5e-7, 5e-6
 
@@ -38,14 +38,14 @@ class Start:
 
     @property
     def flags(self) -> list[str]:
-        """The flags that make the row's configuration of configs/own.yaml."""
+        """The flags that make the row's configuration."""
         rate = ADAPTERS_RATE if self.rank else RATE
         own = f"--model.path {self.model} --model.lora_rank {self.rank} --fit.eta {self.eta:g} --fit.learning_rate {rate:g}"
-        return [*COMMON.split(), *own.split()]
+        return f"{OWN} {COMMON} {own}".split()
 
     def plan(self) -> tuple[Config, Plan]:
         """Return the row's configuration and its plan. Raises DoesNotFit."""
-        config = config_file.load([CONFIG], self.flags)
+        config = config_file.load([], self.flags)
         return config, search.by_formula(config, self.slice, LENGTHS)
 
     def row(self) -> str:
