@@ -7,13 +7,14 @@ import numpy as np
 
 
 class ShortAndFinished:
-    """Log-odds of 2 for a response that ends in a full sentence against one that does not, and of 1 for 20 words less."""
-
     identity = "short-and-finished-1"  # change it with the rule: a run refuses another judge's preferences
 
     def score(self, response):
         finished = response.rstrip().endswith((".", "!", "?"))
-        return 2.0 * finished - 0.05 * len(response.split())
+        words = max(5, len(response.split()))
+        return 2.0 * finished - 2.0 * np.log2(
+            words
+        )  # two for a full sentence, and two for half as many words
 
     def compare(self, prompts, responses, on_progress=None):
         scores = np.array([[self.score(text) for text in row] for row in responses])  # [n, K]
