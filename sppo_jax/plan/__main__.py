@@ -3,6 +3,8 @@
 python -m sppo_jax.plan --config FILE --topology v5e:4x4 [--topology v6e:2x4 ...] [--section.key value ...]
 python -m sppo_jax.plan --config FILE --device h100 --count 8
 
+    --device NAME, --count N                 a GPU (rtx3090, rtx4090, rtx5090, a10g, l4, l40s, a100-40, a100, h100, h200, b200)
+                                             and the number of them (default: 1)
     --prompt-tokens N, --response-tokens N   mean lengths, which are unknown before a run (default: 180 and 350)
     --price X                                of a chip for an hour
     --json                                   print one JSON object as the last line
@@ -115,7 +117,7 @@ def parse(words: Sequence[str]) -> tuple[list[str], PlanRequest, list[str]]:
             request.lengths = dataclasses.replace(request.lengths, **{lengths[flag]: _count(flag, value)})
     if counts and len(counts) != len(devices):
         raise BadInput("--count: give one for each --device")
-    request.slices += [f"{name}:{n}" for name, n in zip(devices, counts or [8] * len(devices), strict=True)]
+    request.slices += [f"{name}:{n}" for name, n in zip(devices, counts or [1] * len(devices), strict=True)]
     if not request.slices:
         raise BadInput("name a slice: --topology v5e:4x4, or --device h100 --count 8")
     for name in request.slices:

@@ -57,9 +57,30 @@ TPUS = {
     "v5p": Chip(459e12, 2765e9, 93.5, 180e9, 1.75e9),
     "v6e": Chip(918e12, 1638e9, 31.25, 180e9, 2.2e9),
 }
-# GPU: jax takes 75 % of a card by default. Counted here are 92 %, as with XLA_CLIENT_MEM_FRACTION=.92.
+
+
+def _gpu(tflops: float, bandwidth: float, gib: float, links: float, capability: str, host: int = 8) -> Chip:
+    """Return a GPU of `gib` GiB, from TFLOP/s and GB/s.
+
+    jax takes 75 % of a card by default. Counted here are 92 %, as with XLA_CLIENT_MEM_FRACTION=.92.
+    """
+    return Chip(1e12 * tflops, 1e9 * bandwidth, 0.92 * gib, 1e9 * links, capability=capability, host=host)
+
+
+# From NVIDIA's data sheets and architecture papers: dense bfloat16 products that are summed in float32, which on GeForce
+# cards is half of the rate that sums in float16; links are what a card sends, half of what NVLink is sold as. GiB are those
+# that nvidia-smi shows. Copies between cards on PCIe pass the host's bridge or memory: half of a slot's 32 GB/s (PCIe 4.0)
+# or 64 (5.0) is assumed. AMD's MI300X is missing: neither the installation nor any kernel of ours has been tried with ROCm.
 GPUS = {
-    "a100": Chip(312e12, 2039e9, 73.6, 300e9, capability="8.0", host=8),
-    "h100": Chip(989e12, 3350e9, 73.6, 450e9, capability="9.0", host=8),
-    "h200": Chip(989e12, 4800e9, 129.7, 450e9, capability="9.0", host=8),
+    "rtx3090": _gpu(71, 936, 24, 16, "8.6", host=4),
+    "rtx4090": _gpu(165.2, 1008, 24, 16, "8.9", host=4),
+    "rtx5090": _gpu(209.5, 1792, 32, 32, "12.0", host=4),
+    "a10g": _gpu(70, 600, 22.5, 16, "8.6"),
+    "l4": _gpu(121, 300, 22.5, 16, "8.9"),
+    "l40s": _gpu(362, 864, 45, 16, "8.9"),
+    "a100-40": _gpu(312, 1555, 40, 300, "8.0"),
+    "a100": _gpu(312, 2039, 80, 300, "8.0"),
+    "h100": _gpu(989, 3350, 80, 450, "9.0"),
+    "h200": _gpu(989, 4800, 141, 450, "9.0"),
+    "b200": _gpu(2250, 8000, 179, 900, "10.0"),
 }

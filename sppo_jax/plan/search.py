@@ -14,7 +14,7 @@ from sppo_jax.plan import slices, stages, target
 from sppo_jax.plan.chips import Chip, stand_ins
 from sppo_jax.plan.compiled import DoesNotFit
 from sppo_jax.plan.cost import UnitCost
-from sppo_jax.plan.table import Plan, axes, hours
+from sppo_jax.plan.table import Plan, axes, duration, hours
 from sppo_jax.plan.target import Target
 from sppo_jax.plan.workload import Lengths
 from sppo_jax.training import memory
@@ -42,6 +42,24 @@ def plan(config: Config, name: str, lengths: Lengths) -> Plan:
     return _plan(config, name, chip, chips, _devices(name), lengths)
 
 
+def by_formula(config: Config, name: str, lengths: Lengths) -> Plan:
+    """Return the plan of a configuration on its own mesh, by formula, whatever compiler there is.
+
+    Raises BadInput for an unknown slice, and DoesNotFit.
+    """
+    chip, chips = slices.parse(name)
+    mesh = target.mesh(config.mesh, stand_ins(chip, chips), stand_ins=True)
+    at = Target(config, target.architecture(config), chip, mesh, _within(lengths, config), compiled=False)
+    return _figures(name, at, stages.stages(at), [], "")
+
+
+def _within(lengths: Lengths, config: Config) -> Lengths:
+    """The mean lengths, at most the largest ones that the configuration allows."""
+    return Lengths(
+        min(lengths.prompt, config.prompts.max_length), min(lengths.response, config.sampling.max_new_tokens)
+    )
+
+
 def _devices(name: str) -> list[Any]:
     """Devices of a topology, as the TPU's compiler describes them."""
     extra: dict[str, Any] = {}
@@ -58,9 +76,7 @@ def _plan(
     config: Config, name: str, chip: Chip, chips: int, devices: list[Any] | None, lengths: Lengths
 ) -> Plan:
     """The plan of the first mesh that fits. `devices`: those to compile for; None: everything by formula."""
-    lengths = Lengths(
-        min(lengths.prompt, config.prompts.max_length), min(lengths.response, config.sampling.max_new_tokens)
-    )
+    lengths = _within(lengths, config)
     architecture = target.architecture(config)
 
     def at(mesh: Mesh, real: bool) -> Target:
@@ -101,7 +117,7 @@ def _weighed(candidate: Target) -> tuple[float, str]:
         time = hours(stages.stages(candidate))
     except DoesNotFit as error:
         return math.inf, f"{label}: does not fit by formula ({error})"
-    return time, f"{label}: {time:.2f} h an iteration by formula"
+    return time, f"{label}: {duration(time)} an iteration by formula"
 
 
 def _advice(mesh: Mesh, own: Mesh, times: dict[Mesh, float]) -> str:
@@ -111,7 +127,7 @@ def _advice(mesh: Mesh, own: Mesh, times: dict[Mesh, float]) -> str:
     best = min(times, key=lambda other: times[other])
     if times[best] >= BETTER * times[mesh]:
         return ""
-    return f"by formula {_flags(best)} takes {times[best]:.2f} h an iteration, and this {times[mesh]:.2f} h"
+    return f"by formula {_flags(best)} takes {duration(times[best])} an iteration, and this {duration(times[mesh])}"
 
 
 def _flags(mesh: Mesh) -> str:

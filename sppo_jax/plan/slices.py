@@ -19,6 +19,11 @@ def parse(name: str) -> tuple[Chip, int]:
         if not re.fullmatch("[0-9]{1,6}", size) or not 1 <= int(size) <= MOST:
             raise BadInput(f"--device {kind} --count {size}: needs a whole number from 1 to {MOST}")
         return GPUS[kind], int(size)
+    if kind == "cpu":
+        raise BadInput(
+            "--device cpu: a CPU's speed is measured, not planned: play one iteration of a few prompts, with --iterations 1 "
+            "--prompts.per_iteration 8, and multiply (docs/your-data.md has a measured example)"
+        )
     if kind not in TPUS:
         raise BadInput(
             f"{name}: unknown; TPUs are {', '.join(TPUS)}, as --topology v5e:4x4, and GPUs {', '.join(GPUS)}, as "

@@ -44,6 +44,22 @@ def hours(stages: Mapping[str, UnitCost]) -> float:
     return sum(stage.hours for stage in stages.values())
 
 
+def unit(hours: float) -> tuple[float, str]:
+    """Return (units an hour, name) of the unit in which a time is readable: hours from .2 h on, else minutes or seconds."""
+    return (1, "h") if hours >= 0.2 else (60, "min") if hours >= 1 / 60 else (3600, "s")
+
+
+def duration(hours: float) -> str:
+    """A time in words, such as "0.52 h", "3.2 min" or "8.4 s"."""
+    scale, name = unit(hours)
+    return f"{scale * hours:.{2 if name == 'h' else 1}f} {name}"
+
+
+def few(number: float) -> str:
+    """A number from 5 on in whole, and a smaller one to two digits."""
+    return f"{number:,.0f}" if number >= 5 else f"{number:.2g}"
+
+
 def axes(sizes: Mapping[str, int]) -> str:
     """Mesh axes larger than 1, as "fsdp 8, tensor 2"."""
     return ", ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1) or "one chip"
@@ -52,24 +68,28 @@ def axes(sizes: Mapping[str, int]) -> str:
 def table(plan: Plan, config: Config, price: float | None) -> list[str]:
     """Lines of the table that people read. `price`: of a chip-hour, or None."""
     how = "compiled for it" if plan.compiled else "by formula alone, nothing was compiled"
+    size = f"{plan.parameters / 1e9:.2f}B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.0f}M"
+    host = plan.stages["fit"].chip.host
     lines = [
         "",
-        f"{config.model.path} ({plan.parameters / 1e9:.2f}B parameters) on {plan.topology}: {plan.chips} chips, mesh "
+        f"{config.model.path} ({size} parameters) on {plan.topology}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh "
         + " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
         + f"; {how}",
         f"update: {config.fit.global_batch} prompts in {plan.microbatches} microbatches of {plan.microbatch_tokens} tokens, "
         f"{plan.real_token_share:.0%} of which are real",
         "",
         f"{'stage':10} {'unit':34} {'GiB':>6} {'of':>6} {'TFLOP':>8} {'GB':>7} {'sent GB':>8} {'compiler':>9} {'kernels':>8} "
-        f"{'links':>8} {'roofline':>9} {'time':>9} {'MFU':>5} {'MFU+':>5} {'hours':>7}",
+        f"{'links':>8} {'roofline':>9} {'time':>9} {'MFU':>5} {'MFU+':>5} {'iteration':>10}",
     ]
     for name, stage in plan.stages.items():
         lines += _rows(name, stage)
     lines += ["", *summary(plan, config, price), *(f"other meshes: {line}" for line in plan.tried)]
     lines.append(
         "columns, of one unit on one chip: GiB in use at the peak, of those that a program may use; TFLOP and GB of memory traffic "
-        "that the result needs; GB sent by collectives; seconds in ms; hours of all units of an iteration"
+        "that the result needs; GB sent by collectives; seconds in ms; the time of all units of an iteration"
     )
+    if plan.stages["fit"].chip.platform == "gpu" and plan.chips > host:
+        lines.append(f"a host has {host} of these cards, and the network between hosts is in no figure")
     if plan.compiled:
         lines.append(
             "times: compiler, by its cycles alone (MFU is of this time); kernels, of attention, for which it gives no cycles, and "
@@ -90,7 +110,7 @@ def _rows(name: str, stage: UnitCost) -> list[str]:
     lines = [
         f"{name:10} {stage.unit:34} {stage.peak / GIB:6.2f} {stage.limit / GIB:6.2f} {stage.flops / 1e12:8.3g} "
         f"{stage.bytes / 1e9:7.3g} {stage.sent / 1e9:8.3g} {compiler:>9} {kernels:>8} {links:>8} {roofline:>9} {time:>9} "
-        f"{mfu:>5} {stage.mfu:5.0%} {stage.hours:7.2f}" + (f"  {stage.note}" if stage.note else ""),
+        f"{mfu:>5} {stage.mfu:5.0%} {duration(stage.hours):>10}" + (f"  {stage.note}" if stage.note else ""),
         f"{'':10} memory, GiB: {memory}",
     ]
     if kinds:
@@ -102,19 +122,21 @@ def _rows(name: str, stage: UnitCost) -> list[str]:
 
 def summary(plan: Plan, config: Config, price: float | None) -> list[str]:
     """The lines that go into a configuration's header."""
-    parts = " + ".join(f"{name} {stage.hours:.2f}" for name, stage in plan.stages.items())
+    scale, name = unit(plan.iteration_hours)
+    parts = " + ".join(f"{stage} {scale * cost.hours:.2f}" for stage, cost in plan.stages.items())
     update = plan.stages["fit"]
     run = config.iterations * plan.iteration_hours
-    cost = f", {price * plan.chips * run:,.0f} at {price:g} a chip-hour" if price else ""
+    each, word = unit(run)
+    paid = f", {few(price * plan.chips * run)} at {price:g} a chip-hour" if price else ""
     how = "" if plan.compiled else ", by formula"
     pieces = "1 microbatch" if plan.microbatches == 1 else f"{plan.microbatches} microbatches"
     peak = max(stage.peak for stage in plan.stages.values())
     return [
-        f"{plan.topology} ({axes(plan.mesh)}{how}): iteration {plan.iteration_hours:.2f} h = {parts}; run {run:.1f} h, "
-        f"{plan.chips * run:.0f} chip-hours{cost}",
+        f"{plan.topology} ({axes(plan.mesh)}{how}): iteration {scale * plan.iteration_hours:.2f} {name} = {parts}; run "
+        f"{each * run:.1f} {word}, {few(plan.chips * run)} chip-hours{paid}",
         f"  memory {peak / GIB:.1f} of {update.limit / GIB:.1f} GiB (update {update.peak / GIB:.1f}); update "
         f"{update.seconds:.2f} s in {pieces}, MFU {update.mfu:.0%}; checkpoint {plan.checkpoint_gb:.2g} GB, disk "
-        f"{plan.disk_gb:.0f} GB",
+        f"{few(plan.disk_gb)} GB",
         *([f"  {plan.advice}"] if plan.advice else []),
     ]
 
