@@ -39,7 +39,7 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 for word in "$@"; do
-    case $word in --help | -h | --version) exec "$PYTHON" -m "sppo_jax.$COMMAND" --help ;; esac
+    case $word in --help | -h | --version) exec "$PYTHON" -m "sppo_jax.$COMMAND" "$word" ;; esac
 done
 
 # Reads the command line as the command does, so that one process instead of N refuses a bad one.
