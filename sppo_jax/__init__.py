@@ -14,12 +14,7 @@ Each name is imported when it is first used, so that `import sppo_jax` does not 
 
 import importlib
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sppo_jax.config import Config
-    from sppo_jax.run.directory import RunDir
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -44,42 +39,13 @@ MODULES = (
 NAMES = {
     "Sampler": "sampler",
     "Sampling": "config",
+    "play": "main",
     "load_tokenizer": "text.chat_template",
     "response_logprob": "models.logprob",
     "probability_matrix": "preferences",
     "win_rates": "preferences",
     "sppo_loss": "losses",
 }
-
-
-def play(config: "Config | str | Path" = "", /, **overrides: object) -> "RunDir":
-    """Play a whole game, as `python -m sppo_jax.main` does, and return the paths of what it wrote.
-
-    `config`: a YAML file, the name of a shipped configuration such as "quickstart", or a Config; empty: the defaults.
-    `overrides`: knobs, with two underscores for the dot (`fit__eta=10`). The same call again resumes an interrupted game, or
-    prints the table of a finished one. Raises BadInput for what cannot be used, and KeyboardInterrupt where the game was
-    interrupted, with all work on disk.
-    """
-    from sppo_jax import config_file, main
-    from sppo_jax.config import Config
-    from sppo_jax.errors import Terminated
-    from sppo_jax.run.directory import RunDir
-    from sppo_jax.settings import mapping
-
-    if isinstance(config, Config):
-        if overrides:
-            raise TypeError("overrides belong to a file or a name; change a Config with dataclasses.replace")
-        found = config_file.checked(config)
-    else:
-        knobs = {key.replace("__", "."): value for key, value in overrides.items()}
-        texts = {key: mapping.written(x) if isinstance(x, dict) else str(x) for key, x in knobs.items()}
-        flags = [f"--{key}={text}" for key, text in texts.items()]
-        found = config_file.load([config] if config else [], flags)
-    try:
-        main.play(found)
-    except Terminated:
-        raise KeyboardInterrupt("stopped with all work on disk; the same call again resumes") from None
-    return RunDir(found.out)
 
 
 def __getattr__(name: str) -> Any:
