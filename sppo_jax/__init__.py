@@ -40,6 +40,7 @@ NAMES = {
     "play": "notebook",
     "Sampler": "sampler",
     "Sampling": "config",
+    "play": "main",
     "load_tokenizer": "text.chat_template",
     "response_logprob": "models.logprob",
     "probability_matrix": "preferences",

@@ -4,11 +4,18 @@ import importlib.util
 import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sppo_jax import command, config_file
 from sppo_jax.config import Config, Distributed, Knob, knobs
+from sppo_jax.errors import Terminated
 from sppo_jax.run import early
+from sppo_jax.settings import mapping
 from sppo_jax.settings import words as command_line
+
+if TYPE_CHECKING:
+    from sppo_jax.run.directory import RunDir
 
 FLAGS = {"--config": True, "--quiet": False}  # the command's own, and whether each takes a value
 USAGE = """python -m sppo_jax.main --config FILE [--config FILE ...] [--section.key value ...]
@@ -53,10 +60,10 @@ def main(words: Sequence[str]) -> None:
         print(command.version())
         return
     config, quiet = read(words)
-    play(config, quiet=quiet)
+    game(config, quiet=quiet)
 
 
-def play(config: Config, *, quiet: bool = False) -> None:
+def game(config: Config, *, quiet: bool = False) -> None:
     """Play the game of this configuration: its inputs are opened, and all its iterations are played or found on disk.
 
     `quiet`: print nothing but warnings, errors, the final table and the report's path.
@@ -79,6 +86,31 @@ def play(config: Config, *, quiet: bool = False) -> None:
         ):
             selfplay.play(opened)
         pod.meet("end")  # a failure of any process until here is the run's
+
+
+def play(config: Config | str | Path = "", /, **overrides: object) -> "RunDir":
+    """Play a whole game, as the command does, and return the paths of what it wrote.
+
+    `config`: a YAML file, the name of a shipped configuration such as "quickstart", or a Config; empty: the defaults.
+    `overrides`: knobs, with two underscores for the dot (`fit__eta=10`). The same call again resumes an interrupted game, or
+    prints the table of a finished one. Raises BadInput for what cannot be used, and KeyboardInterrupt where the game was
+    interrupted, with all work on disk.
+    """
+    if isinstance(config, Config):
+        if overrides:
+            raise TypeError("overrides belong to a file or a name; change a Config with dataclasses.replace")
+        found = config_file.checked(config)
+    else:
+        texts = {key: mapping.written(x) if isinstance(x, dict) else str(x) for key, x in overrides.items()}
+        flags = [f"--{key.replace('__', '.')}={text}" for key, text in texts.items()]
+        found = config_file.load([config] if config else [], flags)
+    try:
+        game(found)
+    except Terminated:
+        raise KeyboardInterrupt("stopped with all work on disk; the same call again resumes") from None
+    from sppo_jax.run.directory import RunDir  # it imports jax
+
+    return RunDir(found.out)
 
 
 def read(words: Sequence[str]) -> tuple[Config, bool]:

@@ -22,7 +22,7 @@ NOTEBOOK = json.loads((ROOT / "examples/quickstart.ipynb").read_text())
 def asked(monkeypatch):
     """The configurations of the games that would be played."""
     found = []
-    monkeypatch.setattr(main, "play", found.append)
+    monkeypatch.setattr(main, "game", found.append)
     return found
 
 
@@ -60,7 +60,7 @@ def test_an_interrupted_game_is_a_keyboard_interrupt(monkeypatch):
     def interrupted(_):
         raise Terminated
 
-    monkeypatch.setattr(main, "play", interrupted)
+    monkeypatch.setattr(main, "game", interrupted)
     with pytest.raises(KeyboardInterrupt, match="resumes"):
         sppo_jax.play("quickstart")
 
@@ -79,13 +79,13 @@ def test_the_blocks_of_the_page_run(asked, played, tmp_path, monkeypatch, capsys
 def test_the_notebook_plays_a_game(single_device, tmp_path, monkeypatch, capsys):
     """The game of its first cell is read as it is, and played as the small one, whose programs other tests have compiled."""
     monkeypatch.chdir(tmp_path)
-    play, found = main.play, []
+    game, found = main.game, []
 
     def small(config):
         found.append(config)
-        play(config_file.load([], words(config.out)))
+        game(config_file.load([], words(config.out)))
 
-    monkeypatch.setattr(main, "play", small)
+    monkeypatch.setattr(main, "game", small)
     assert all(not cell.get("outputs") for cell in NOTEBOOK["cells"])
     space = run("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
     assert [config.out for config in found] == ["runs/notebook"]
