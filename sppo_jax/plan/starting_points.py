@@ -19,8 +19,8 @@ LENGTHS = Lengths(prompt=100, response=250)
 # What configs/own.yaml says, which is not beside an installed package.
 OWN = "--prompts.source jsonl:prompts.jsonl --prompts.max_length 256"
 COMMON = (
-    "--prompts.per_iteration 1000 --sampling.max_new_tokens 512 --fit.global_batch 64 --fit.epochs 1 --fit.schedule_epochs 1 "
-    "--judge.backend jax --judge.path llm-blender/PairRM-hf"
+    "--prompts.per_iteration 1000 --sampling.max_new_tokens 512 --sampling.slots 320 --fit.global_batch 64 --fit.epochs 1 "
+    "--fit.schedule_epochs 1 --judge.backend jax --judge.path llm-blender/PairRM-hf"
 )
 RATE, ADAPTERS_RATE = 5e-7, 5e-6
 
