@@ -69,7 +69,7 @@ class Knob(NamedTuple):
 def knob(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its documentation and, by `bounds`, its Range; --help and configs/README.md show both."""
     metadata = {"help": help, "range": Range(**bounds) if bounds else None}
-    if isinstance(default, dict):
+    if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -275,6 +275,10 @@ class Eval:
 @dataclass(frozen=True)
 class Log:
     every: int = knob(1, "updates between lines of metrics.jsonl", low=1)
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = knob(  # noqa: RUF009  (as model.template)
+        ["tensorboard"],
+        "where curves and sample texts go beside metrics.jsonl, as [tensorboard, wandb]; []: nowhere (docs/running.md)",
+    )
     profile: int = knob(
         0,
         "updates of the first iteration that are recorded for xprof in OUT/profile (docs/performance.md)",
@@ -298,33 +302,6 @@ class Config:
     fit: Fit = field(default_factory=Fit)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
-
-
-# Knobs that may differ between a run and its resumption: they move work about and leave results as they are.
-# What prompts.turns changes is compared itself, the prompts, and so is what judge.strip comes to with a template.
-FREE_TO_CHANGE = (
-    "out",
-    "iterations",
-    "mesh.",
-    "distributed.",
-    "log.",
-    "fit.checkpoint_every",
-    "fit.remat",
-    "model.attention",
-    "prompts.turns",
-    "sampling.slots",
-    "sampling.cache_tokens",
-    "judge.python",
-    "judge.strip",
-)
-# Knobs that runs were begun without, and the values with which such runs go on: these are in no digest.
-LATER: dict[str, Any] = {
-    "judge.strip": "none",
-    "model.template": {},
-    "responses.source": "",
-    "responses.split": "train",
-    "responses.column": "responses",
-}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -363,21 +340,22 @@ def is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict
 
 
+def is_list(kind: Any) -> bool:
+    """Whether a knob of this type holds a list of names."""
+    return get_origin(kind) is list
+
+
 def type_name(kind: Any) -> str:
     """A field's type as documentation shows it: "int", "layer|attention", "float|log_partition"."""
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind))
     if is_mapping(kind):
         return "mapping"
+    if is_list(kind):
+        return f"list of {type_name(get_args(kind)[0])}"
     if get_args(kind):
         return "|".join(type_name(a) for a in get_args(kind))
     return getattr(kind, "__name__", str(kind))
-
-
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Keys that differ and change results: with any, a run directory of `old` is refused."""
-    before, after = flat(old), flat(new)
-    return [k for k in after if before[k] != after[k] and not k.startswith(FREE_TO_CHANGE)]
 
 
 def markdown() -> str:

@@ -27,10 +27,13 @@ from sppo_jax.run import pod
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.metrics import from_totals
 from sppo_jax.run.stage import Stage, there
+from sppo_jax.run.trackers import Sample
 from sppo_jax.sampler import Sampler
 from sppo_jax.session import Session
-from sppo_jax.text.messages import with_response
+from sppo_jax.text.messages import messages_of, with_response
 from sppo_jax.text.reading import Reading, as_it_is
+
+SAMPLES = 4  # held-out prompts whose responses log.to gets
 
 
 def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Responses]:
@@ -169,10 +172,31 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         files.write_json(run.paths.evaluation(t), found)
 
     pod.written("eval.json", write)
-    flat = {f"win_rate_{name}_{who}": float(p.mean()) for name, by in rates.items() for who, p in by.items()}
-    stage.scalars("evaluate", flat | moved | lengths(policy))
-    shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())
+    flat = {f"win_rate_{name}_{who}": p for name, by in rates.items() for who, p in by.items()}
+    means = {key: float(p.mean()) for key, p in flat.items()}
+    errors = {f"{key}_stderr": _stderr(p) for key, p in flat.items()}
+    before = {"tokens_before": lengths(previous)["tokens"]}
+    stage.scalars("evaluate", means | errors | moved | lengths(policy) | before)
+    stage.metrics.samples(t, _samples(base, policy))
+    shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in means.items())
     stage.metrics.say(f"iteration {t} win rates on {len(policy)} held-out prompts: {shown}")
+
+
+def _samples(base: Sequence[Responses], policy: Sequence[Responses]) -> list[Sample]:
+    """Some prompts, apart from each other, with the first responses of the base and of the policy."""
+    step = max(1, len(policy) // SAMPLES)  # neighbours in the set are often alike
+    return [
+        Sample(_shown(mine.prompt), before.responses[0], mine.responses[0])
+        for before, mine in list(zip(base, policy, strict=True))[::step][:SAMPLES]
+    ]
+
+
+def _shown(prompt: str) -> str:
+    """A prompt as a person reads it: a conversation with the roles."""
+    messages = messages_of(prompt)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def _evaluation(

@@ -134,9 +134,10 @@ class _Log:
             self._stage.say(
                 "fit", f"step 0 loss {values['loss']:.6g}, largest log-ratio {values['max_log_ratio']:g}"
             )
-        if step % self._every == 0 or step == self._last:
-            rate = float(self._rate(step))
-            self._stage.scalars("fit", values | {"learning_rate": rate}, step=step)
+        values["learning_rate"] = float(self._rate(step))
+        # An update whose scalars are a sign that training goes wrong is written in any case: it is said at once.
+        if step % self._every == 0 or step == self._last or self._stage.is_sign("fit", values, step=step):
+            self._stage.scalars("fit", values, step=step)
         self._advance(1, loss=values["loss"], margin=values["margin"])
 
     def _check(self, step: int, values: dict[str, float]) -> None:

@@ -162,7 +162,8 @@ class Judging:
             "judge",
             f"prompts with a cycle {facts['cycle_share']:.1%}, ties {facts['tie_share']:.1%}, "
             f"position bias {facts['position_bias']:+.2f}, "
-            f"win rate and length correlate {facts['length_correlation']:+.2f}, entropy {facts['entropy']:.2f}",
+            f"win rate and length correlate {facts['length_correlation']:+.2f}, entropy {facts['entropy']:.2f}, "
+            f"best ones the longest {facts['longest_share']:.0%}",
         )
 
     # What follows runs in the thread.

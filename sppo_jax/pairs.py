@@ -13,11 +13,11 @@ from sppo_jax.errors import BadInput
 from sppo_jax.preferences import TIE
 from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run import pod
+from sppo_jax.run.advice import GREEDY
 from sppo_jax.run.stage import Stage, there, visible
 from sppo_jax.text.messages import with_response
 from sppo_jax.training import checkpoint
 
-GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal
 # log pi(y|x) [n, R] of every pair's responses, in nats, by the policy that the iteration starts with.
 LogProb = Callable[[Sequence[Pair]], np.ndarray]
 
@@ -40,7 +40,8 @@ def from_preferences(
             baseline=config.fit.baseline,
         )
         stage.say("pairs", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
-        stage.scalars("pairs", {name: float(n) for name, n in counts.items()})
+        largest = max((abs(x) for pair in found for x in pair.target), default=0.0)
+        stage.scalars("pairs", {name: float(n) for name, n in counts.items()} | {"largest_target": largest})
         if not found:
             raise _without_signal(stage.iteration, counts, len(responses), config)
         return found

@@ -68,7 +68,8 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
 
     cycle_share: prompts with a 3-cycle. tie_share: pairs within 1e-6 of 1/2. position_bias: mean of
     L_ij + L_ji, twice the advantage of being shown first, in nats. length_correlation: of win rate and length within
-    prompts, in [-1, 1]; 0 where one of them never varies. entropy: mean binary entropy of P_ij, in nats (log 2: every
+    prompts, in [-1, 1]; 0 where one of them never varies. longest_share: prompts whose best response is the longest; a
+    prompt with m longest responses counts 1/m, so that chance gives 1/K. entropy: mean binary entropy of P_ij, in nats (log 2: every
     pair is a tie).
     """
     logits, p = np.asarray(logits, np.float64), np.asarray(probability, np.float64)
@@ -85,8 +86,15 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
         "tie_share": float(np.mean(np.abs(pairs - 0.5) < TIE)),
         "position_bias": float(np.mean(logits[..., i, j] + logits[..., j, i])),
         "length_correlation": float(x @ y / scale) if scale > 0 else 0.0,
+        "longest_share": float(np.mean((_highest(rates) * _highest(lengths)).sum(-1))),
         "entropy": float(np.mean(-inside * np.log(inside) - (1 - inside) * np.log1p(-inside))),
     }
+
+
+def _highest(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A share of 1 [..., K]: all of it to the highest of the values, or equal parts to those that tie for it."""
+    highest = values >= values.max(-1, keepdims=True) - TIE
+    return highest / highest.sum(-1, keepdims=True)
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -175,7 +175,7 @@ def opened(config: Config) -> Iterator[Session]:
         judge = judges.open_judge(config.judge, manifest.pinned_judge(RunDir(config.out)))
         stack.callback(judge.close)
         run = stack.enter_context(directory.opened(config))
-        metrics = stack.enter_context(Metrics(run))
+        metrics = stack.enter_context(Metrics(run, config))
         judge.report_to(metrics.say)
         session = Session(config, run, metrics, judge)
         if session.oracle is not None:

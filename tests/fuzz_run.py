@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from sppo_jax import command, config_file, pairrm, selfplay
-from sppo_jax import config as configuration
 from sppo_jax.run.directory import RunDir
+from sppo_jax.settings import resuming
 from tests.fuzz_cases import Case
 
 SECONDS = 60.0  # most seconds of a case
@@ -139,7 +139,7 @@ def _resumable(case: Case) -> list[str]:
         del rest[at : at + 2]
     written = config_file.load([RunDir(case.out or "").config])
     given = config_file.load(paths, rest)
-    differs = configuration.changed_keys(written, given)
+    differs = resuming.changed_keys(written, given)
     return [f"config.yaml differs in {differs}"] if differs else []
 
 

@@ -14,6 +14,7 @@ from sppo_jax import config, config_file
 from sppo_jax.errors import BadInput
 from sppo_jax.losses import LOSSES
 from sppo_jax.preferences import probability_matrix, win_rates
+from sppo_jax.settings import resuming
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -144,14 +145,16 @@ def test_texts_on_the_command_line_are_taken_as_they_are():
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
-    before = config_file.load([], ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7"])
+    flags = ["--fit.baseline", "log_partition", "--fit.learning_rate", "3e-7", "--log.to", "[trackio, wandb]"]
+    before = config_file.load([], flags)
+    assert before.log.to == ["trackio", "wandb"]
     assert from_text(tmp_path, config_file.dump(before)) == before
 
 
 def test_changed_keys_name_what_changes_results_only():
     before = config_file.load()
     after = config_file.load([], ["--fit.eta", "5", "--mesh.tensor", "2", "--iterations", "9", "--out", "x"])
-    assert config.changed_keys(before, after) == ["fit.eta"]
+    assert resuming.changed_keys(before, after) == ["fit.eta"]
 
 
 def enums():
@@ -160,7 +163,7 @@ def enums():
             for field in dataclasses.fields(section.type):
                 kinds = get_args(field.type) if get_origin(field.type) is not Literal else (field.type,)
                 for kind in kinds:
-                    if get_origin(kind) is Literal:
+                    if get_origin(kind) is Literal and get_origin(field.type) is not list:
                         yield from ((f"{section.name}.{field.name}", value) for value in get_args(kind))
 
 

@@ -123,6 +123,9 @@ def test_T39_log_ratio_is_exactly_zero_at_step_zero_and_the_loss_is_the_predicte
     # The schedule's rate is 0 at step 0, so the policy is its reference at step 1 too, on another batch.
     assert [metrics["max_log_ratio"] for metrics in found] == [0.0, 0.0]
     assert found[0]["loss"] == pytest.approx(first, rel=1e-6)
+    reference = np.concatenate([part.ref_logprob[part.real] for part in batches[0].microbatches]).mean(0)
+    assert found[0]["logprob_chosen"] == pytest.approx(reference[0], rel=1e-6)
+    assert found[0]["logprob_rejected"] == pytest.approx(reference[-1], rel=1e-6)
     assert whole == pytest.approx(np.mean(np.square([pair.target for pair in filled])), rel=1e-6)
 
 

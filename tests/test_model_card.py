@@ -7,11 +7,11 @@ import shlex
 import pytest
 import yaml
 
-from sppo_jax import config as configuration
 from sppo_jax import config_file, files
 from sppo_jax.errors import BadInput
 from sppo_jax.report import model_card
 from sppo_jax.run import manifest
+from sppo_jax.settings import resuming
 from tests.run_directory import RATE, begun, evaluated
 
 
@@ -94,7 +94,7 @@ def test_the_cards_command_gives_the_runs_configuration(begin, more):
     )
     words = re.search(r"python -m sppo_jax\.main (.*?)\n```", model_card.text(run, 1), re.DOTALL)[1]
     again = config_file.load([], shlex.split(words.replace("\\\n", "")))
-    assert configuration.changed_keys(config_file.load([run.config]), again) == []
+    assert resuming.changed_keys(config_file.load([run.config]), again) == []
     assert ("embedded:pairrm" in words) == bool(more)  # the default beside the embedded policy only
 
 

@@ -116,8 +116,21 @@ def test_diagnostics_tell_cycles_ties_bias_length_and_entropy():
     assert found["tie_share"] == pytest.approx(1 / 3)
     assert found["position_bias"] == pytest.approx(0.5)
     assert found["length_correlation"] == pytest.approx(1.0, abs=0.01)
+    # 1/3 for the two prompts in which all lengths or all win rates are equal, 1 for the third.
+    assert found["longest_share"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
     assert 0 < found["entropy"] < np.log(2)
     assert preferences.diagnostics(ties[None], p[1:2], [[1, 2, 3]])["entropy"] == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("longest", [1, 2, 4])
+def test_the_best_response_is_the_longest_in_one_of_k_prompts_by_chance(longest):
+    """Whichever response is best, and however many are equally long."""
+    k = 4
+    ladder = np.stack([np.roll([1.0, 0, -1, -2], shift) for shift in range(k)])
+    logits = ladder[:, :, None] - ladder[:, None, :]
+    lengths = np.tile([9] * longest + [5] * (k - longest), (k, 1))
+    found = diagnostics(logits, probability_matrix(logits), lengths)
+    assert found["longest_share"] == pytest.approx(1 / k)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

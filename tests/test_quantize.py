@@ -10,7 +10,7 @@ import pytest
 import qwix
 from flax import nnx
 
-from sppo_jax import config, config_file, prompts
+from sppo_jax import config_file, prompts
 from sppo_jax.config import Config, Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
@@ -20,6 +20,7 @@ from sppo_jax.models.transformer import Transformer, product
 from sppo_jax.sampler import Sampler
 from sppo_jax.sampler.quantized import Int8, rounded
 from sppo_jax.sampler.weights import placed, serving_bytes, serving_model
+from sppo_jax.settings import resuming
 from tests.conftest import ODD
 from tests.test_sampler import TEMPERATE
 
@@ -188,4 +189,4 @@ def test_without_qwix_there_is_one_line(monkeypatch):
 
 def test_a_run_cannot_go_on_in_other_bits():
     changed = dataclasses.replace(Config(), sampling=dataclasses.replace(Sampling(), quantize="int8"))
-    assert config.changed_keys(Config(), changed) == ["sampling.quantize"]
+    assert resuming.changed_keys(Config(), changed) == ["sampling.quantize"]

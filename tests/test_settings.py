@@ -66,6 +66,12 @@ def test_a_key_that_is_there_twice_is_refused_with_both_lines(tmp_path, text, sa
         ("seed: 7".encode("utf-16"), "seed", 7),
         ("\ufeffseed: 7".encode(), "seed", 7),
         ("seed: 7\r\niterations: 2\r\n", "seed", 7),
+        ("log: {to: []}", "log.to", []),
+        ("log: {to: ''}", "log.to", []),
+        ("log: {to: wandb}", "log.to", ["wandb"]),
+        ("log: {to: 'tensorboard,wandb'}", "log.to", ["tensorboard", "wandb"]),
+        ("log: {to: [tensorboard, 'wandb', ]}", "log.to", ["tensorboard", "wandb"]),
+        ("log:\n  to:\n    - trackio\n    - wandb\n", "log.to", ["trackio", "wandb"]),
     ],
 )
 def test_a_value_means_what_a_person_reads(tmp_path, text, key, value):
@@ -99,6 +105,10 @@ def test_a_value_means_what_a_person_reads(tmp_path, text, key, value):
         ("fit.loss", "spo", "needs one of sppo, sppo_single, sppo_hard, dpo, ipo, found 'spo'; did you mean 'sppo'?"),
         ("judge.estimator", "Pairwise", "needs one of pairwise, pairwise_loo, score, found 'Pairwise'; did you mean 'pairwise'?"),
         ("sampling.quantize", "int4", "did you mean 'int8'?"),
+        ("log.to", "wandbd", "needs one of tensorboard, wandb, trackio, or several as [a, b], found 'wandbd'; did you mean 'wandb'?"),
+        ("log.to", "[wandb, Trackio]", "found 'Trackio'; did you mean 'trackio'?"),
+        ("log.to", "wandb,", "found nothing"),
+        ("log.to", "wandb, wandb", "has wandb a second time; keep one of them"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_nearest_choice(tmp_path, key, text, said):
@@ -121,6 +131,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_nearest_choi
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "unknown key 'a'"),
         ("out: &a [*a]", "out needs one value, found a list"),
         ("seed: *nobody", "undefined alias"),
+        ("log: {to: [[wandb]]}", "line 1: log.to is a list of names, found a list in it"),
+        ("log: {to: [~]}", "line 1: log.to is a list of names, found nothing in it"),
         ('out: "\\UFFFFFFFF"', "not YAML"),
         ("out: a\0b", "U+0000"),
         ("out: ü".encode("latin-1"), "not UTF-8 text"),

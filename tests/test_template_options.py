@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
-from sppo_jax import config, config_file
+from sppo_jax import config_file
 from sppo_jax.errors import BadInput
 from sppo_jax.report import model_card
 from sppo_jax.run import manifest
-from sppo_jax.settings import mapping
+from sppo_jax.settings import mapping, resuming
 from sppo_jax.text import chat_template, thoughts
 from tests import families
 from tests.families import FAMILIES
@@ -138,7 +138,7 @@ def test_options_are_part_of_what_a_run_is_made_from(tmp_path):
     plain, other = ((), ("--model.template={enable_thinking: false}",))
     assert digest() == digest("--model.template={}") != digest(*other)
     before, after = (config_file.load([], words) for words in (plain, other))
-    assert config.changed_keys(before, after) == ["model.template"]
+    assert resuming.changed_keys(before, after) == ["model.template"]
 
 
 def test_the_card_says_how_to_give_the_options(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from sppo_jax import config, config_file, judges
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import RunDir
+from sppo_jax.settings import resuming
 from sppo_jax.text import thoughts
 from sppo_jax.text.messages import messages_of, written
 
@@ -118,4 +119,4 @@ def test_files_of_runs_that_were_begun_before_the_knob_are_still_the_runs_own(tm
     assert digest(**{"judge.strip": "none"}) == digest("--prompts.turns=first") == OLD
     assert digest(**{"judge.strip": "think"}) != OLD
     before, after = config_file.load(), config_file.load([], ["--judge.strip=none", "--prompts.turns=first"])
-    assert config.changed_keys(before, after) == []
+    assert resuming.changed_keys(before, after) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from sppo_jax import config as configuration
 from sppo_jax.config import Config
 from sppo_jax.files import read_text, replacing
+from sppo_jax.settings import resuming
 
 BEGIN, END = "# Planned", "# (end of the plan)"
 # Prefixes of knobs that no plan depends on.
@@ -35,7 +36,7 @@ def digest(config: Config) -> str:
     kept = {
         key: value
         for key, value in knobs.items()
-        if not key.startswith(NOT_PLANNED) and (key, value) not in configuration.LATER.items()
+        if not key.startswith(NOT_PLANNED) and (key, value) not in resuming.LATER.items()
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

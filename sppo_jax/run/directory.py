@@ -23,7 +23,7 @@ from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.run import bucket, pod
-from sppo_jax.settings import mapping
+from sppo_jax.settings import mapping, resuming
 
 LOCK = ".lock"
 FOREIGN = ("lost+found",)  # what a file system itself puts into its top directory
@@ -43,6 +43,7 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report.html"
         self.tensorboard = self.root / "tensorboard"
+        self.tracked = self.root / "tracked.json"
         self.profile = self.root / "profile"
 
     def iteration(self, t: int) -> Path:
@@ -206,7 +207,7 @@ def _make(root: Path, out: str, made: list[Path]) -> None:
 def _check(run: RunDir, config: Config) -> None:
     if files.exists(run.config):
         before = config_file.load([run.config])
-        if changed := configuration.changed_keys(before, config):
+        if changed := resuming.changed_keys(before, config):
             old, new = configuration.flat(before), configuration.flat(config)
             shown = ", ".join(f"{k} ({_shown(old[k])} there, {_shown(new[k])} now)" for k in changed)
             raise BadInput(

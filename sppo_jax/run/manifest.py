@@ -18,6 +18,7 @@ from sppo_jax.models import hf
 from sppo_jax.records import Pair, Prompt, Responses
 from sppo_jax.run import directory
 from sppo_jax.run.directory import BASE, RunDir
+from sppo_jax.settings import resuming
 
 SECTIONS = ("model", "judge", "versions", "devices", "sha256", "prompts")
 PACKAGES = (
@@ -110,9 +111,9 @@ class Provenance:
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
         knobs = configuration.flat(config)
-        fixed = {k: v for k, v in knobs.items() if not k.startswith(configuration.FREE_TO_CHANGE)}
+        fixed = {k: v for k, v in knobs.items() if not k.startswith(resuming.FREE_TO_CHANGE)}
         fixed.update(resolved)
-        later = configuration.LATER
+        later = resuming.LATER
         fixed = {k: v for k, v in fixed.items() if k not in later or v != later[k]}
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 

@@ -8,17 +8,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sppo_jax import command, files
+from sppo_jax.config import Config
 from sppo_jax.run import cluster, evaluations, pod
+from sppo_jax.run.advice import Signs
 from sppo_jax.run.directory import RunDir
-from sppo_jax.run.events import Events
 from sppo_jax.run.stopping import Stop
+from sppo_jax.run.trackers import Sample, Tracking
 
 PLAIN_SECONDS = 5.0  # between plain progress lines of one stage
 
@@ -29,34 +31,54 @@ class Metrics:
     Any thread may write scalars and lines; one progress is shown at a time.
     """
 
-    def __init__(self, run: RunDir):
-        """Process 0 writes and shows them; the other processes of a run only count."""
+    def __init__(self, run: RunDir, config: Config | None = None):
+        """Process 0 writes and shows them; the other processes of a run only count.
+
+        `config`: of a game, whose signs are printed as warnings and whose curves go to log.to. Raises BadInput where a
+        tracker's package is missing.
+        """
         self._run, self._silent = run, not pod.first()
         self._begun = False
-        self._events = Events(run.tensorboard)
         # A pipe or file has no width of its own: don't fold log lines at 80 columns. What cannot be shown is dropped.
         output = command.shown(sys.stdout) if sys.stdout is not None else None
         self._console = Console(file=output, soft_wrap=True, highlight=False, markup=False)
         self._stop = Stop()
         self._writing = threading.Lock()
+        before = [] if self._silent or config is None else read(run)
+        self._signs = Signs(config, before) if config is not None else None
+        self._tracking = None if self._silent else Tracking(run, config, self.say, before)
 
     def scalars(self, iteration: int, stage: str, step: int, **values: float) -> None:
         """Write one line of metrics.jsonl. Where a resumed run repeats (iteration, stage, step), the last line counts.
 
         Raises BadInput where the system refuses the write.
         """
-        if self._silent:
+        if self._tracking is None:
             return
-        now = time.time()
-        line = {"iteration": iteration, "stage": stage, "step": step, "time": round(now, 3), **values}
+        line = _finite(
+            {"iteration": iteration, "stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        )
         with self._writing:
             # Made with the first scalar, so that a run that cannot begin leaves no files. A line cut by a crash must not
             # swallow the next.
             torn = not self._begun and self._is_torn()
-            files.append(self._run.metrics, b"\n" * torn + json.dumps(_finite(line)).encode() + b"\n")
+            files.append(self._run.metrics, b"\n" * torn + json.dumps(line).encode() + b"\n")
             self._begun = True
-            named = {f"{stage}/iter_{iteration}/{name}": value for name, value in values.items()}
-            self._events.add(named, step, now)
+            self._tracking.line(line)
+            signs = self._signs.take(line) if self._signs is not None else []
+        for sign in signs:
+            self.say(f"iteration {iteration} {stage}: warning: {sign.text}")
+
+    def is_sign(self, iteration: int, stage: str, step: int, **values: float) -> bool:
+        """Whether these scalars, once written, would print a warning."""
+        line = _finite({"iteration": iteration, "stage": stage, "step": step, **values})
+        return self._signs is not None and not self._silent and bool(self._signs.seen(line))
+
+    def samples(self, iteration: int, rows: Sequence[Sample]) -> None:
+        """Pass held-out responses of an iteration's policy on to log.to."""
+        if self._tracking is not None:
+            with self._writing:
+                self._tracking.samples(iteration, rows)
 
     def _is_torn(self) -> bool:
         """Whether metrics.jsonl ends in the middle of a line."""
@@ -189,15 +211,17 @@ class Metrics:
 
         return on_progress
 
-    def close(self) -> None:
-        """Pass on what was printed; scalars are on disk already."""
+    def close(self, failed: bool = False) -> None:
+        """Pass on what was printed; scalars are on disk already. `failed`: the run ends with an error."""
+        if self._tracking is not None:
+            self._tracking.close(failed)
         self._console.file.flush()
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def from_totals(advance: Callable[..., None]) -> Callable[[int, int], None]:

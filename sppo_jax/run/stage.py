@@ -44,6 +44,10 @@ class Stage:
         """Write scalars of this iteration under the stage's `name` (`Metrics.scalars`)."""
         self.metrics.scalars(self.iteration, name, step, **values)
 
+    def is_sign(self, name: str, values: Mapping[str, float], step: int = 0) -> bool:
+        """Whether these scalars, once written, would print a warning (run/advice.py)."""
+        return self.metrics.is_sign(self.iteration, name, step, **values)
+
     @contextmanager
     def progress(
         self, name: str, total: int, unit: str, *, done: int = 0, minor: bool = False

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from sppo_jax.config import Config, is_mapping, kinds
+from sppo_jax.config import Config, is_list, is_mapping, kinds
 from sppo_jax.errors import BadInput
 from sppo_jax.settings import mapping
 
@@ -48,6 +48,8 @@ def value(key: str, given: Text) -> Any:
     if is_mapping(kind):
         _check_characters(key, given)
         return mapping.read(text, given.of(key))
+    if is_list(kind):
+        return _names(key, given)
     text = text.strip()
     options = get_args(kind) if get_origin(kind) is not Literal else (kind,)
     choices = tuple(str(c) for option in options for c in get_args(option))
@@ -63,6 +65,24 @@ def value(key: str, given: Text) -> Any:
     raise BadInput(
         f"{given.of(key)} needs {needed(kind)}, found {_shown(text)}{_advice(kind, text, choices)}"
     )
+
+
+def _names(key: str, given: Text) -> list[str]:
+    """Return the names of a list, with or without brackets: `[a, b]` or `a, b`. Raises BadInput for a name that is no choice."""
+    (kind,) = get_args(kinds()[key])
+    text = given.text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    names = [] if text in NULL else [name.strip().strip("'\"") for name in text.split(",")]
+    for i, name in enumerate(names):
+        if name not in get_args(kind):
+            near = nearest(name, get_args(kind))
+            raise BadInput(
+                f"{given.of(key)} needs {needed(kind)}, or several as [a, b], found {_shown(name)}{near}"
+            )
+        if name in names[:i]:
+            raise BadInput(f"{given.of(key)} has {name} a second time; keep one of them")
+    return names
 
 
 def needed(kind: Any) -> str:

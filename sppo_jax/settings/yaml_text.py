@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sppo_jax import files
-from sppo_jax.config import is_mapping, kinds
+from sppo_jax.config import is_list, is_mapping, kinds
 from sppo_jax.errors import BadInput, one_line
 from sppo_jax.settings.mapping import Loader
 from sppo_jax.settings.values import NULL, Text, unknown
@@ -116,6 +116,11 @@ def _text(key: str, where: str, node: Any) -> Text:
     if isinstance(node, yaml.MappingNode) and is_mapping(kinds()[key]):
         start, end = node.start_mark, node.end_mark  # its first line begins in the column of the others
         return Text(" " * start.column + str(start.buffer)[start.pointer : end.pointer], where)
+    if isinstance(node, yaml.SequenceNode) and is_list(kinds()[key]):
+        for item in node.value:
+            if not isinstance(item, yaml.ScalarNode) or _is_null(item):
+                raise BadInput(f"{where}: {key} is a list of names, found {_found(item)} in it")
+        return Text(f"[{', '.join(item.value for item in node.value)}]", where)
     if not isinstance(node, yaml.ScalarNode):
         raise BadInput(f"{where}: {key} needs one value, found {_found(node)}")
     block = node.style in ("|", ">")  # ends with a line break, which nobody means

@@ -146,6 +146,8 @@ def objective(
 
     return share * gradient_GR, {
         "loss": share * value,
+        "logprob_chosen": part(logprob_GR[:, 0]),
+        "logprob_rejected": part(logprob_GR[:, -1]),
         "log_ratio_chosen": part(ratio_GR[:, 0]),
         "log_ratio_rejected": part(ratio_GR[:, -1]),
         "margin": part(margin_G),
