@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def _rows(run: RunDir, t: int, tell: Tell) -> Iterator[tuple[Responses, np.ndarr
 
 def _matrix(judged: Preferences, row: Responses) -> np.ndarray | None:
     """P [K, K] of a row; None where it, or a text of the row, is not whole."""
-    texts = [row.prompt, *(row.responses or [None])]
+    texts: list[Any] = [row.prompt, *(row.responses or [None])]  # of a damaged file anything
     try:
         p = np.array(judged.probability, np.float64)
     except (TypeError, ValueError):
