@@ -37,7 +37,6 @@ MODULES = (
     "sampler",
 )
 NAMES = {
-    "play": "notebook",
     "Sampler": "sampler",
     "Sampling": "config",
     "play": "main",

@@ -172,14 +172,13 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         files.write_json(run.paths.evaluation(t), found)
 
     pod.written("eval.json", write)
-    flat = {f"win_rate_{name}_{who}": float(p.mean()) for name, by in rates.items() for who, p in by.items()}
-    errors = {
-        f"win_rate_{name}_{who}_stderr": _stderr(p) for name, by in rates.items() for who, p in by.items()
-    }
+    flat = {f"win_rate_{name}_{who}": p for name, by in rates.items() for who, p in by.items()}
+    means = {key: float(p.mean()) for key, p in flat.items()}
+    errors = {f"{key}_stderr": _stderr(p) for key, p in flat.items()}
     before = {"tokens_before": lengths(previous)["tokens"]}
-    stage.scalars("evaluate", flat | errors | moved | lengths(policy) | before)
+    stage.scalars("evaluate", means | errors | moved | lengths(policy) | before)
     stage.metrics.samples(t, _samples(base, policy))
-    shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in flat.items())
+    shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in means.items())
     stage.metrics.say(f"iteration {t} win rates on {len(policy)} held-out prompts: {shown}")
 
 

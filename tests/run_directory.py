@@ -101,7 +101,7 @@ def played(parent: Path) -> RunDir:
     lines(
         run,
         *({"iteration": t, "stage": "judge", "step": 0} | JUDGED for t in (1, 2)),
-        *({"iteration": t, "stage": "respond", "step": 0, "tokens_per_second": 900.0 * t} for t in (1, 2)),
+        *({"iteration": t, "stage": "respond", "step": 0, "tokens_per_second": 900.0 * t, "truncated_share": 0.4} for t in (1, 2)),
         *({"iteration": t, "stage": "seconds", "step": 0, "sampling": 2.0, "training": 3.0 * t, "total": 9.0} for t in (1, 2)),
         *({"iteration": t, "stage": "fit", "step": n, "loss": 10.0 - n} for t in (1, 2) for n in range(9)),
     )  # fmt: skip

@@ -33,11 +33,12 @@ def report(tmp_path_factory):
 def test_a_page_shows_everything_that_was_measured(report):
     headings = re.findall(r"<h[23]>(.*?)</h", report)
     assert headings == [
-        *(["Advice"] if "Advice" in headings else []), "Results", "What the responses are like", "Responses before and after",
+        "Advice", "Results", "What the responses are like", "Responses before and after",
         "Most improved, by the judge", "Most worsened, by the judge", "Other prompts", "A ring of three",
         "What the judge's matrices hold", "The run",
     ]  # fmt: skip
     assert report.count("<svg") == 11
+    assert "<li>Iteration 1, respond: 40% of the responses are cut at" in report
     assert "<td>right</td><td>0.400</td><td>0.500</td><td>0.600</td>" in report
     assert "P(A beats B) = 0.750" in report
 

@@ -14,7 +14,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.report import headline, pictures, rings, samples, tables
 from sppo_jax.report.samples import printable
-from sppo_jax.run import bucket, evaluations, metrics
+from sppo_jax.run import advice, bucket, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Tell
@@ -60,10 +60,8 @@ def write(run: RunDir) -> None:
         part.write_text(page, encoding="utf-8")
 
 
-def _advice(run: RunDir, lines: Sequence[dict[str, Any]]) -> list[Any]:
+def _advice(run: RunDir, lines: Sequence[dict[str, Any]]) -> list[advice.Advice]:
     """What the run's figures advise; nothing where its configuration, whose damage is noted elsewhere, cannot be read."""
-    from sppo_jax.run import advice
-
     try:
         return advice.found(lines, config_file.load([run.config]))
     except BadInput:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,10 +83,13 @@ def _rows(run: RunDir, t: int, tell: Tell) -> Iterator[tuple[Responses, np.ndarr
 
 def _matrix(judged: Preferences, row: Responses) -> np.ndarray | None:
     """P [K, K] of a row; None where it, or a text of the row, is not whole."""
-    texts = [row.prompt, *(row.responses or [None])]
+    responses: list[Any] = row.responses or []  # of a damaged file: anything
+    texts = [row.prompt, *responses]
     try:
         p = np.array(judged.probability, np.float64)
     except (TypeError, ValueError):
         return None
-    whole = all(isinstance(text, str) for text in texts) and p.shape == (len(texts) - 1,) * 2
+    whole = (
+        len(texts) > 1 and all(isinstance(text, str) for text in texts) and p.shape == (len(texts) - 1,) * 2
+    )
     return p if whole and np.isfinite(p).all() else None

@@ -148,6 +148,8 @@ FIELDS: list[Field] = [
     Field("fit", "loss", "nats²", "the loss; `step` is the update, from 0. `fit.loss` dpo: in nats"),
     Field("fit", "log_ratio_chosen", "nats", "mean log pi_theta - log pi_t of the best responses of the batch"),
     Field("fit", "log_ratio_rejected", "nats", "of the worst responses"),
+    Field("fit", "logprob_chosen", "nats", "mean log pi_theta of the best responses of the batch"),
+    Field("fit", "logprob_rejected", "nats", "of the worst responses"),
     Field("fit", "margin", "nats", "mean difference of the two"),
     Field("fit", "accuracy", "share", "prompts whose margin is above 0"),
     Field("fit", "max_log_ratio", "nats", "largest absolute log-ratio of the batch; exactly 0 at step 0"),
