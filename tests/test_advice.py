@@ -158,6 +158,14 @@ def test_numbers_that_are_missing_or_none_are_no_sign():
     assert found([], Config()) == found([line(stage) for stage in RULES], Config()) == []
 
 
+def test_a_run_from_before_the_errors_were_written_is_no_sign():
+    assert found([line("evaluate", win_rate_judge_base=0.52)], Config()) == []
+    assert (
+        len(found([line("evaluate", win_rate_judge_base=0.52, win_rate_judge_base_stderr=None)], Config()))
+        == 1
+    )
+
+
 def test_signs_are_by_iteration_and_a_later_start_does_not_repeat_them():
     second = [dict(update, iteration=2) for update in WENT_WRONG]
     config = configured()

@@ -96,6 +96,10 @@ class _Iteration:
         self.updates = [line for line in lines if line["stage"] == "fit"]
         self._last = {line["stage"]: line for line in lines}
 
+    def names(self, stage: str, name: str) -> bool:
+        """Whether the last line of a stage that is not trained in has this name. Runs of older versions lack some."""
+        return name in self._last.get(stage, {})
+
     def get(self, stage: str, name: str) -> float | None:
         """A number of the last line of a stage that is not trained in; None where there is none."""
         return _number(self._last.get(stage, {}), name)
@@ -244,7 +248,7 @@ def _lengths(at: _Iteration) -> str | None:
 
 def _win_rate(at: _Iteration) -> str | None:
     mean, error = at.get("evaluate", "win_rate_judge_base"), at.get("evaluate", "win_rate_judge_base_stderr")
-    if mean is None:
+    if mean is None or not at.names("evaluate", "win_rate_judge_base_stderr"):
         return None
     fit, shown = at.config.fit, f"the held-out win rate against the base is {mean:.3f}"
     if error is None or (2 * error > COARSE and abs(mean - 0.5) < 2 * error):
