@@ -14,6 +14,7 @@ import pytest
 from sppo_jax import config, config_file, main, pairs, prompts, records, respond
 from sppo_jax.errors import BadInput
 from sppo_jax.plan import workload
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.records import Responses
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import RunDir
@@ -157,7 +158,7 @@ def test_the_documented_command_is_one_that_main_takes(monkeypatch):
 
 
 def test_a_plan_samples_only_held_out_prompts_and_judges_all():
-    lengths = workload.Lengths()
+    lengths = Lengths()
     sampled = config_file.load(
         [], ["--prompts.per_iteration=100", "--eval.prompts=10", "--eval.probe_prompts=5"]
     )

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from sppo_jax import errors, files, main
 from sppo_jax.errors import BadInput
-from sppo_jax.report import page
+from sppo_jax.report import __main__ as report
 from sppo_jax.run import bucket, holding, objects
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.shards import Shards
@@ -111,7 +111,7 @@ def test_commands_read_a_run_in_a_bucket(moments, tmp_path, capsys):
     from sppo_jax import export, interchange
 
     put({name: content for name, content in moments["end"].items() if name != "report.html"})
-    page.main(["--run", RUN])
+    report.main(["--run", RUN])
     assert f"{RUN}/report.html" in capsys.readouterr().out
     assert b"iteration" in stored()["report.html"]
     interchange.main(["--run", RUN, "--iteration", "1", "--to", str(tmp_path / "pairs.parquet")])
@@ -120,7 +120,7 @@ def test_commands_read_a_run_in_a_bucket(moments, tmp_path, capsys):
     weights = (tmp_path / "policy/model.safetensors").read_bytes()
     assert weights == moments["end"]["iter_1/export/model.safetensors"]
     with pytest.raises(BadInput, match="--run memory://b/other: no such directory"):
-        page.main(["--run", "memory://b/other"])
+        report.main(["--run", "memory://b/other"])
     with pytest.raises(BadInput, match=f"--iteration 3: {RUN} has no policy of it"):
         export.main(["--run", RUN, "--iteration", "3", "--to", str(tmp_path / "third")])
 

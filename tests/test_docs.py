@@ -12,7 +12,7 @@ from sppo_jax import chat, command, config_file, export, interchange
 from sppo_jax.evaluation import flags as evaluate_flags
 from sppo_jax.evaluation import ranking
 from sppo_jax.plan import __main__ as plan
-from sppo_jax.report import page as report
+from sppo_jax.report import __main__ as report
 from sppo_jax.settings import words as command_line
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from sppo_jax.hub import names
 from sppo_jax.plan import compiled, config_header, cost, hlo, target, workload
 from sppo_jax.plan.__main__ import main
 from sppo_jax.plan.chips import TPUS, stand_ins
-from sppo_jax.plan.workload import Lengths
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.training import memory, trainer
 from sppo_jax.training.batches import Batches
 from sppo_jax.training.packing import Packing

@@ -13,8 +13,8 @@ from sppo_jax.models import lora
 from sppo_jax.plan import compiled, target
 from sppo_jax.plan.chips import GPUS
 from sppo_jax.plan.cost import GIB
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.plan.target import Target
-from sppo_jax.plan.workload import Lengths
 from sppo_jax.sampler import Sampler, capacity
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.training.trainer import Trainer

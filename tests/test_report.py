@@ -14,6 +14,7 @@ import pytest
 from sppo_jax import files, records
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Responses
+from sppo_jax.report import __main__ as report
 from sppo_jax.report import model_card, page, pictures
 from sppo_jax.run import evaluations, metrics
 from sppo_jax.text.messages import written
@@ -49,7 +50,7 @@ def change(path, **values):
 
 
 def test_a_whole_run_has_a_page_without_notes(run, capsys):
-    page.main(["--run", str(run.root)])
+    report.main(["--run", str(run.root)])
     assert capsys.readouterr().out == f"{run.report}\n"
     assert notes(run) == []
     rate = "0.625 ± 0.012"
@@ -95,7 +96,7 @@ ELSEWHERE = {
 )
 def test_the_page_is_written_without_a_file_that_cannot_be_read_and_names_it(run, name, damage):
     UNREADABLE[damage](run.root / name)
-    page.main(["--run", str(run.root)])
+    report.main(["--run", str(run.root)])
     (note,) = notes(run)
     assert note.startswith(f"{name}: ")
     assert ("missing" in note) == (damage == "missing")
@@ -254,7 +255,7 @@ def test_a_damaged_evaluation_of_the_only_iteration_is_called_damaged(run, data)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: --run"), (["--run"], "expected one argument"), (["--out", "x"], "unknown flag --out"), (["x"], "required: --run"),
+        ([], "give --run OUT"), (["--run"], "expected one argument"), (["--out", "x"], "unknown flag --out"), (["x"], "give --run OUT"),
         (["--run", "{out}", "--run", "{out}"], "given twice"), (["--run", "{out}", "--x"], "unknown flag --x"),
         (["--run", "{out}", "{out}"], "unrecognized arguments"), (["--run", "{out}/config.yaml"], "not a directory"),
         (["--run", "{out}/config.yaml/x"], "no such directory"), (["--run", "{out}/nothing"], "no such directory"),
@@ -265,7 +266,7 @@ def test_a_damaged_evaluation_of_the_only_iteration_is_called_damaged(run, data)
 def test_a_wrong_command_is_one_line_that_names_the_flag(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=re.compile(said, re.IGNORECASE)) as raised:
-        page.main([word.replace("{out}", str(run.root)) for word in words])
+        report.main([word.replace("{out}", str(run.root)) for word in words])
     assert "\n" not in str(raised.value)
     assert not run.report.exists()
 
@@ -280,12 +281,12 @@ def test_a_directory_that_may_not_be_entered_is_named(run, monkeypatch):
 
     monkeypatch.setattr(os, "stat", refuse)  # root may enter any
     with pytest.raises(BadInput, match="Permission denied"):
-        page.main(["--run", str(run.root)])
+        report.main(["--run", str(run.root)])
 
 
 def test_a_page_of_one_line_of_help(capsys):
     with pytest.raises(SystemExit) as ended:
-        page.main(["--help"])
+        report.main(["--help"])
     assert ended.value.code == 0
     assert "--run OUT" in capsys.readouterr().out
 

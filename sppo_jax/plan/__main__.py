@@ -9,6 +9,7 @@ python -m sppo_jax.plan --config FILE --device h100 --count 8
     --price X                                of a chip for an hour
     --json                                   print one JSON object as the last line
     --write                                  put the figures into the header of FILE
+    --version                                print the version
 
 For a TPU topology the real programs are compiled, on this machine's CPU, by the TPU's own compiler. It must be importable:
 pip install --no-deps --target TPU libtpu==0.0.42.1, then PYTHONPATH=TPU. Without it, and for GPUs, all is computed from
@@ -33,14 +34,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sppo_jax import config_file
 from sppo_jax.command import call, say
 from sppo_jax.errors import BadInput
-from sppo_jax.files import expand
-from sppo_jax.plan import config_header, search, slices, table
-from sppo_jax.plan.workload import Lengths
+from sppo_jax.plan import config_header, slices
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.settings import words as command_line
 
 # The command's own flags, and whether each takes a value.
@@ -77,6 +76,9 @@ def main(words: Sequence[str]) -> None:
         return
     files, request, overrides = parse(words)
     config = config_file.load(files, overrides)
+    # Only now, since these import jax: a mistake is told at once.
+    from sppo_jax.plan import search, table
+
     began = time.perf_counter()
     plans = [search.plan(config, name, request.lengths) for name in request.slices]
     for plan in plans:
@@ -88,7 +90,7 @@ def main(words: Sequence[str]) -> None:
                 "--write needs one --config and no flags that change it: the header's figures are of the file as it is"
             )
         lines = [line for plan in plans for line in table.summary(plan, config, request.price)]
-        config_header.write(Path(expand(files[0])), config, lines)
+        config_header.write(config_file.find(files[0]), config, lines)
     if request.json:
         found = [table.as_json(plan, config, request.lengths, request.price) for plan in plans]
         print(json.dumps(found[0] if len(found) == 1 else {"plans": found}))

@@ -14,9 +14,9 @@ from sppo_jax.plan import slices, stages, target
 from sppo_jax.plan.chips import Chip, stand_ins
 from sppo_jax.plan.compiled import DoesNotFit
 from sppo_jax.plan.cost import UnitCost
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.plan.table import Plan, axes, duration, hours
 from sppo_jax.plan.target import Target
-from sppo_jax.plan.workload import Lengths
 from sppo_jax.training import memory
 
 # Meshes that are planned beside the configuration's own, where that does not fit.

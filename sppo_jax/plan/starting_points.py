@@ -11,8 +11,8 @@ from sppo_jax.command import call
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
 from sppo_jax.plan import search
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.plan.table import Plan, duration, few
-from sppo_jax.plan.workload import Lengths
 
 # 1,000 prompts of 100 tokens an iteration, five responses of 250 tokens each, judged by PairRM on the same devices.
 LENGTHS = Lengths(prompt=100, response=250)

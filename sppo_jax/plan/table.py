@@ -7,7 +7,7 @@ from typing import Any
 
 from sppo_jax.config import Config
 from sppo_jax.plan.cost import GIB, UnitCost
-from sppo_jax.plan.workload import Lengths
+from sppo_jax.plan.lengths import Lengths
 
 
 @dataclass

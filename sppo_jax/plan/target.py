@@ -14,7 +14,8 @@ from sppo_jax.models import Architecture, attention, hf
 from sppo_jax.plan import workload
 from sppo_jax.plan.chips import Chip
 from sppo_jax.plan.cost import GIB
-from sppo_jax.plan.workload import Lengths, Workload
+from sppo_jax.plan.lengths import Lengths
+from sppo_jax.plan.workload import Workload
 from sppo_jax.training import memory
 from sppo_jax.training.packing import Layout
 

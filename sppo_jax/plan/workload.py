@@ -10,6 +10,7 @@ import numpy as np
 
 from sppo_jax.config import Config, Judge
 from sppo_jax.pairrm.format import Limits
+from sppo_jax.plan.lengths import Lengths
 from sppo_jax.training.packing import Layout, Packing, arranged
 
 # Standard deviation of the lengths' logarithm; that of recorded lengths lies between .6 and 1.
@@ -18,14 +19,6 @@ SPREAD = 0.8
 SAMPLE = 4096
 # Special tokens around each text that PairRM reads.
 FRAME = 3
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of a prompt and of a response."""
-
-    prompt: int = 180
-    response: int = 350
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,15 @@
-"""OUT/report.html, one self-contained file with pictures, written after each iteration; and its table as text.
+"""OUT/report.html, one self-contained file with pictures, written after each iteration; and its table as text."""
 
-`python -m sppo_jax.report --run OUT` writes it again from what is on disk.
-"""
-
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sppo_jax import config_file, files
-from sppo_jax.command import Flags
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
 from sppo_jax.report import headline, pictures, rings, samples, tables
 from sppo_jax.report.samples import printable
-from sppo_jax.run import advice, bucket, evaluations, metrics
+from sppo_jax.run import advice, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Tell
@@ -97,21 +92,3 @@ def _text_of(path: Path, tell: Tell) -> str:
         tell(f"{path.name}: damaged: {str(error).removeprefix('--config ').removeprefix(f'{path}: ')}")
         return ""
     return printable(text)
-
-
-def main(words: Sequence[str]) -> None:
-    """Write the report of `--run OUT` again. Raises BadInput for other flags, or where OUT is not a run directory."""
-    flags = Flags("sppo_jax.report", "Write OUT/report.html again from what is on disk.")
-    flags.add_argument("--run", required=True, action="append", metavar="OUT", help="run directory")
-    given = flags.read(words).run
-    if len(given) > 1:
-        raise BadInput("--run is given twice; give one run directory")
-    with bucket.reading(given[0], bucket.without_weights):
-        run = RunDir(files.expand(given[0]))
-        if not files.is_dir(run.root):
-            what = "not a directory" if files.exists(run.root) else "no such directory"
-            raise BadInput(f"--run {given[0]}: {what}; give the directory that --out named")
-        if not os.path.lexists(run.config):  # one that cannot be read is noted on the page
-            raise BadInput(f"--run {given[0]}: not a run directory (it has no config.yaml)")
-        write(run)
-        print(bucket.shown(run.report))
