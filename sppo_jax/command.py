@@ -22,6 +22,7 @@ from sppo_jax.errors import BadInput, Elsewhere, Terminated, end_on_ctrl_c, one_
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 BAD_INPUT, SIGNALLED = 2, 128  # exit codes; the second has the signal's number added
 LOST = 144  # exit code where another process of the run is gone
+AGAIN_SECONDS = 0.05  # until a signal that was lost is sent again
 LONGEST = 6000  # characters of an error line, more than the longest path
 # Errors of the disk, the limits and the places that the user chose; any other error of the system is a fault of ours.
 SYSTEM = frozenset(
@@ -328,18 +329,32 @@ def _ending() -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up."""
+    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up.
+
+    Python drops either of them where it is raised in a destructor or in a callback of the garbage collector, of which JAX has
+    one: then the signal is sent again.
+    """
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
 
+    def unraisable(dropped: Any) -> None:
+        number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
+        if number is None:
+            hook(dropped)
+        else:  # by a thread, since here it would be dropped again
+            threading.Timer(AGAIN_SECONDS, lambda: over.is_set() or os.kill(os.getpid(), number)).start()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before, hook, over = signal.signal(signal.SIGTERM, end), sys.unraisablehook, threading.Event()
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        over.set()
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 

@@ -74,12 +74,14 @@ def game(config: Config, *, quiet: bool = False) -> None:
         print(
             f"loading {config.model.path}: iterations {config.iterations}, out {config.out} ...", flush=True
         )
-    # Only now, since these import jax: a mistake is told at once.
-    from sppo_jax import compilation, selfplay, session
+    # Only now, since these import jax: a mistake is told at once. Most of them when all processes have found each other, so
+    # that each can tell the others of its end.
     from sppo_jax.run import bucket, cluster, pod
 
-    compilation.keep_programs()
     with cluster.joined(config.distributed):
+        from sppo_jax import compilation, selfplay, session
+
+        compilation.keep_programs()
         with (
             bucket.opened(config.out, pod.index(), pod.count()),
             session.opened(config, quiet=quiet) as opened,

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from sppo_jax import command
@@ -44,6 +46,11 @@ def main(words: Sequence[str]) -> None:
         initialization_timeout=3 if scenario == "alone" else 60,
         heartbeat_timeout=2,
     )
+    if scenario == "early":  # process 0 is told to stop while it waits for process 1
+        if index == "0":
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            time.sleep(3)
     with cluster.joined(settings):
         play(scenario)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCENARIOS = ("agree", "bad", "fault", "lose 0", "lose 1", "stop", "alone")
+SCENARIOS = ("agree", "bad", "fault", "lose 0", "lose 1", "stop", "early", "alone")
 
 
 def begun(scenario):
@@ -71,5 +71,6 @@ def test_without_process_0_the_others_end(ends):
     assert "process 0 is gone" in ends["lose 0"][1][2][0]
 
 
-def test_a_stop_of_one_process_stops_both(ends):
-    assert [code for code, _, _ in ends["stop"]] == [143, 143]
+@pytest.mark.parametrize("scenario", ["stop", "early"])
+def test_a_stop_of_one_process_stops_both(ends, scenario):
+    assert [code for code, _, _ in ends[scenario]] == [143, 143]

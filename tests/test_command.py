@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -272,3 +273,21 @@ def test_ctrl_c_during_the_imports_of_a_command_is_one_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 130
     assert done.stderr == "interrupted; run the same command again to resume\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_python_drops_ends_the_command_all_the_same(number, code, outcome):
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            for _ in range(1000):  # the handler runs here, and its exception goes nowhere
+                pass
+
+    def entry(_words):
+        held = Dropping()
+        del held
+        time.sleep(10)
+
+    began = time.monotonic()
+    assert outcome(entry)[0] == code
+    assert time.monotonic() - began < 5

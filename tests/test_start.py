@@ -53,10 +53,10 @@ def test_a_quiet_run_and_a_process_that_is_not_the_first_print_no_loading_line(m
     class Loaded(Exception):
         pass
 
-    def keep_programs():
+    def joined(_settings):
         raise Loaded
 
-    monkeypatch.setattr("sppo_jax.compilation.keep_programs", keep_programs)
+    monkeypatch.setattr("sppo_jax.run.cluster.joined", joined)
     second = ["--distributed.coordinator", "127.0.0.1:1", "--distributed.num_processes", "2"]
     for words, shown in (
         ([], True),

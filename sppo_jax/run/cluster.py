@@ -17,7 +17,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 from sppo_jax import command
 from sppo_jax.command import LOST, exit_code
@@ -216,15 +217,19 @@ def joined(settings: Distributed) -> Iterator[None]:
     To be called before JAX is used. Raises BadInput for settings that cannot be; Elsewhere where another process has ended
     the run.
     """
-    from jax._src import distributed
-
     global _member
-    if not _initialised(settings):
+    with _Kept() as kept:
+        from jax._src import distributed
+
+        several = _initialised(settings, kept)
+    if not several:
+        kept.check()
         yield
         return
     state = distributed.global_state
     _member = Member(settings, state.client, state.process_id, state.num_processes)
     try:
+        kept.check()
         yield
     except BaseException as error:
         shown = _member.ended(error)
@@ -237,7 +242,39 @@ def joined(settings: Distributed) -> Iterator[None]:
         _member = None
 
 
-def _initialised(settings: Distributed) -> bool:
+class _Kept:
+    """A context in which SIGTERM and Ctrl-C wait until the others can be told: without a word from us they would wait for us."""
+
+    def __init__(self) -> None:
+        self._number = 0  # of the signal that has arrived
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        if self._number == number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second one: at once
+        if not self._number:
+            self._number, self._since = number, time.monotonic()
+
+    def check(self, after: float = 0.0) -> None:
+        """Raise Terminated if a signal has arrived, and so many seconds have passed since."""
+        if self._number and time.monotonic() - self._since >= after:
+            stop = Terminated()
+            stop.number = self._number
+            raise stop
+
+
+def _initialised(settings: Distributed, kept: _Kept) -> bool:
     """Start jax.distributed where there are several processes, and return whether there are."""
     import jax
     from jax._src import xla_bridge
@@ -277,12 +314,13 @@ def _initialised(settings: Distributed) -> bool:
             result.append(error)
 
     with aborting.on(LOST, f"{come}; {advice}"):
-        # In a thread, so that a signal ends the waiting.
+        # In a thread, so that a signal ends the waiting, when the others have had time to come.
         thread = threading.Thread(target=initialise, name="initialise", daemon=True)
         thread.start()
         try:
             while thread.is_alive():
                 thread.join(0.1)
+                kept.check(after=STOP_SECONDS)
         except BaseException as error:
             aborting.at_exit(exit_code(error))
             raise
