@@ -193,7 +193,7 @@ class Loop:
         print(
             f"{len(self.rows):4} {stage:10} {t} {meant} {codes} {seconds:5.1f} s", file=sys.stderr, flush=True
         )
-        return any(codes)
+        return any(code != 0 for code in codes)  # None: still running, and killed at the end
 
     def _fault(self, text: str) -> None:
         self.faults.append(text)
