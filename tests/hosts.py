@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests import xla_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +44,7 @@ class Hosts:
         """
         logs.mkdir(parents=True, exist_ok=True)
         shared = {"coordinator": f"127.0.0.1:{free_port()}", "num_processes": processes}
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = {"XLA_FLAGS": xla_flags.devices(devices)}
         self._logs = [logs / f"process-{rank}.log" for rank in range(processes)]
         self.processes = []
         for rank, log in enumerate(self._logs):

@@ -16,7 +16,7 @@ from sppo_jax.run import cluster, pod
 from sppo_jax.sampler import Sampler, paged_attention
 from sppo_jax.settings import words as command_line
 from sppo_jax.text import chat_template
-from tests import kill_points
+from tests import kill_points, xla_flags
 from tests.small_game import words
 
 PROMPTS = [f"What is {word}?" for word in ("rain", "a fox", "two and two", "the sea")]
@@ -27,7 +27,7 @@ MESH = {"mesh__fsdp": 4, "mesh__tensor": 2}
 
 def main(coordinator, rank, root):
     """Write into `root` what the two have sampled, the game, and the ends of games killed at every rename; then end."""
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = xla_flags.devices(4)
     root = Path(root)
     with cluster.joined(Distributed(coordinator, rank, 2, initialization_timeout=60)):
         (root / f"sampled-{rank}.json").write_text(json.dumps(sampled(rank)))

@@ -6,8 +6,6 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 ORACLE = "sppo_jax.tiny.world:oracle"
-# XLA_FLAGS of a process that plays on one device: the same everywhere, so that such processes share their programs.
-ONE_DEVICE = "--xla_force_host_platform_device_count=1"
 SMALL = {
     "iterations": 1,
     "seed": 0,

@@ -81,7 +81,7 @@ DAMAGE = {
         "architectures is missing",
     ),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
-    "no config": (lambda d: (d / "config.json").unlink(), "No such file"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json in it"),
     "no tokenizer": (lambda d: [p.unlink() for p in d.glob("*token*")], "no usable tokenizer"),
 }  # fmt: skip
 

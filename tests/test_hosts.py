@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 
 from sppo_jax.config import Sampling
 from sppo_jax.sampler import Sampler
-from tests import kill_points, pod_process
+from tests import kill_points, pod_process, xla_flags
 from tests.hosts import ROOT, Hosts, free_port
 from tests.nursery import Nursery
 from tests.small_game import words
 
 HEARTBEAT = 3  # seconds
-EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+EIGHT_DEVICES = {"XLA_FLAGS": xla_flags.devices(8)}
 LOST, STOPPED, REFUSED = 144, 143, 2
 
 

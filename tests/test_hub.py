@@ -10,8 +10,8 @@ import pytest
 from sppo_jax import models, pairrm
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import environment, names, repositories
-from tests import hub_stub
-from tests.small_game import ONE_DEVICE, words
+from tests import hub_stub, xla_flags
+from tests.small_game import words
 
 PROGRAM = """
 import json, sys
@@ -228,7 +228,7 @@ def test_a_run_keeps_the_commit_that_it_was_begun_with(hub, files, tmp_path):
     def play(iterations):
         line = words(out, model__path="owner/policy", iterations=iterations)
         done = subprocess.run(
-            [sys.executable, "-m", "sppo_jax.main", *line], env=hub_stub.environment(hub, tmp_path / "cache", XLA_FLAGS=ONE_DEVICE), capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "sppo_jax.main", *line], env=hub_stub.environment(hub, tmp_path / "cache", XLA_FLAGS=xla_flags.devices(1)), capture_output=True, text=True, timeout=300
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

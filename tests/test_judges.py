@@ -18,7 +18,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.pairrm import files, mesh_judge
 from sppo_jax.records import Responses
-from sppo_jax.report import page
+from sppo_jax.report import tables
 from sppo_jax.run import manifest
 from sppo_jax.run.directory import RunDir
 from sppo_jax.text import reading
@@ -198,7 +198,7 @@ def entropy(logit: float) -> float:
 
 
 def test_a_report_of_a_run_without_judgements_has_no_table_of_them():
-    assert page.judged_rows([{"stage": "fit", "iteration": 1, "step": 0}]) == []
+    assert tables.judged([{"stage": "fit", "iteration": 1, "step": 0}]) == []
 
 
 def test_a_resumed_run_asks_for_the_commits_that_it_was_begun_with(tmp_path, monkeypatch):

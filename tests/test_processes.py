@@ -7,10 +7,11 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+from tests import xla_flags
 from tests.nursery import Nursery
-from tests.small_game import ONE_DEVICE, words
+from tests.small_game import words
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+ONE_DEVICE, EIGHT_DEVICES = xla_flags.devices(1), xla_flags.devices(8)
 
 
 @pytest.fixture(scope="module")

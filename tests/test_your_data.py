@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo_jax import config, config_file, judges, preferences, prompts
-from sppo_jax.settings import embedded
+from sppo_jax import config_file, judges, preferences, prompts
+from sppo_jax.settings import embedded, resuming
 from sppo_jax.training import effect
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def test_an_own_configuration_has_no_oracle_and_updates_that_change_something(na
 
 
 def test_the_laptops_configuration_differs_from_the_users_own_in_the_model_and_its_sizes():
-    changed = set(config.changed_keys(load("own"), load("smollm2_135m")))
+    changed = set(resuming.changed_keys(load("own"), load("smollm2_135m")))
     assert changed <= {"model.path", "judge.path", "sampling.max_new_tokens", "fit.learning_rate", "fit.epochs",
                        "fit.schedule_epochs"}  # fmt: skip
 
