@@ -355,7 +355,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     finally:
         over.set()
         sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
+        # A process that has done all its work is not killed by a signal while it takes itself apart.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
 
 def _short(text: str) -> str:

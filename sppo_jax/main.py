@@ -87,7 +87,7 @@ def game(config: Config, *, quiet: bool = False) -> None:
             session.opened(config, quiet=quiet) as opened,
         ):
             selfplay.play(opened)
-        pod.meet("end")  # a failure of any process until here is the run's
+        pod.end()
 
 
 def play(config: Config | str | Path = "", /, **overrides: object) -> "RunDir":

@@ -14,7 +14,7 @@ from sppo_jax.run import cluster, pod
 
 
 def play(scenario: str) -> None:
-    """Do what the scenario says; in every one but "agree", one process never comes to the meeting."""
+    """Do what the scenario says; in every one but "agree" and "late", one process never comes to the meeting."""
     pod.meet("begin")
     first = pod.first()
     if scenario == "agree":
@@ -24,6 +24,13 @@ def play(scenario: str) -> None:
             pod.gathered("all", index),
             pod.collected("own", pod.dealt("abc")),
         )
+        return
+    if scenario == "late":  # process 1 has done everything, and waits for process 0
+        if first:
+            time.sleep(2)
+        else:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        pod.end()
         return
     if scenario == "bad" and not first:
         raise BadInput("no such model")

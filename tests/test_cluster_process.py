@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCENARIOS = ("agree", "bad", "fault", "lose 0", "lose 1", "stop", "early", "alone")
+SCENARIOS = ("agree", "bad", "fault", "lose 0", "lose 1", "stop", "early", "late", "alone")
 
 
 def begun(scenario):
@@ -74,3 +74,7 @@ def test_without_process_0_the_others_end(ends):
 @pytest.mark.parametrize("scenario", ["stop", "early"])
 def test_a_stop_of_one_process_stops_both(ends, scenario):
     assert [code for code, _, _ in ends[scenario]] == [143, 143]
+
+
+def test_a_signal_after_all_is_done_stops_nobody(ends):
+    assert [code for code, _, _ in ends["late"]] == [0, 0]

@@ -36,7 +36,7 @@ def run(asked: Asked) -> None:
             evaluation = Evaluation(asked, at, sampling)
             with at.metrics.stopping_on_signals():
                 evaluation.answer()
-        pod.meet("end")
+        pod.end()
 
 
 class Evaluation:

@@ -111,12 +111,15 @@ class Member:
         aborting.at_exit(code)
         return error
 
-    def finish(self) -> None:
-        """End together with the others, all of which have done everything: a signal comes too late to stop the run."""
-        import jax
-
+    def ignore_signals(self) -> None:
+        """Ignore SIGTERM and Ctrl-C until the process ends, which it is about to do."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+    def finish(self) -> None:
+        """End together with the others, all of which have done everything."""
+        import jax
+
         self._over.set()
         self._thread.join()
         jax.distributed.shutdown()

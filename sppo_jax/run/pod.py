@@ -45,6 +45,16 @@ def collected(name: str, own: Sequence[Any]) -> list[Any]:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
+def end() -> None:
+    """Meet the others for the last time, when this process has done everything. A failure of any until here is the run's.
+
+    A signal comes too late from here on: a process that left now would leave those waiting that have met it already.
+    """
+    if (found := cluster.member()) is not None:
+        found.ignore_signals()
+        meet("end")
+
+
 def meet(name: str) -> None:
     """Wait until all processes are here: what each has written is on disk then.
 
