@@ -329,21 +329,21 @@ def _ending() -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up.
-
-    Python drops either of them where it is raised in a destructor or in a callback of the garbage collector, of which JAX has
-    one: then the signal is sent again.
-    """
+    """Turn SIGTERM into Terminated, as Python turns Ctrl-C into KeyboardInterrupt, so that what was begun is cleaned up."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
 
+    def again(number: int) -> None:
+        if not over.is_set():
+            os.kill(os.getpid(), number)
+
     def unraisable(dropped: Any) -> None:
-        number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
-        if number is None:
+        if number := {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type):
+            # Python has dropped it, in a destructor or a callback of the garbage collector. Here it would be dropped again.
+            threading.Timer(AGAIN_SECONDS, again, (number,)).start()
+        else:
             hook(dropped)
-        else:  # by a thread, since here it would be dropped again
-            threading.Timer(AGAIN_SECONDS, lambda: over.is_set() or os.kill(os.getpid(), number)).start()
 
     if threading.current_thread() is not threading.main_thread():
         yield
