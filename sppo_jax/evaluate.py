@@ -176,7 +176,8 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
     means = {key: float(p.mean()) for key, p in flat.items()}
     errors = {f"{key}_stderr": _stderr(p) for key, p in flat.items()}
     before = {"tokens_before": lengths(previous)["tokens"]}
-    stage.scalars("evaluate", means | errors | moved | lengths(policy) | before)
+    asked = {"prompts": float(len(policy))}
+    stage.scalars("evaluate", means | errors | asked | moved | lengths(policy) | before)
     stage.metrics.samples(t, _samples(base, policy))
     shown = ", ".join(f"{name.removeprefix('win_rate_')} {mean:.3f}" for name, mean in means.items())
     stage.metrics.say(f"iteration {t} win rates on {len(policy)} held-out prompts: {shown}")

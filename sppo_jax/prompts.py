@@ -111,6 +111,7 @@ def _load_train(config: Config, tokenizer: Any, seen: dict[int, str], sets: Prom
                 + (f" ({others})" if others else "")
                 + f"; give more, or set prompts.per_iteration to {each}"
                 + (f" and iterations to {most}" if most < config.iterations else "")
+                + ", in a new --out if this one has begun"
             )
 
 

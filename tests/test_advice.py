@@ -121,6 +121,8 @@ SOUND = {
          ["hardly moved (0.0001 nats", "--fit.learning_rate 3e-06"]),
         ("evaluate", {"win_rate_judge_base": 0.42}, {"fit__learning_rate": 1e-4}, ["0.420 ± 0.014", "become worse", "1e-05"]),
         ("evaluate", {"win_rate_judge_base": 0.517, "win_rate_judge_base_stderr": 0.09}, {}, ["0.517 ± 0.090", "too few prompts"]),
+        ("evaluate", {"win_rate_judge_base": 0.389, "win_rate_judge_base_stderr": 0.012, "prompts": 2.0}, {}, ["too few prompts to tell"]),
+        ("judge", {"entropy": 0.689}, {"judge__backend": "rule:judge"}, ["multiply its scores"]),
         ("evaluate", {"win_rate_judge_base_stderr": None}, {}, ["too few prompts to tell", "prompts.heldout"]),
     ],
 )  # fmt: skip

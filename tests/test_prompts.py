@@ -340,7 +340,7 @@ def test_the_same_source_for_training_and_evaluation_is_told_how_to_share(tmp_pa
     [(5, 2, "set prompts.per_iteration to 2"), (2, 4, "set prompts.per_iteration to 1 and iterations to 2")],
 )
 def test_a_pool_that_is_used_up_names_values_that_work(tmp_path, tokenizer, number, iterations, said):
-    with pytest.raises(BadInput, match=f"take all its {number} prompts.*{said}$"):
+    with pytest.raises(BadInput, match=f"take all its {number} prompts.*{said}, in a new --out"):
         load(tmp_path, tokenizer, texts(number), per_iteration=5, iterations=iterations)
     each, count = (2, 2) if number == 5 else (1, 2)
     assert all(load(tmp_path, tokenizer, texts(number), per_iteration=each, iterations=count).train)

@@ -1,5 +1,6 @@
 """The parts of a report: its first sentences, tables, samples, rings and pictures."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -35,11 +36,14 @@ def test_the_headline_says_better_only_of_an_interval_above_a_half(mean, stderr,
 
 
 def test_the_headline_has_a_sentence_for_each_judge(tmp_path):
-    found = headline.sentences(evaluations.read_all(played(tmp_path)))
+    read = evaluations.read_all(played(tmp_path))
+    found = headline.sentences([dataclasses.replace(e, prompts=evaluations.FEW) for e in read])
     assert [sentence.verdict for sentence in found] == [
         "Better than the base, by the judge.",
         "Better than the base, by the oracle.",
     ]
+    found = headline.sentences([dataclasses.replace(e, prompts=evaluations.FEW - 1) for e in read])
+    assert [sentence.kind for sentence in found] == ["unknown", "unknown"]
 
 
 @pytest.mark.parametrize("figure", [0.0, -1.23456, 999.4, -99_999.4, 1.5e5, -3e38, 1e-30])

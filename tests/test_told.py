@@ -9,7 +9,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import flags as evaluate
 from sppo_jax.pairrm import BACKENDS
 from sppo_jax.plan import __main__ as plan
-from sppo_jax.report import page
+from sppo_jax.report import __main__ as report
 from sppo_jax.settings import checks
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -102,7 +102,7 @@ OF_OTHERS = {
     "chat with nobody": (chat, [], "give --policy DIR|OWNER/NAME; see python -m sppo_jax.chat --help"),
     "a misspelt flag": (chat, ["--polcy", "x"], "did you mean --policy?"),
     "a flag out of its range": (chat, ["--policy", "x", "--temperature", "-1"], "--temperature -1.0: must be at least 0"),
-    "a report of nothing": (page, [], "give --run OUT; see python -m sppo_jax.report --help"),
+    "a report of nothing": (report, [], "give --run OUT; see python -m sppo_jax.report --help"),
     "an export of half a name": (export, ["--run", "run", "--to", "x"], "give both, as --run OUT --iteration 3"),
     "a policy against nobody": (evaluate, ["--policy", "run@2"], "add --against B, --best-of 16, or --write FORMAT FILE"),
     "a run without its iteration": (evaluate, ["--policy", "run", "--against", "embedded:policy"], "name an iteration of it, as run@2"),

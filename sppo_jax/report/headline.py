@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sppo_jax.run.directory import BASE
-from sppo_jax.run.evaluations import Evaluation, Rate
+from sppo_jax.run.evaluations import FEW, Evaluation, Rate
 
 INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
 
@@ -40,7 +40,7 @@ def interval(rate: Rate) -> tuple[float, float] | None:
 
 def _sentence(name: str, last: Evaluation, rate: Rate, itself: Rate | None) -> Sentence:
     within = interval(rate)
-    if within is None:
+    if within is None or (last.prompts is not None and last.prompts < FEW):
         kind, verdict = "unknown", f"Too few prompts to tell, by the {name}."
     elif within[0] > 0.5:
         kind, verdict = "better", f"Better than the base, by the {name}."

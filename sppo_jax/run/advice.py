@@ -10,6 +10,7 @@ from typing import Any
 
 from sppo_jax.config import Config
 from sppo_jax.losses import LOSSES
+from sppo_jax.run.evaluations import FEW
 
 # At the first update log-ratios are 0, and the loss is what doing nothing costs. Batches differ: one of 16 pairs has up to
 # twice another's loss. Three times the first one's is no chance.
@@ -124,10 +125,12 @@ def _undecided(at: _Iteration) -> str | None:
     entropy, ties = at.get("judge", "entropy"), at.get("judge", "tie_share") or 0
     if entropy is None or entropy < UNDECIDED * math.log(2) or ties > TIES:
         return None
+    mend = "it knows little about these texts; take a judge for their language and kind"
+    if ":" in at.config.judge.backend:
+        mend = "where a response is clearly better its log-odds should differ by 1 to 3: multiply its scores"
     return (
-        f"the judge's entropy is {entropy:.3f} of at most {math.log(2):.3f} nats: to it nearly every pair is a coin's throw, and it "
-        "knows little about these texts; take a judge for their language and kind (docs/judges.md), or raise judge.sharpness "
-        "if it is right and only timid"
+        f"the judge's entropy is {entropy:.3f} of at most {math.log(2):.3f} nats: to it nearly every pair is a coin's throw; {mend} "
+        "(docs/judges.md), or raise judge.sharpness if it is right and only timid"
     )
 
 
@@ -251,7 +254,8 @@ def _win_rate(at: _Iteration) -> str | None:
     if mean is None or not at.names("evaluate", "win_rate_judge_base_stderr"):
         return None
     fit, shown = at.config.fit, f"the held-out win rate against the base is {mean:.3f}"
-    if error is None or (2 * error > COARSE and abs(mean - 0.5) < 2 * error):
+    few = (at.get("evaluate", "prompts") or FEW) < FEW
+    if few or error is None or (2 * error > COARSE and abs(mean - 0.5) < 2 * error):
         shown = shown if error is None else f"{shown} ± {error:.3f}"
         return (
             f"{shown}, of too few prompts to tell it from .5; hold out more (prompts.heldout; eval.prompts is "

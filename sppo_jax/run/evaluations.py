@@ -16,6 +16,8 @@ from sppo_jax.run.directory import BASE, RunDir
 
 LARGEST = 3.5e38  # float32's range: what a run measures lies within it
 WHOLE = 2**53  # above it a number of JSON is no longer exact
+# Of fewer prompts the spread itself is luck, and a win rate with its standard error tells nothing.
+FEW = 20
 HELD_OUT_OF = (
     "held_out_of_"  # begins the manifest's count of prompts that were held out of the source of a knob
 )

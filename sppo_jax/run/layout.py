@@ -172,6 +172,7 @@ FIELDS: list[Field] = [
     Field("evaluate", "tokens", "tokens", "mean length of a held-out response"),
     Field("evaluate", "tokens_before", "tokens", "mean length of a held-out response of the previous policy"),
     Field("evaluate", "words", "words", "mean length of a held-out response"),
+    Field("evaluate", "prompts", "", "held-out prompts that were answered"),
     Field("evaluate", "truncated_share", "share", "held-out responses cut at `sampling.max_new_tokens`"),
     *(Field("seconds", name, "s", f"wall time of the last start: {meaning}") for name, meaning in PARTS.items()),
 ]  # fmt: skip
