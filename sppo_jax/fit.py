@@ -165,7 +165,9 @@ class _Log:
             )
         self.skipped += 1
         values["skipped"] = 1.0
-        self._stage.say("fit", f"{found}: skipped, number {self.skipped} in a row of at most {SKIPPED}")
+        self._stage.say(
+            "fit", f"warning: {found}: skipped, number {self.skipped} in a row of at most {SKIPPED}"
+        )
 
 
 def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None:

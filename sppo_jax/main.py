@@ -74,8 +74,8 @@ def game(config: Config, *, quiet: bool = False) -> None:
         print(
             f"loading {config.model.path}: iterations {config.iterations}, out {config.out} ...", flush=True
         )
-    # Only now, since these import jax: a mistake is told at once. Most of them when all processes have found each other, so
-    # that each can tell the others of its end.
+    # Only now, since these import jax: a mistake is told at once. Most are imported after the processes have found each
+    # other: a signal meanwhile reaches all of them.
     from sppo_jax.run import bucket, cluster, pod
 
     with cluster.joined(config.distributed):

@@ -92,7 +92,7 @@ def diagnostics(logits: ArrayLike, probability: ArrayLike, lengths: ArrayLike) -
 
 
 def _highest(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A share of 1 [..., K]: all of it to the highest of the values, or equal parts to those that tie for it."""
+    """Shares [..., K] that sum to 1: the whole for the highest value, or equal parts for those that tie."""
     highest = values >= values.max(-1, keepdims=True) - TIE
     return highest / highest.sum(-1, keepdims=True)
 

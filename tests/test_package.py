@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import sppo_jax
+from sppo_jax.errors import BadInput
+from sppo_jax.text import rows
+from sppo_jax.text.source import Source
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -85,3 +88,9 @@ def test_python_versions_are_stated_in_step():
     stated = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if ":: Python :: 3." in c]
     assert PROJECT["requires-python"] == f">={stated[0]}"
     assert f"Python {stated[0]} to {stated[-1]}" in (ROOT / "README.md").read_text()
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(BadInput, match=r"pip install 'sppo_jax\[tfds\]'"):
+        list(rows.rows(Source("prompts.source", "tfds:mnist", "train"), ["prompt"]))

@@ -55,11 +55,6 @@ class WithoutTensorFlow:
         return None if name.split(".")[0] == "tensorflow" else self.finder.find_spec(name, *more)
 
 
-def test_the_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert "pip install 'sppo_jax[tfds]'" in refused("tfds:mnist")
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Return a directory of ArrayRecord files that tfds itself wrote without TensorFlow."""

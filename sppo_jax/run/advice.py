@@ -21,7 +21,7 @@ LEAST_TARGET = (
     1.0  # nats; smaller targets lie within what any update moves the log-ratio of a text of 100 tokens by
 )
 SLOWER = 10.0  # RMSProp's first step is 1 / sqrt(1 - .99) = 10 times the rate (training/optimizer.py), Adam's is the rate
-TRUNCATED = 0.1  # share of responses; of those that a person would wait for, fewer are longer than the limit
+TRUNCATED = 0.1  # share of responses; below it the judge seldom reads a text without its end
 NO_SIGNAL = 0.25  # share of prompts; a quarter of sampling and judging is then for nothing
 EMPTY = 0.1  # share of prompts; some prompts do ask for nothing
 GREEDY = 0.1  # temperatures below it make nearly all responses of a prompt equal

@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 PLAIN_SECONDS = 5.0  # between plain lines of one stage
-NUMBERS = 3  # of the parts of a line, those that every width has: done, rate and time left
+NUMBERS = 3  # parts of a line that every width shows: done, rate and time left
 LEAST_LABEL = 10  # columns that a label keeps; the numbers give way then
 REFRESHES = 4  # of a bar in a second
 BESIDE_BAR = 60  # columns that a line needs before half of the others go to the bar

@@ -116,7 +116,7 @@ class Checkpoints:
             else "no other checkpoint is whole, and the iteration's training begins again"
         )
         kept = ", ".join(note for error in damaged for note in error.__notes__)
-        say(f"{'; '.join(map(str, damaged))}: {then} ({kept} may be deleted)")
+        say(f"warning: {'; '.join(map(str, damaged))}: {then} ({kept} may be deleted)")
         if found is None:
             raise NoneWhole
         return found
@@ -129,7 +129,7 @@ class Checkpoints:
         """
         found, damaged = self._newest(_steps(self._shown), lambda step: self.restore_params(step, like))
         for error in damaged:
-            say(str(error))
+            say(f"warning: {error}")
         return found
 
     def restore(self, step: int, like: TrainState) -> TrainState:
