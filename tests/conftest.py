@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import tempfile
 
 from tests import xla_flags
@@ -84,6 +85,15 @@ LONGEST = [
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A command leaves signals ignored at its end; the next test's processes would inherit that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

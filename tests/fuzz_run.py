@@ -153,7 +153,7 @@ def _without_words(line: str, case: Case, work: Path) -> str:
 def _entry(module: str) -> Callable[[Sequence[str]], None]:
     if module == "card":
         return _card
-    return importlib.import_module("sppo_jax.report.page" if module == "sppo_jax.report" else module).main
+    return importlib.import_module("sppo_jax.report.__main__" if module == "sppo_jax.report" else module).main
 
 
 def _card(words: Sequence[str]) -> None:

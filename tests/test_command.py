@@ -40,7 +40,6 @@ NO_SPACE, GONE = OSError(errno.ENOSPC, "No space left on device"), BrokenPipeErr
 @pytest.fixture
 def outcome(monkeypatch, capsys):
     """Return a function that runs an entry point as a command, and returns its exit code and its lines on standard error."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def outcome(entry, stdout=None):
         errors = io.StringIO()
@@ -53,9 +52,7 @@ def outcome(monkeypatch, capsys):
             return ended.code, errors.getvalue().splitlines()
         return 0, errors.getvalue().splitlines()
 
-    yield outcome
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return outcome
 
 
 def prints(done):
