@@ -1,67 +1,10 @@
-"""Theorem 4.1 in a table game: the average policy of exact SPPO updates nears the von Neumann winner as 1/sqrt(T).
+"""Theorem 4.1 in a table game: the average policy of exact SPPO updates nears the von Neumann winner as 1/sqrt(T)."""
 
-The policy is a vector of probabilities over four actions. One update minimises `sppo_loss` exactly, with win rates
-from `preferences`, every action standing for a response and pi for the shares of responses in the sample.
-"""
-
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppo_jax.losses import sppo_loss
+from examples.table_game import CYCLE, START, UNEVEN, gap, main, policies, step_size, weighted_win_rates
 from sppo_jax.preferences import probability_matrix, win_rates
-
-# Rock, paper, scissors (.99 so that logits are finite), and a fourth action that loses .2/.8 to each.
-CYCLE = np.array(
-    [[0.5, 0.99, 0.01, 0.8], [0.01, 0.5, 0.99, 0.8], [0.99, 0.01, 0.5, 0.8], [0.2, 0.2, 0.2, 0.5]]
-)
-# An uneven cycle, whose von Neumann winner is (1, 2, 4, 0) / 7.
-UNEVEN = np.array(
-    [[0.5, 0.9, 0.3, 0.75], [0.1, 0.5, 0.6, 0.65], [0.7, 0.4, 0.5, 0.6], [0.25, 0.35, 0.4, 0.5]]
-)
-START = np.array([0.5, 0.25, 0.05, 0.2])  # off-centre: the uniform start hides failure by symmetry
-UNITS = 400  # responses in the sample that stands for pi where an estimator is not linear in the opponents
-
-
-def weighted_win_rates(game, pi, estimator):
-    """P(y > pi) for every action. The mean over candidates is linear for `pairwise`, so exact shares serve."""
-    logits = np.log(game / (1 - game))
-    if estimator == "pairwise":
-        return probability_matrix(logits) @ pi
-    sample = np.repeat(np.arange(len(pi)), np.maximum(1, np.round(pi * UNITS)).astype(int))
-    rates = win_rates(probability_matrix(logits[sample][:, sample], estimator))
-    return np.array([rates[sample == action][0] for action in range(len(pi))])
-
-
-@functools.partial(jax.jit, static_argnames="eta")
-def descent(reference, rate, eta):
-    """Newton's step on sppo_loss from the reference: the loss is quadratic with Hessian 2/n, so it is the minimiser."""
-    gradient = jax.grad(lambda x: sppo_loss(x, reference, rate, eta=eta))(reference)
-    return -gradient * len(reference) / 2
-
-
-def play(game, rounds, estimator="pairwise", fixed=None):
-    """(average policy, last policy) of exact updates; `fixed` win rates stand for a reward model never asked again."""
-    eta = float(np.sqrt(8 * np.log(len(START)) / rounds))
-    log_pi, total = np.log(START), np.zeros(len(START))
-    for _ in range(rounds):
-        pi = np.exp(log_pi)
-        total += pi
-        rate = weighted_win_rates(game, pi, estimator) if fixed is None else fixed
-        moved = log_pi + np.asarray(
-            descent(jnp.asarray(log_pi, jnp.float32), jnp.asarray(rate, jnp.float32), eta)
-        )
-        log_pi = moved - np.log(np.exp(moved).sum())
-    return total / rounds, np.exp(log_pi)
-
-
-def gap(game, pi):
-    """Duality gap, max over opponents of P(opponent > pi) less the min of P(pi > opponent): 0 at the winner."""
-    against = game @ pi
-    return float(against.max() - (1 - against).min())
 
 
 @pytest.mark.parametrize(
@@ -69,20 +12,20 @@ def gap(game, pi):
 )
 def test_theorem_4_1_the_average_policys_gap_falls_like_one_over_root_T(game, winner):
     rounds = np.array([16, 64, 256, 1024])
-    gaps = np.array([gap(game, play(game, t)[0]) for t in rounds])
+    gaps = np.array([gap(game, policies(game, t)[:-1].mean(axis=0)) for t in rounds])
     slope = np.polyfit(np.log(rounds), np.log(gaps), 1)[0]
     assert slope < -0.4, (gaps, slope)
-    eta = np.sqrt(8 * np.log(4) / rounds)
+    eta = np.array([step_size(t) for t in rounds])
     assert (gaps <= 2 * (np.log(1 / START.min()) / (eta * rounds) + eta / 8)).all()
-    average, last = play(game, 1024)
+    played = policies(game, 1024)
+    average, last = played[:-1].mean(axis=0), played[-1]
     np.testing.assert_allclose(average, winner, atol=0.12)
     assert gap(game, last) > 3 * gap(game, average)  # it is the average that converges
 
 
 def test_theorem_4_1_the_score_estimator_fitted_once_ends_in_one_action_that_loses():
     """The Bradley-Terry projection under the start mixture, then optimised: what a reward model would do."""
-    scores = weighted_win_rates(CYCLE, START, "score")
-    _, optimal = play(CYCLE, 1024, fixed=scores)
+    optimal = policies(CYCLE, 1024, fixed=weighted_win_rates(CYCLE, START, "score"))[-1]
     assert optimal.max() > 0.98
     assert gap(CYCLE, optimal) > 0.7
 
@@ -92,3 +35,8 @@ def test_the_weighted_win_rate_is_the_packages_own_mean_over_candidates():
     sample = np.repeat(np.arange(4), [10, 5, 1, 4])
     rates = win_rates(probability_matrix(logits[sample][:, sample]))
     assert rates[0] == pytest.approx((probability_matrix(logits) @ START)[0], abs=1e-12)
+
+
+def test_the_picture_is_drawn_into_the_file_that_is_named(tmp_path):
+    main(["--to", str(tmp_path / "game.svg")])
+    assert "</svg>" in (tmp_path / "game.svg").read_text()
