@@ -71,7 +71,7 @@ def pictures(
 def _win_rates(axes: Any, facts: Facts) -> None:
     for name, form in (("judge", "o-"), ("oracle", "s--")):
         rates = [(e.iteration, rate) for e in facts.evaluations if (rate := e.against(name, "base"))]
-        drawn = [(t, rate.mean, rate.interval or (rate.mean, rate.mean)) for t, rate in rates]
+        drawn = [(t, rate.mean, rate.interval or _around(rate.mean, None)) for t, rate in rates]
         _errorbars(axes, drawn, INK[name], name, form)
     _line_at(axes, 0.5)
 
