@@ -141,11 +141,20 @@ def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: d
         write(part, kind, rows, made_from)
 
 
-def read(path: Path, kind: type[Record], made_from: dict[str, str] | None = None) -> list[Record]:
-    """Rows of a file. Raises BadInput if it cannot be read, is damaged, or was made from something else than `made_from`."""
+def read(
+    path: Path,
+    kind: type[Record],
+    made_from: dict[str, str] | None = None,
+    prompts: Sequence[int] | None = None,
+) -> list[Record]:
+    """Rows of a file, all or those with a prompt_id in `prompts`.
+
+    Raises BadInput if it cannot be read, is damaged, or was made from something else than `made_from`.
+    """
+    only = None if prompts is None else [("prompt_id", "in", prompts)]
     try:
         with path.open("rb") as file:
-            table = pq.read_table(file)
+            table = pq.read_table(file, filters=only)
         if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
             raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
         found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))

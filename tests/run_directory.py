@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sppo_jax import config_file, files, records
-from sppo_jax.records import Preferences, Responses
+from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run.directory import RunDir
 
 MANIFEST = {
@@ -98,6 +98,7 @@ def played(parent: Path) -> RunDir:
         files.write_json(run.evaluation(t), found | ({"log_ratio": MOVED} if t else {}))
     for t in (1, 2):
         preferred(run, t, [RING, TIES], responses=3)
+        trained(run, t, {0: [2, 1]})
     lines(
         run,
         *({"iteration": t, "stage": "judge", "step": 0} | JUDGED for t in (1, 2)),
@@ -113,12 +114,24 @@ TIES = [[0.5] * 3] * 3
 
 
 def preferred(run: RunDir, t: int, matrices: list[list[list[float]]], *, responses: int) -> None:
-    """Write the responses and preferences of iteration t, one shard of a prompt for each matrix P."""
+    """Write the responses and preferences of iteration t, one shard of a prompt for each matrix P. The last response is cut."""
     texts = [f"{'ABCDEFG'[k]} of iteration {t}" for k in range(responses)]
+    ids = [[2, k] for k in range(responses)]
+    reasons = ["stop"] * (responses - 1) + ["length"]
     for i, p in enumerate(matrices):
-        row = Responses(
-            i, f"prompt {i}", [1], [[2]] * responses, texts, ["stop"] * responses, [-1.0] * responses
-        )
-        judged = Preferences(i, p, p, [0.5] * responses, "pairwise")
+        row = Responses(i, f"prompt {i}", [1], ids, texts, reasons, [-1.0] * responses)
+        whole = all(len(one) == len(p) and None not in one for one in p)
+        rates = [float(np.mean(one)) for one in p] if whole else [0.5] * responses
+        judged = Preferences(i, p, p, rates, "pairwise")
         records.replace(run.shard(t, "responses", i, len(matrices)), Responses, [row], {})
         records.replace(run.shard(t, "preferences", i, len(matrices)), Preferences, [judged], {})
+
+
+def trained(run: RunDir, t: int, kept: dict[int, list[int]]) -> None:
+    """Write the pairs of iteration t: {prompt: its responses that were trained on, the best first}."""
+    talk = [{"role": "user", "content": "x"}]
+    rows = [
+        Pair(talk, talk, 0.75, 0.6, 0.4, i, [1], [[2, k] for k in ks], [0.6] * len(ks), 0.5, [1.0] * len(ks), [-1.0] * len(ks))
+        for i, ks in kept.items()
+    ]  # fmt: skip
+    records.replace(run.pairs(t), Pair, rows, {})

@@ -11,7 +11,7 @@ import pytest
 from sppo_jax import config_file, fit
 from sppo_jax.config import Config, Fit
 from sppo_jax.run import metrics
-from sppo_jax.run.advice import RULES, SLOWER, Signs, found
+from sppo_jax.run.advice import RULES, SLOWER, Advice, Signs, found, grouped
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -224,3 +224,17 @@ def test_an_update_that_is_a_sign_is_written_and_said_at_once_between_the_lines_
         log.flush()
     assert said == [False, False, False, True, False, False]
     assert [update["step"] for update in metrics.read(run)] == [0, 3, 5]
+
+
+def test_the_same_sign_of_several_iterations_is_one_with_the_numbers_of_the_last():
+    shares = {1: 0.4, 2: 0.52, 3: 0.6, 5: 0.123}
+    rows = [line("respond", t=t, truncated_share=share) for t, share in shares.items()]
+    second = [dict(update, iteration=2) for update in WENT_WRONG]
+    signs = found([*rows, *second], configured(sampling__max_new_tokens=24))
+    assert len(signs) == 5
+    cut, rate = grouped(signs)
+    assert (cut.iterations, cut.several, cut.stage) == ("1 to 3, 5", True, "respond")
+    assert cut.text.startswith("12% of the responses")
+    assert (rate.iterations, rate.several, rate.stage) == ("2", False, "fit")
+    other = [Advice(1, "fit", "a 1e-05"), Advice(2, "fit", "a 5e-7"), Advice(3, "fit", "b 5e-7")]
+    assert [sign.iterations for sign in grouped(other)] == ["1 to 2", "3"]

@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from scipy.special import expit
-from scipy.stats import binom, t
+from scipy.special import expit, stdtrit
+from scipy.stats import binom, binomtest
 
-from sppo_jax.evaluation.statistics import (
-    RIDGE,
-    distinct,
-    interval,
-    length_controlled,
-    repeated,
-    ties,
-)
+from sppo_jax.evaluation.statistics import RIDGE, distinct, length_controlled, repeated, ties
+from sppo_jax.run.intervals import FEW, bounds, interval
 
 
 @pytest.mark.parametrize("n", [40, 120, 500])
@@ -43,31 +37,66 @@ def test_an_interval_depends_on_its_seed_alone_and_narrows_with_the_level():
     assert lower < low < values.mean() < high < higher
 
 
-def test_few_prompts_have_an_interval_as_wide_as_students():
+@pytest.mark.parametrize("n", [1, 2, 3, 8, FEW - 1])
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (0.05, 0.02), (1, 0.2), (0.1, 1), (20, 5)])
+def test_intervals_of_few_win_probabilities_cover_at_least_95_percent(n, a, b):
+    draws, mean = np.random.default_rng(n).beta(a, b, (2000, n)), a / (a + b)
+    found = map(interval, draws)
+    assert (
+        np.mean([low <= mean <= high for low, high in found]) > 0.96
+    )  # of 2000: .007 is 1.5 standard errors
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 10, FEW - 1])
+@pytest.mark.parametrize("rate", [0.02, 0.35, 0.5, 0.9])
+def test_intervals_of_few_wins_and_losses_are_exact(n, rate):
+    covered = 0.0
+    for wins in range(n + 1):
+        low, high = interval(np.arange(n) < wins)
+        assert (low, high) == pytest.approx(tuple(binomtest(wins, n).proportion_ci()))
+        covered += binom.pmf(wins, n, rate) * (low <= rate <= high)
+    assert covered >= 0.95
+
+
+def test_intervals_do_not_jump_where_the_rule_changes():
+    draws = np.random.default_rng(5).beta(1, 1, (200, FEW))
+    wide = [np.diff(interval(values[:-1]))[0] / np.diff(interval(values))[0] for values in draws]
+    assert 1 < np.median(wide) < 2
+
+
+def test_resampled_bounds_are_as_wide_as_students():
     values = np.random.default_rng(5).normal(size=12)
-    low, high = interval(values)
-    wide = (
-        t.ppf(0.975, 11) * values.std(ddof=1) / np.sqrt(12)
-    )  # the plain percentile interval is a seventh narrower
+    means = np.random.default_rng(0).choice(values, (10_000, 12)).mean(-1)
+    low, high = bounds(means, 12)
+    # The plain percentile interval is a seventh narrower.
+    wide = stdtrit(11, 0.975) * values.std(ddof=1) / np.sqrt(12)
     assert (high - low) / 2 == pytest.approx(wide, rel=0.06)
 
 
 def test_resamples_in_many_blocks_are_those_of_one(monkeypatch):
     values = np.random.default_rng(0).random(50)
     whole = interval(values, resamples=1000)
-    monkeypatch.setattr("sppo_jax.evaluation.statistics._BLOCK", 7 * 50)
+    monkeypatch.setattr("sppo_jax.run.intervals._BLOCK", 7 * 50)
     assert interval(values, resamples=1000) == whole
 
 
-def test_one_prompt_has_no_interval_and_equal_prompts_one_of_no_width():
-    assert np.isnan(interval([0.7])).all()
+def test_no_prompt_has_no_interval_and_prompts_that_are_all_won_one_that_is_not_a_point():
     assert np.isnan(interval([])).all()
-    assert interval([1.0] * 9) == (1, 1)
+    for n in (2, 200):
+        assert interval(np.ones(n)) == (pytest.approx(0.025 ** (1 / n)), 1)
+        assert interval(np.zeros(n)) == (0, pytest.approx(1 - 0.025 ** (1 / n)))
+    assert interval([0.5] * 200) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("values", [[0.5, np.nan], [0.5, np.inf], [[0.5, 0.5]]])
 def test_values_that_are_no_finite_number_a_prompt_are_refused(values):
     with pytest.raises(ValueError, match="one finite number a prompt"):
+        interval(values)
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.1], [-0.1] * 30])
+def test_values_that_are_no_probabilities_are_refused(values):
+    with pytest.raises(ValueError, match="must lie in"):
         interval(values)
 
 
@@ -132,7 +161,9 @@ def test_steps_do_not_diverge_where_one_extreme_length_decides():
 def test_equal_differences_of_length_leave_the_raw_rate(p):
     found = length_controlled(p, [7, 9, 11], [5, 7, 9])
     assert (found.rate, found.slope) == (pytest.approx(np.mean(p), abs=1e-12), 0)
-    assert found.low <= found.rate <= found.high
+    many = length_controlled(p * 10, [7, 9, 11] * 10, [5, 7, 9] * 10)
+    assert (many.rate, many.slope) == (pytest.approx(np.mean(p), abs=1e-12), 0)
+    assert (many.low, many.high) == pytest.approx(interval(p * 10), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +195,9 @@ def test_a_constant_term_that_hides_in_the_lengths_stays_in_the_rate():
     assert (found.rate, found.slope) == (pytest.approx(p.mean()), pytest.approx(0, abs=1e-6))
 
 
-def test_one_prompt_has_a_length_controlled_rate_without_an_interval():
-    found = length_controlled([0.7], [10], [20])
+@pytest.mark.parametrize("n", [1, 2, FEW - 1])
+def test_few_prompts_have_a_length_controlled_rate_without_an_interval(n):
+    found = length_controlled([0.7] * n, [10] * n, [20] * n)
     assert (found.rate, found.slope) == (pytest.approx(0.7), 0)
     assert np.isnan([found.low, found.high]).all()
 

@@ -81,9 +81,40 @@ def test_a_summary_has_minutes_or_seconds_where_hours_would_be_zero(hours, words
 def test_the_table_has_a_unit_at_every_stages_time_and_a_word_on_several_hosts():
     lines = table.table(of_hours(0.05), Config(), None)
     for name in STAGES:
-        assert next(line for line in lines if line.startswith(f"{name} ")).endswith("36.0 s"), name
+        assert next(line for line in lines if line.startswith(f"{name} ")).split()[1:3] == ["36.0", "s"], name
     assert not any("network" in line for line in lines)
     assert "a host has 4 of these cards" in "\n".join(table.table(of_hours(0.05, chips=8), Config(), None))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_table_fits_80_columns_and_has_the_compilers_columns_where_there_was_one(compiled):
+    plan = of_hours(0.05, chips=8)
+    plan.compiled, plan.tried = compiled, ["data 2, fsdp 2, tensor 2: 0.52 h an iteration by formula"] * 3
+    for stage in plan.stages.values():
+        stage.unit = "99 pairs of up to 2048 tokens"
+        stage.memory = dict.fromkeys(
+            ("parameters", "optimiser", "gradients", "saved activations", "temporaries"), 3e10
+        )
+        stage.moved = dict.fromkeys(
+            ("all-gather", "all-reduce", "reduce-scatter", "collective-permute"), 3e11
+        )
+        if compiled:
+            stage.compiler, stage.collectives, stage.compile_seconds = 1.5, 0.5, 9
+    text = "\n".join(table.table(plan, Config(), 1.2))
+    assert max(map(len, text.splitlines())) < 80
+    assert ("compiler" in text) == compiled
+    assert ("links" in text) == compiled
+
+
+def test_a_judge_that_is_not_planned_has_a_word_and_no_figures():
+    plan = of_hours(0.05)
+    judge = plan.stages["judge"]
+    judge.count, judge.note, judge.memory = 0, "judge.backend=rule:judge runs on the hosts", {"weights": 9e12}
+    lines = table.table(plan, Config(), None)
+    assert [line for line in lines if "judge" in line] == [
+        "judge     judge.backend=rule:judge runs on the hosts"
+    ]
+    assert " of 22.1 GiB" in table.summary(plan, Config(), None)[1].removeprefix("  memory 0.0")
 
 
 def test_a_small_model_on_a_consumer_card_is_planned_without_its_repository(capsys):
@@ -92,6 +123,8 @@ def test_a_small_model_on_a_consumer_card_is_planned_without_its_repository(caps
     shown = capsys.readouterr().out
     found = json.loads(shown.splitlines()[-1])
     assert "SmolLM2-135M-Instruct (135M parameters) on rtx3090:1: 1 chip," in shown
+    assert max(map(len, shown.splitlines()[:-1])) < 80
+    assert "pairs of up to" not in "\n".join(shown.splitlines()[:-1])  # its judge is a rule, not PairRM
     assert 1 < max(stage["hbm_gib"] for stage in found["stages"].values()) < 0.92 * 24
     assert found["checkpoint_gb"] == pytest.approx(8 * 0.1345, rel=0.01)
 

@@ -34,13 +34,27 @@ def test_a_page_shows_everything_that_was_measured(report):
     headings = re.findall(r"<h[23]>(.*?)</h", report)
     assert headings == [
         "Advice", "Results", "What the responses are like", "Responses before and after",
-        "Most improved, by the judge", "Most worsened, by the judge", "Other prompts", "A ring of three",
+        "Most improved, by the judge", "Most worsened, by the judge", "Other prompts", "What iteration 2 was trained on", "A ring of three",
         "What the judge's matrices hold", "The run",
     ]  # fmt: skip
     assert report.count("<svg") == 11
-    assert "<li>Iteration 1, respond: 40% of the responses are cut at" in report
+    assert report.count("of the responses are cut at") == 1
+    assert "<li>Iterations 1 to 2, respond: 40% of the responses are cut at" in report
+    assert "numbers of the last of them" in report
+    shown = re.findall(r'<b class="role [a-z]*">(.*?)</b>', report)
+    assert shown[0] == 'best, trained on: win rate 0.583, 2 tokens, <span class="cut">cut</span>'
     assert "<td>right</td><td>0.400</td><td>0.500</td><td>0.600</td>" in report
     assert "P(A beats B) = 0.750" in report
+
+
+def test_no_line_breaks_inside_a_flag(report):
+    """A browser breaks at hyphens, but not in code, whose white space the style keeps together."""
+    assert "<code>--sampling.max_new_tokens 128</code>, or" in report
+    assert "start in a new <code>--out</code> with" in report
+    assert re.search(r"\bcode \{[^}]*white-space: nowrap", report)
+    advice = re.search(r'<ul class="advice">(.*?)</ul>', report, re.DOTALL)[1]
+    assert "--" not in re.sub("<code>.*?</code>", "", advice)
+    assert "<code>--a.b 5e-07</code>, &lt;" in page._with_flags("--a.b 5e-07, <")
 
 
 def test_a_page_needs_nothing_from_elsewhere(report):

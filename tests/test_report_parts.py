@@ -6,10 +6,13 @@ import re
 import numpy as np
 import pytest
 
-from sppo_jax.report import headline, pictures, rings, samples, tables
-from sppo_jax.run import evaluations, metrics
+from sppo_jax import records
+from sppo_jax.evaluation import figures
+from sppo_jax.records import Responses
+from sppo_jax.report import headline, pictures, rings, samples, tables, trained_on
+from sppo_jax.run import evaluations, intervals, metrics
 from sppo_jax.run.evaluations import Evaluation, Rate
-from tests.run_directory import RING, TIES, begun, played, preferred, responses
+from tests.run_directory import JUDGED, RING, TIES, begun, played, preferred, responses, trained
 
 
 def evaluation(t, mean=0.5, stderr=0.01, per_prompt=(), **more):
@@ -17,32 +20,49 @@ def evaluation(t, mean=0.5, stderr=0.01, per_prompt=(), **more):
 
 
 @pytest.mark.parametrize(
-    ("mean", "stderr", "kind", "said"),
+    ("wins", "prompts", "kind", "said"),
     [
-        (0.6, 0.04, "better", "wins 60.0 % of its comparisons with the base (95 % interval 52.2 % to 67.8 %), on 500"),
-        (0.4, 0.04, "worse", "interval 32.2 % to 47.8 %), on"),
-        (0.52, 0.02, "same", "interval 48.1 % to 55.9 %), which includes 50 %, on"),
-        (0.48, 0.02, "same", "which includes 50 %"),
-        (0.99, 0.04, "better", "to 100.0 %)"),
-        (0.9, None, "unknown", "with the base, on"),
-        (None, None, "unknown", "Iteration 2 has no measured win rate."),
+        (300, 500, "better", "wins 60.0 % of its comparisons with the base (95 % interval 55.6 % to 64.2 %), on 500"),
+        (200, 500, "worse", "(95 % interval 35.6 % to 44.2 %), on"),
+        (260, 500, "same", "interval 47.6 % to 56.4 %), which includes 50 %, on"),
+        (500, 500, "better", "interval 99.3 % to 100.0 %)"),
+        (18, 19, "unknown", "interval 74.0 % to 99.9 %), on 19"),  # exact, and too few to tell
+        (0, 0, "unknown", "wins 60.0 % of its comparisons with the base, on 0"),
     ],
 )  # fmt: skip
-def test_the_headline_says_better_only_of_an_interval_above_a_half(mean, stderr, kind, said):
-    [found] = headline.sentences([evaluation(0, 0.49), evaluation(1, 0.9), evaluation(2, mean, stderr)])
+def test_the_headline_says_better_only_of_an_interval_above_a_half(wins, prompts, kind, said):
+    each = [1.0] * wins + [0.0] * (prompts - wins)
+    rate = Rate(wins / prompts if prompts else 0.6, 0.04, each)
+    last = Evaluation(2, prompts, {"judge": {"base": rate}})
+    [found] = headline.sentences([evaluation(0, 0.49), evaluation(1, 0.9), last])
     assert found.kind == kind
     assert said in found.figures.replace("\N{NO-BREAK SPACE}", " ")
-    assert mean is None or found.figures.endswith("the base wins 49.0\N{NO-BREAK SPACE}% against itself.")
+    assert found.figures.endswith("the base wins 49.0\N{NO-BREAK SPACE}% against itself.")
+
+
+def test_the_headline_says_what_is_missing():
+    [found] = headline.sentences([evaluation(1, None, None)])
+    assert (found.kind, found.figures) == ("unknown", "Iteration 1 has no measured win rate.")
+    [found] = headline.sentences([evaluation(1)])
+    assert (found.kind, "win probabilities are missing" in found.verdict) == ("unknown", True)
+
+
+def test_the_reports_interval_is_that_of_evaluate():
+    each = np.random.default_rng(0).beta(2, 1, 60).round(4)
+    rate = Rate(float(each.mean()), 0.03, each.tolist())
+    assert list(rate.interval) == figures.interval(each)
+    drawn = pictures.pictures([Evaluation(t, 60, {"judge": {"base": rate}}) for t in (0, 1)], [])
+    assert drawn[0]["title"] == "Win rate against the base"
 
 
 def test_the_headline_has_a_sentence_for_each_judge(tmp_path):
     read = evaluations.read_all(played(tmp_path))
-    found = headline.sentences([dataclasses.replace(e, prompts=evaluations.FEW) for e in read])
+    found = headline.sentences([dataclasses.replace(e, prompts=intervals.FEW) for e in read])
     assert [sentence.verdict for sentence in found] == [
         "Better than the base, by the judge.",
         "Better than the base, by the oracle.",
     ]
-    found = headline.sentences([dataclasses.replace(e, prompts=evaluations.FEW - 1) for e in read])
+    found = headline.sentences([dataclasses.replace(e, prompts=intervals.FEW - 1) for e in read])
     assert [sentence.kind for sentence in found] == ["unknown", "unknown"]
 
 
@@ -172,6 +192,103 @@ def test_pictures_without_figures_are_left_out(tmp_path):
         "Cycles and ties",
         "What the judge leans to",
     ]
+
+
+def test_examples_of_training_have_all_responses_the_best_first_and_what_was_trained_on(tmp_path):
+    run, told = begun(tmp_path), []
+    assert trained_on.examples(run, 1, told.append) == []
+    for t in (1, 2):
+        preferred(run, t, [RING], responses=3)
+    trained(run, 1, {0: [2, 1], 7: [0, 1]})
+    [example] = trained_on.examples(run, 1, told.append)
+    assert example.prompt[0]["content"] == "prompt 0"
+    assert example.trained
+    assert [(one.text[0], one.role, one.tokens, one.cut) for one in example.responses] == [
+        ("C", "best", 2, True), ("A", "", 2, False), ("B", "worst", 2, False),
+    ]  # fmt: skip
+    assert [one.win_rate for one in example.responses] == pytest.approx([1.75 / 3, 1.375 / 3, 1.375 / 3])
+    trained(run, 1, {0: [2, 0, 1]})
+    assert [one.role for one in trained_on.examples(run, 1, told.append)[0].responses] == [
+        "best",
+        "kept",
+        "worst",
+    ]
+    trained(run, 1, {7: [0, 1]})
+    [example] = trained_on.examples(run, 1, told.append)
+    assert not example.trained
+    assert trained_on.examples(run, 2, told.append) == []  # interrupted before its pairs were there
+    assert told == []
+    run.pairs(1).write_bytes(b"PAR1")
+    assert trained_on.examples(run, 1, told.append) == []
+    assert told[0].startswith("iter_1/pairs.parquet: damaged")
+
+
+def test_of_equal_responses_one_is_the_best_and_one_the_worst(tmp_path):
+    run = begun(tmp_path)
+    preferred(run, 1, [RING], responses=3)
+    row = records.read(run.shard(1, "responses", 0, 1), Responses)[0]
+    equal = dataclasses.replace(row, response_ids=[[2, 2]] * 3)
+    records.replace(run.shard(1, "responses", 0, 1), Responses, [equal], {})
+    trained(run, 1, {0: [2, 2]})
+    [example] = trained_on.examples(run, 1, lambda _: None)
+    assert [one.role for one in example.responses] == ["best", "", "worst"]
+
+
+@pytest.mark.parametrize(
+    "damage", [{"finish_reason": None}, {"response_ids": [[1]]}, {"response_ids": [None] * 3}]
+)
+def test_examples_leave_out_rows_that_are_not_whole(tmp_path, damage):
+    run = begun(tmp_path)
+    preferred(run, 1, [RING], responses=3)
+    trained(run, 1, {0: [2, 1]})
+    row = records.read(run.shard(1, "responses", 0, 1), Responses)[0]
+    records.replace(run.shard(1, "responses", 0, 1), Responses, [dataclasses.replace(row, **damage)], {})
+    assert trained_on.examples(run, 1, lambda _: None) == []
+
+
+def test_a_point_that_is_alone_has_its_value_and_a_word_and_a_lone_update_is_visible():
+    lines = [
+        {"iteration": 1, "stage": "respond", "step": 0, "tokens_per_second": 937.0},
+        {"iteration": 1, "stage": "fit", "step": 0, "loss": 4.0},
+    ]
+    drawn = {p["title"]: p for p in pictures.pictures([evaluation(0), evaluation(1)], lines)}
+    speed, loss = drawn["Sampling speed"], drawn["Training loss"]
+    assert speed["caption"].endswith("One iteration so far, so a point.")
+    texts = re.findall("<text[^>]*>([^<]*)</text>", speed["svg"])
+    assert texts[:2] == ["1", "iteration"]
+    assert "937" in texts
+    assert "<use" in loss["svg"].split("clip-path")[1]  # a marker, since a line of one point is nothing
+    more = [line | {"iteration": t} for line in lines for t in (1, 2)]
+    drawn = {p["title"]: p for p in pictures.pictures([evaluation(t) for t in range(3)], more)}
+    assert "so a point" not in drawn["Sampling speed"]["caption"]
+    assert "937" not in re.findall("<text[^>]*>([^<]*)</text>", drawn["Sampling speed"]["svg"])
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 9])
+def test_legends_lie_above_the_plot(iterations, monkeypatch):
+    from matplotlib.figure import Figure
+
+    work = dict.fromkeys(pictures.WORK, 1.0)
+    lines = [
+        {"iteration": t, "stage": stage, "step": 0} | values
+        for t in range(1, iterations + 1)
+        for stage, values in (("seconds", work | {"total": 9.0}), ("fit", {"loss": 1.0}), ("judge", dict.fromkeys(JUDGED, 0.5)))
+    ]  # fmt: skip
+    save, seen = Figure.savefig, []
+
+    def look(figure, *given, **how):
+        save(figure, *given, **how)
+        (axes,) = figure.axes
+        if legend := axes.get_legend():
+            inside, box = legend.get_window_extent(), axes.get_window_extent()
+            seen.append(
+                (inside.y0 >= box.y1, inside.x1 <= figure.bbox.x1, box.height > 0.4 * figure.bbox.height)
+            )
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    pictures.pictures([evaluation(t, per_prompt=[0.5, 0.6]) for t in range(iterations + 1)], lines)
+    assert len(seen) == 6
+    assert set(seen) == {(True, True, True)}
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 9])

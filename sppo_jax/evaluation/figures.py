@@ -7,6 +7,7 @@ import numpy as np
 
 from sppo_jax.evaluation import statistics
 from sppo_jax.records import Responses
+from sppo_jax.run import intervals
 
 Figures = dict[str, Any]
 
@@ -17,8 +18,8 @@ def rate(p: np.ndarray) -> Figures:
 
 
 def interval(p: np.ndarray) -> list[float | None]:
-    """The 95 % interval of the mean of values [n]; None where there is none, as for a single prompt."""
-    return _ends(statistics.interval(p))
+    """The 95 % interval of the mean of win probabilities [n]."""
+    return _ends(intervals.interval(p))
 
 
 def _ends(found: Sequence[float]) -> list[float | None]:

@@ -1,49 +1,34 @@
 """From the win probabilities and responses of an evaluation to its figures. Pure NumPy and SciPy, float64."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit, ndtr, stdtrit
+from numpy.typing import ArrayLike
+from scipy.special import expit, logit
 
 from sppo_jax.preferences import TIE
+from sppo_jax.run.intervals import FEW, Vector, bounds, exact, resampled, vector
 
 # On half the squared slope: a Gaussian prior of standard deviation 10, far wider than real slopes.
 RIDGE = 0.01
 # Mean probabilities nearer than this to 0 or 1 have no finite intercept worth fitting.
 _EDGE = 1e-12
-_BLOCK = 1_000_000  # numbers resampled at a time
 _STEPS = 100
-
-Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """The win rate at equal lengths with its interval, all in [0, 1], and the slope of the length term, in nats."""
+    """The win rate at equal lengths with its interval, all in [0, 1], and the slope of the length term, in nats.
+
+    The ends are NaN where there is no interval.
+    """
 
     rate: float
     low: float
     high: float
     slope: float
-
-
-def interval(
-    values: ArrayLike, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of the mean of values [n] over prompts; NaN for fewer than two.
-
-    The expanded percentile interval (Hesterberg 2015): quantiles of the resampled means at Phi(±sqrt(n/(n-1)) t), with
-    Student's t of n - 1 degrees of freedom in place of the normal quantile, which makes up for the resamples' smaller
-    variance. Equal values have an interval of width 0. The same seed gives the same interval.
-    """
-    found = _vector("values", values)
-    if len(found) < 2:
-        return float("nan"), float("nan")
-    means = np.concatenate([found[drawn].mean(-1) for drawn in _resampled(len(found), seed, resamples)])
-    return _bounds(means, len(found), level)
 
 
 def length_controlled(
@@ -59,11 +44,12 @@ def length_controlled(
     p ~ sigmoid( intercept + slope tanh(delta / std(delta)) ), delta = length - length_against, by maximum likelihood
     with soft labels; the rate is sigmoid(intercept). The slope alone has a ridge, RIDGE/2 slope^2, which keeps it
     finite where lengths and wins go together without exception. If all probabilities are 0 or all are 1, or all deltas
-    are equal, the slope is 0 and the rate is the mean. The interval (95 %) is `interval`'s, each resample of the
-    prompts fitted anew; NaN of a single prompt. Raises ValueError for probabilities outside of [0, 1].
+    are equal, the slope is 0 and the rate is the mean. The interval (95 %) is `intervals.bounds` of resampled prompts, each
+    time fitted anew, and `intervals.exact` where all probabilities are 0 or all are 1; NaN of fewer than FEW prompts, whose
+    refits are nearly all extremes. Raises ValueError for probabilities outside of [0, 1].
     """
-    p = _vector("probability", probability)
-    delta = _vector("length", length) - _vector("length_against", length_against)
+    p = vector("probability", probability)
+    delta = vector("length", length) - vector("length_against", length_against)
     if not len(p) or p.shape != delta.shape:
         raise ValueError(
             f"needed a probability and two lengths of each prompt, found {p.shape}, {delta.shape}"
@@ -72,15 +58,17 @@ def length_controlled(
         raise ValueError("probabilities must lie in [0, 1]")
     rate, slope = _fit(p[None], delta[None])
     low = high = float("nan")
-    if len(p) > 1:
-        refits = [_fit(p[drawn], delta[drawn])[0] for drawn in _resampled(len(p), seed, resamples)]
-        low, high = _bounds(np.concatenate(refits), len(p), 0.95)
+    if len(p) >= FEW and p.mean() in (0, 1):
+        low, high = exact(p)
+    elif len(p) >= FEW:
+        refits = [_fit(p[drawn], delta[drawn])[0] for drawn in resampled(len(p), seed, resamples)]
+        low, high = bounds(np.concatenate(refits), len(p))
     return LengthControlled(float(rate[0]), low, high, float(slope[0]))
 
 
 def ties(probability: ArrayLike) -> float:
     """Share of the probabilities [n] that are ties: within preferences.TIE of 1/2."""
-    return float(np.mean(np.abs(_vector("probability", probability) - 0.5) <= TIE))
+    return float(np.mean(np.abs(vector("probability", probability) - 0.5) <= TIE))
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -138,25 +126,3 @@ def _newton(p: Vector, x: Vector) -> tuple[Vector, Vector]:
         damping = np.log1p(size) / np.maximum(size, np.finfo(np.float64).tiny)
         intercept, slope = intercept + damping * shift, slope + damping * turn
     return intercept, slope
-
-
-def _resampled(n: int, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Indices [b, n] of prompts drawn with replacement, in blocks that bound the memory."""
-    random, block = np.random.default_rng(seed), max(1, _BLOCK // n)
-    for first in range(0, resamples, block):
-        yield random.integers(0, n, (min(block, resamples - first), n))
-
-
-def _bounds(resampled: Vector, n: int, level: float) -> tuple[float, float]:
-    """The expanded percentile interval of a statistic of n prompts, from its resampled values [R]."""
-    tail = float(ndtr(-np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2)))
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _vector(name: str, values: ArrayLike) -> Vector:
-    """The values as float64 [n]. Raises ValueError for another shape and for NaN or infinities."""
-    found = np.asarray(values, np.float64)
-    if found.ndim != 1 or not np.isfinite(found).all():
-        raise ValueError(f"{name} must be one finite number a prompt, found an array {found.shape}")
-    return found

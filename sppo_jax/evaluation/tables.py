@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sppo_jax.command import printable
+from sppo_jax.run.intervals import FEW
 
 Figures = dict[str, Any]
 WIDTH = 79
 NAME = 28  # columns of a name
+SMALL = f"""Of fewer than {FEW} prompts an interval is exact and wide, and a win rate at equal
+lengths has none: too few to tell (docs/evaluation.md)"""
 
 
 def win_rate(found: Figures) -> str:
@@ -30,7 +33,14 @@ def win_rate(found: Figures) -> str:
     mine, theirs = found["texts"]
     for key, label in labels.items():
         lines.append(_row(label, *(_number(part[key]) for part in (mine, theirs))))
-    return "\n".join([*lines, "", "* own fit, at equal lengths: not AlpacaEval's (docs/evaluation.md)"])
+    numbers = [found["prompts"]] + [
+        part["prompts"]
+        for figures in found["judges"].values()
+        for part in figures.get("categories", {}).values()
+    ]
+    return "\n".join(
+        [*lines, "", "* own fit, at equal lengths: not AlpacaEval's (docs/evaluation.md)", *_small(*numbers)]
+    )
 
 
 def round_robin(found: Figures) -> str:
@@ -58,7 +68,12 @@ def best_of(found: Figures) -> str:
     for name in names:
         lines.append(_row(f"best of n, by the {name}", "win rate", "95 % interval", "ties"))
         lines += [_rate(f"  {point['n']}", point["win_rate"][name]) for point in found["curve"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_small(found["prompts"])])
+
+
+def _small(*prompts: int) -> list[str]:
+    """The word on intervals of few prompts, where one of these numbers of prompts is small."""
+    return [SMALL] if min(prompts) < FEW else []
 
 
 def _head(found: Figures) -> list[str]:

@@ -120,7 +120,7 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     """
     if ":" in judge.backend:
         return from_attribute("judge.backend", judge.backend)
-    with about("judge.path: "):
+    with about("judge.path="):
         opened = pairrm.load(
             judge.path,
             judge.backend,

@@ -10,10 +10,10 @@ from jax.experimental import topologies
 from sppo_jax import command
 from sppo_jax.config import Config, Mesh
 from sppo_jax.errors import BadInput
-from sppo_jax.plan import slices, stages, target
+from sppo_jax.plan import compiled, slices, stages, table, target
 from sppo_jax.plan.chips import Chip, stand_ins
 from sppo_jax.plan.compiled import DoesNotFit
-from sppo_jax.plan.cost import UnitCost
+from sppo_jax.plan.cost import GIB, UnitCost
 from sppo_jax.plan.lengths import Lengths
 from sppo_jax.plan.table import Plan, axes, duration, hours
 from sppo_jax.plan.target import Target
@@ -98,16 +98,19 @@ def _plan(
             costs = stages.stages(candidate)
         except DoesNotFit as error:
             tried.append(f"{label}: does not fit ({error})")
-            command.say(f"  does not fit: {error}")
+            if devices is not None:  # the next mesh takes a while
+                command.say(f"  does not fit: {error}")
             continue
         tried += [weighed[other][1] for other in others[:SHOWN] if other != mesh]
         times = {other: time for other, (time, _) in weighed.items()}
         return _figures(name, candidate, costs, tried, _advice(mesh, own, times))
     if not tried[1:]:  # no other mesh fits by formula, so none was tried
         tried += [line for mesh, (_, line) in weighed.items() if mesh != own]
-    raise BadInput(
-        f"{name}: nothing that was tried fits: {'; '.join(tried)}. Take more chips, or train adapters (model.lora_rank)"
-    )
+    kept = [_kept(at(mesh, real=False)) for mesh in weighed]
+    least = {
+        work: min((one[work] for one in kept), key=lambda kinds: sum(kinds.values())) for work in kept[0]
+    }
+    raise BadInput(table.nothing_fits(name, config, least, chip.gib * GIB, tried))
 
 
 def _weighed(candidate: Target) -> tuple[float, str]:
@@ -118,6 +121,18 @@ def _weighed(candidate: Target) -> tuple[float, str]:
     except DoesNotFit as error:
         return math.inf, f"{label}: does not fit by formula ({error})"
     return time, f"{label}: {duration(time)} an iteration by formula"
+
+
+def _kept(candidate: Target) -> dict[str, dict[str, float]]:
+    """Bytes by kind that a chip holds at least, in sampling and in training, whatever the lengths and the batch."""
+    c, a = candidate.config, candidate.architecture
+    width = 1 if c.sampling.quantize == "int8" else candidate.dtype.itemsize
+    masters = compiled.kept_bytes(c, a, candidate.mesh, candidate.dtype)
+    copy = width * memory.parameters(a) / candidate.mesh.size
+    return {
+        "sampling": {"masters": masters, "the sampler's weights": copy},
+        "training": candidate.update.state,
+    }
 
 
 def _advice(mesh: Mesh, own: Mesh, times: dict[Mesh, float]) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sppo_jax.run.directory import BASE
-from sppo_jax.run.evaluations import FEW, Evaluation, Rate
-
-INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
+from sppo_jax.run.evaluations import Evaluation, Rate
+from sppo_jax.run.intervals import FEW
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,15 @@ def sentences(found: Sequence[Evaluation]) -> list[Sentence]:
     return said or [missing]
 
 
-def interval(rate: Rate) -> tuple[float, float] | None:
-    """The 95 % interval of a win rate, within [0, 1]; None where it has no standard error."""
-    if rate.mean is None or rate.stderr is None:
-        return None
-    spread = INTERVAL * rate.stderr
-    return max(0.0, rate.mean - spread), min(1.0, rate.mean + spread)
-
-
 def _sentence(name: str, last: Evaluation, rate: Rate, itself: Rate | None) -> Sentence:
-    within = interval(rate)
-    if within is None or (last.prompts is not None and last.prompts < FEW):
+    within = rate.interval
+    if last.prompts is not None and last.prompts < FEW:
         kind, verdict = "unknown", f"Too few prompts to tell, by the {name}."
+    elif within is None:
+        kind, verdict = (
+            "unknown",
+            f"Not known, by the {name}, since the prompts' win probabilities are missing.",
+        )
     elif within[0] > 0.5:
         kind, verdict = "better", f"Better than the base, by the {name}."
     elif within[1] < 0.5:

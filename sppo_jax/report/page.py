@@ -1,5 +1,6 @@
 """OUT/report.html, one self-contained file with pictures, written after each iteration; and its table as text."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 from sppo_jax import config_file, files
 from sppo_jax.errors import BadInput
 from sppo_jax.files import replacing
-from sppo_jax.report import headline, pictures, rings, samples, tables
+from sppo_jax.report import headline, pictures, rings, samples, tables, trained_on
 from sppo_jax.report.samples import printable
 from sppo_jax.run import advice, evaluations, metrics
 from sppo_jax.run import manifest as manifest_file
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.evaluations import Tell
+from sppo_jax.run.intervals import FEW
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# A flag of a command line, with its value if that begins with a digit: no line may break at its hyphens.
+FLAG = re.compile(r"--[a-z][\w.]*(?: \d(?:[\w.+-]*\w)?)?")
 
 
 def write(run: RunDir) -> None:
@@ -35,24 +39,34 @@ def write(run: RunDir) -> None:
         notes.append(f"{base}: missing")
     before, after = samples.heldout(run, last.iteration, notes.append)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["flags"] = _with_flags
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=printable(run.root.name or "this directory"),
         headline=headline.sentences(found),
-        advice=_advice(run, lines),
+        advice=advice.grouped(_advice(run, lines)),
         results=tables.results(found),
         held_out=_held_out(run),
+        few=FEW,
         features=tables.features(found),
         judged=tables.judged(lines),
         pictures=pictures.pictures(found, lines, (samples.lengths(before), samples.lengths(after))),
         last=last.iteration,
         groups=samples.groups(before, after, last),
+        trained_on=trained_on.examples(run, last.iteration, notes.append),
         ring=rings.strongest(run, last.iteration, notes.append),
         configuration=_text_of(run.config, notes.append),
         manifest=_text_of(run.manifest, notes.append),
-        notes=[printable(note) for note in notes],
+        notes=[printable(note) for note in dict.fromkeys(notes)],
     )
     with replacing(run.report) as part:
         part.write_text(page, encoding="utf-8")
+
+
+def _with_flags(text: str) -> Any:
+    """Escaped text in which each flag of a command line is code."""
+    from markupsafe import Markup, escape
+
+    return Markup(FLAG.sub(r"<code>\g<0></code>", str(escape(text))))
 
 
 def _advice(run: RunDir, lines: Sequence[dict[str, Any]]) -> list[advice.Advice]:

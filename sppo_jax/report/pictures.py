@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sppo_jax.report.headline import INTERVAL
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.evaluations import Evaluation
 
@@ -18,6 +17,9 @@ SERIES = ("#4c78c8", "#e08a1e", "#3f9e5a", "#c8504a", "#8d6bb8", "#2f9aa8", "#b0
 LARGEST = 1e12  # a point beyond it would leave nothing to see of the others
 LEVEL = "_level"  # label of a horizontal line, which alone is no picture
 BINS = 20
+STANDARD_ERRORS = 1.96  # on either side of a mean log-ratio: 95 % of a normal distribution
+# Points: the width that a legend may have, of one of its characters, and of a line's picture and the gap to the next.
+LEGEND, CHARACTER, HANDLE = 285, 4.6, 38
 WORK = ("sampling", "judging", "scoring", "training", "exporting", "evaluating")
 
 
@@ -54,8 +56,13 @@ def pictures(
     A figure that is None is left out, and so is a picture without any.
     """
     facts = Facts(evaluations, lines, lengths)
+    one = " One iteration so far, so a point." if len(facts.trained) == 1 else ""
     drawn = [
-        {"title": title, "caption": caption, "svg": _svg(title, draw, facts, xlabel)}
+        {
+            "title": title,
+            "caption": caption + one * (draw in BY_ITERATION),
+            "svg": _svg(title, draw, facts, xlabel),
+        }
         for title, caption, draw, xlabel in PANELS
     ]
     return [picture for picture in drawn if picture["svg"]]
@@ -63,12 +70,9 @@ def pictures(
 
 def _win_rates(axes: Any, facts: Facts) -> None:
     for name, form in (("judge", "o-"), ("oracle", "s--")):
-        rates = [
-            (e.iteration, rate.mean, rate.stderr)
-            for e in facts.evaluations
-            if (rate := e.against(name, "base"))
-        ]
-        _errorbars(axes, rates, INK[name], name, form)
+        rates = [(e.iteration, rate) for e in facts.evaluations if (rate := e.against(name, "base"))]
+        drawn = [(t, rate.mean, rate.interval or _around(rate.mean, None)) for t, rate in rates]
+        _errorbars(axes, drawn, INK[name], name, form)
     _line_at(axes, 0.5)
 
 
@@ -82,8 +86,8 @@ def _win_probabilities(axes: Any, facts: Facts) -> None:
 
 
 def _log_ratios(axes: Any, facts: Facts) -> None:
-    winners = [(e.iteration, e.winners, e.winners_stderr) for e in facts.trained]
-    losers = [(e.iteration, e.losers, e.losers_stderr) for e in facts.trained]
+    winners = [(e.iteration, e.winners, _around(e.winners, e.winners_stderr)) for e in facts.trained]
+    losers = [(e.iteration, e.losers, _around(e.losers, e.losers_stderr)) for e in facts.trained]
     _errorbars(axes, winners, INK["oracle"], "winners")
     _errorbars(axes, losers, INK["down"], "losers")
     _line_at(axes, 0)
@@ -149,8 +153,7 @@ def _seconds(axes: Any, facts: Facts) -> None:
             below = below + seconds
     if t:
         axes.set_xlim(min(t) - 0.6, max(t) + 0.6)
-        axes.set_ylim(0, 1.5 * max(below))
-        axes.legend(frameon=False, ncols=3, loc="upper center")  # above the bars
+        axes.set_ylim(0, 1.05 * max(below))
 
 
 def _speed(axes: Any, facts: Facts) -> None:
@@ -161,10 +164,10 @@ def _speed(axes: Any, facts: Facts) -> None:
 
 # Title, caption, what draws it, and the label of the x axis.
 PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
-    ("Win rate against the base", "Held-out prompts, 95 % intervals; 0.5 is no better.", _win_rates, "iteration"),
+    ("Win rate against the base", "Held-out prompts, 95 % intervals over them; 0.5 is no better.", _win_rates, "iteration"),
     ("Win probabilities, prompt by prompt", "Held-out prompts; to the right of 0.5 the judge prefers the policy's response.",
      _win_probabilities, "P(response beats the base's)"),
-    ("Log-ratio against the reference", "Held-out responses of each iteration's reference, nats.", _log_ratios, "iteration"),
+    ("Log-ratio against the reference", "Held-out responses of each iteration's reference, nats; bars of 1.96 standard errors.", _log_ratios, "iteration"),
     ("Divergence per token", "KL(reference ‖ policy) of each iteration, nats.", _divergence, "iteration"),
     ("Response length", "Mean tokens on held-out prompts.", _lengths, "iteration"),
     ("Lengths, response by response", "Held-out prompts.", _length_distributions, "tokens"),
@@ -174,6 +177,9 @@ PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
     ("Where the time goes", "Seconds of each iteration; of one that was resumed, since its last start.", _seconds, "iteration"),
     ("Sampling speed", "Tokens per second.", _speed, "iteration"),
 ]  # fmt: skip
+
+# Pictures that have no point of the base: after one iteration they have a single one.
+BY_ITERATION = (_log_ratios, _divergence, _cycles, _leanings, _speed)
 
 
 def _points(found: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
@@ -188,7 +194,9 @@ def _by_iteration(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int],
 
 def _curve(axes: Any, x: Sequence[int], y: Sequence[float], form: str, ink: str, label: str = "") -> None:
     if y:
-        axes.plot(x, y, form, color=ink, label=label)
+        axes.plot(x, y, form if len(y) > 1 else "o", color=ink, label=label)
+        if form != "-":
+            _value_of_one(axes, x, y, ink)
 
 
 def _histogram(axes: Any, values: Sequence[float], bins: np.ndarray, ink: str, label: str) -> None:
@@ -198,19 +206,50 @@ def _histogram(axes: Any, values: Sequence[float], bins: np.ndarray, ink: str, l
     axes.stairs(shares, bins, color=ink, linewidth=1.5, label=label)
 
 
+def _around(mean: float | None, stderr: float | None) -> tuple[float, float]:
+    """The ends of a mean's error bar; the mean itself where it has no standard error."""
+    spread, at = STANDARD_ERRORS * (stderr or 0.0), mean or 0.0
+    return at - spread, at + spread
+
+
 def _errorbars(
     axes: Any,
-    found: Iterable[tuple[int, float | None, float | None]],
+    found: Iterable[tuple[int, float | None, tuple[float, float]]],
     ink: str,
     label: str,
     form: str = "o-",
 ) -> None:
-    """Means with 95 % intervals, of (x, mean, standard error); nothing where there are none."""
-    drawn = [(x, y, e or 0.0) for x, y, e in found if y is not None and max(abs(y), e or 0.0) <= LARGEST]
+    """Means with error bars, of (x, mean, their ends); nothing where there are none."""
+    drawn = [(x, y, *ends) for x, y, ends in found if y is not None and max(map(abs, (y, *ends))) <= LARGEST]
     if drawn:
-        x, mean, stderr = zip(*drawn, strict=True)
-        spread = [INTERVAL * value for value in stderr]
+        x, mean, low, high = map(np.array, zip(*drawn, strict=True))
+        spread = np.maximum([mean - low, high - mean], 0)
         axes.errorbar(x, mean, spread, fmt=form, capsize=4, color=ink, label=label)
+        _value_of_one(axes, list(x), list(mean), ink)
+
+
+def _value_of_one(axes: Any, x: Sequence[int], y: Sequence[float], ink: str) -> None:
+    """Write the value beside a point that is alone, since no line shows where it lies: of a second one on its left."""
+    if len(x) == 1:
+        axes.margins(y=0.2)
+        side = -1 if axes.texts else 1
+        axes.annotate(
+            f"{y[0]:.3g}", (x[0], y[0]), xytext=(10 * side, 0), textcoords="offset points", color=ink,
+            ha="left" if side > 0 else "right", va="center",
+        )  # fmt: skip
+
+
+def _legend(axes: Any) -> None:
+    """Name what is drawn, above the plot: within it a legend would lie over the curves and bars."""
+    handles, labels = axes.get_legend_handles_labels()
+    named = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != LEVEL]
+    if named:
+        longest = max(len(label) for _, label in named)
+        columns = max(1, min(len(named), int(LEGEND / (CHARACTER * longest + HANDLE))))
+        axes.legend(
+            *zip(*named, strict=True), loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False,
+            fontsize="small", columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip
 
 
 def _line_at(axes: Any, y: float) -> None:
@@ -222,7 +261,7 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     style: Any = {
         "svg.fonttype": "none",
@@ -237,14 +276,16 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
         drawn: list[Any] = [*axes.lines, *axes.patches, *axes.containers]
         if all(artist.get_label() == LEVEL for artist in drawn):
             return ""
-        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
-            axes.legend(frameon=False)
+        _legend(axes)
         axes.set_xlabel(xlabel)
         if xlabel in ("iteration", "update"):
             left, right = axes.get_xlim()
             if right - left < 1:  # a single point
-                axes.set_xlim((left + right) / 2 - 1, (left + right) / 2 + 1)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+                only = (left + right) / 2
+                axes.set_xlim(only - 1, only + 1)
+                axes.xaxis.set_major_locator(FixedLocator([only]))
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         # Once: a figure with a layout of its own is drawn, and laid out, twice in saving.
         ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()

@@ -4,13 +4,14 @@ The run prints them as warnings when they appear, and the report lists them. The
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sppo_jax.config import Config
 from sppo_jax.losses import LOSSES
-from sppo_jax.run.evaluations import FEW
+from sppo_jax.run.intervals import FEW
 
 # At the first update log-ratios are 0, and the loss is what doing nothing costs. Batches differ: one of 16 pairs has up to
 # twice another's loss. Three times the first one's is no chance.
@@ -36,6 +37,7 @@ FAR = 0.5  # nats per token; a response of 100 tokens is then e^50 times less li
 NEAR = 0.001  # nats per token; the same response has then moved by a tenth of a nat
 LONGER, SHORTER = 1.5, 0.6  # ratio of mean lengths within one iteration; the paper's models grow by 1.1
 COARSE = 0.1  # a rise of the win rate from .5 that has to be noticed: the paper's first iterations bring about as much
+NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?")
 ELSEWHERE = "start in a new --out with"
 
 
@@ -56,6 +58,38 @@ def found(lines: Sequence[Mapping[str, Any]], config: Config, t: int | None = No
         for stage, rules in RULES.items():
             signs += [Advice(i, stage, text) for rule in rules if (text := rule(mine))]
     return signs
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A sign in all iterations that have it. `iterations` in words, such as "1 to 3, 5"; `text` is that of the last of them."""
+
+    iterations: str
+    several: bool
+    stage: str
+    text: str
+
+
+def grouped(signs: Sequence[Advice]) -> list[Repeated]:
+    """Signs with the same words, whatever their numbers, in one; in the order in which they appeared first."""
+    alike: dict[tuple[str, str], list[Advice]] = {}
+    for sign in signs:
+        alike.setdefault((sign.stage, NUMBER.sub("#", sign.text)), []).append(sign)
+    return [
+        Repeated(_ranges([sign.iteration for sign in same]), len(same) > 1, stage, same[-1].text)
+        for (stage, _), same in alike.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers in words, such as "1 to 3, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 class Signs:

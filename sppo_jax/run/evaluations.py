@@ -7,17 +7,17 @@ kind is reported and read as None as well, so that a page can be made of the res
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sppo_jax import files
 from sppo_jax.errors import BadInput
+from sppo_jax.run import intervals
 from sppo_jax.run.directory import BASE, RunDir
 
 LARGEST = 3.5e38  # float32's range: what a run measures lies within it
 WHOLE = 2**53  # above it a number of JSON is no longer exact
-# Of fewer prompts the spread itself is luck, and a win rate with its standard error tells nothing.
-FEW = 20
 HELD_OUT_OF = (
     "held_out_of_"  # begins the manifest's count of prompts that were held out of the source of a knob
 )
@@ -32,6 +32,11 @@ class Rate:
     mean: float | None
     stderr: float | None
     per_prompt: Sequence[float] = ()
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, by the rule of `intervals`; None where the probabilities were not kept."""
+        return intervals.interval(self.per_prompt) if self.per_prompt else None
 
 
 @dataclass(frozen=True)
