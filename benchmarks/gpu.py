@@ -44,6 +44,8 @@ class Part:
     # The part, on the CPU beside the others, whose file this one reads.
     after: str | None = None
     on_cpu: bool = False
+    # It starts a process of its own, to which it must leave the card: jax would take its share at once.
+    starts_another: bool = False
 
 
 # In the order of their worth. docs/gpu.md has what each is expected to take.
@@ -53,7 +55,7 @@ PARTS = {
     "sampler": Part("texts.sampler", 90, after="reference"),
     "decode": Part("decoding.decode", 150),
     "train": Part("updating.train", 140),
-    "quickstart": Part("game.game", 160, least=40, memory=0.6),
+    "quickstart": Part("game.game", 160, least=40, memory=0.6, starts_another=True),
     "judge": Part("texts.judge", 60, memory=0.5, after="reference"),
     "judge_jax": Part("judging.jax_speed", 75),
     "judge_torch": Part("judging.torch_speed", 60),
@@ -134,7 +136,8 @@ class Measurement:
                 error = last_line(running.log) or f"exit code {status}"
         except subprocess.TimeoutExpired:
             error = f"ended after {time.monotonic() - running.began:.0f} s, its limit"
-        kill(running.process)
+        finally:  # also after Ctrl-C
+            kill(running.process)
         assert running.reader is not None
         running.reader.join(10)
         if error:
@@ -168,7 +171,7 @@ class Measurement:
             "seed": SEED,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "device": self.parts.get("machine", {}).get("figures", {}).get("device"),
-            "failed": sorted(name for name, part in self.parts.items() if part["error"]),
+            "failed": sorted(name for name, part in self.parts.items() if failed(part)),
             "parts": self.parts,
         }
 
@@ -180,6 +183,11 @@ class Measurement:
             part = self.to.with_name(f".{self.to.name}.part")
             part.write_text(json.dumps(self.summary(), indent=1) + "\n")
             part.replace(self.to)
+
+
+def failed(part: dict[str, Any]) -> bool:
+    """Whether a part, or one of its figures, has an error."""
+    return bool(part["error"]) or any("error" in values for values in part["figures"].values())
 
 
 def environment(part: Part, folder: Path, rehearse: bool) -> dict[str, str]:
@@ -240,11 +248,12 @@ def measure(found: Measurement, names: list[str]) -> bool:
 
 def run(names: list[str], at: At, figures: int) -> None:
     """Run parts in this process, and write their figures as lines to a file descriptor."""
-    import jax
+    if not at.rehearse and not any(PARTS[name].on_cpu or PARTS[name].starts_another for name in names):
+        import jax
 
-    if not at.rehearse and not all(PARTS[name].on_cpu for name in names) and jax.default_backend() != "gpu":
-        print(f"jax finds no GPU, only {jax.devices()[0].device_kind}")
-        sys.exit(NO_GPU)
+        if jax.default_backend() != "gpu":
+            print(f"jax finds no GPU, only {jax.devices()[0].device_kind}")
+            sys.exit(NO_GPU)
     with os.fdopen(figures, "w") as lines:
         for name in names:
             module, function = PARTS[name].where.split(".")

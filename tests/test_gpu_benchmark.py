@@ -60,7 +60,8 @@ def test_every_part_runs_with_small_shapes(tmp_path, gpu):
         "qwix",
         "tensorboard",
     ]
-    for (part, _), values in found.items():
+    for (part, name), values in found.items():
+        assert "error" not in values, (part, name, values)
         if part == "kernels" and "fine" in values:
             assert values["fine"]
             assert values["errors"]["values"] < 1e-2
@@ -69,11 +70,11 @@ def test_every_part_runs_with_small_shapes(tmp_path, gpu):
             assert values.get("largest_gap", 0) < 1e-4
         if part in ("judge", "judge_jax", "judge_torch"):
             assert values["spread"] > 0
-            assert values["largest_difference"] < values["spread"]
+            assert values["largest_difference"] < (1e-4 if part == "judge" else values["spread"])
         if part in ("train", "adapters"):
             assert values["finite"]
             assert 0 < values["mfu"] < values["plan_mfu"] < 1
-            assert values["layers"] == 2
+            assert values["layers"] == 1
         if part in ("decode", "decode_whole"):
             assert values["tokens_per_s"] > 0
     assert {("train", "no room")} & found.keys() == set()

@@ -9,7 +9,7 @@ from sampler_device import NEW as NEW_TOKENS
 from sampler_device import K as RESPONSES
 from sampler_device import decode as steps
 
-from gpu_parts import At, Figure
+from gpu_parts import At, Figure, each
 from gpu_parts.card import architecture, one_device, random_model, sheet
 from sppo_jax.models import Architecture
 
@@ -21,30 +21,30 @@ SLOTS = (256, 64, 512, 128)
 
 def decode(at: At) -> Iterator[Figure]:
     """Eight layers at each number of slots, and prefill."""
-    a = architecture(at, LAYERS)
-    model = random_model(a, one_device())
-    for slots in (8, 4) if at.rehearse else SLOTS:
-        sampler = _sampler(model, slots)
-        yield _decoded(at, sampler)
-        if slots == (4 if at.rehearse else 64):
-            yield _prefilled(at, sampler)
-        sampler.release()
-        del sampler
+    model = random_model(architecture(at, LAYERS), one_device())
+    for slots in (4,) if at.rehearse else SLOTS:
+        yield from _both(at, model, slots, fills=slots in (4, 64))
         gc.collect()
 
 
 def decode_whole(at: At) -> Iterator[Figure]:
-    """All 32 layers at 256 slots."""
-    model = random_model(architecture(at), one_device())
-    sampler = _sampler(model, 8 if at.rehearse else 256)
-    del model
-    gc.collect()  # the sampler has its own copy: more room for keys and values
-    yield _decoded(at, sampler)
-    yield _prefilled(at, sampler)
+    """All 32 layers at 256 slots, and prefill."""
+    yield from _both(at, random_model(architecture(at), one_device()), 4 if at.rehearse else 256, fills=True)
 
 
-def _sampler(model: Any, slots: int) -> Any:
-    return sampler_of(model, slots, RESPONSES, NEW_TOKENS, "none")
+def _both(at: At, model: Any, slots: int, fills: bool) -> Iterator[Figure]:
+    """Decoding with so many slots, and prefill where it is asked for."""
+    made: list[Any] = []  # the sampler, unless making it fails
+
+    def decoded() -> Figure:
+        made.append(sampler_of(model, slots, RESPONSES, NEW_TOKENS, "none"))
+        return _decoded(at, made[0])
+
+    tries = [(f"{slots} slots", decoded)]
+    tries += [("prefill", lambda: _prefilled(at, made[0]))] if fills else []
+    yield from each(tries)
+    for sampler in made:
+        sampler.release()
 
 
 def _decoded(at: At, sampler: Any) -> Figure:

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import judge as original
 import numpy as np
 from flax import nnx
 
-from gpu_parts import SEED, At, Figure
+from gpu_parts import SEED, At, Figure, each
 from gpu_parts.card import one_device, sheet
 from sppo_jax import sharding
 from sppo_jax.pairrm import comparisons, files, jax_model, mesh_judge, sidecar
@@ -69,32 +70,44 @@ def jax_speed(at: At) -> Iterator[Figure]:
 
 def _each(at: At, backend: str, scorer: Callable[[str], Scorer], todo: list[Comparison]) -> Iterator[Figure]:
     """A figure for each dtype; rounding against float32 of the same backend, which comes first."""
-    exact: np.ndarray | None = None
+    exact: list[np.ndarray] = []
     for dtype in ("float32", "bfloat16", "float16"):
-        score = scorer(dtype)
-        began = time.perf_counter()
-        logits = score()
-        first = time.perf_counter() - began
-        seconds = []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            score()
-            seconds.append(time.perf_counter() - began)
-        exact = logits if exact is None else exact
-        gap, rate = float(np.abs(logits - exact).max()), len(todo) / statistics.median(seconds)
-        changed = int(((logits > 0) != (exact > 0)).sum())
-        share = rate * _flops(at) / sheet(at).flops
-        yield Figure(
-            f"{backend}, {dtype}",
-            f"judge, {backend} in {dtype}: {rate:.1f} pairs/s of {len(todo[0].pair)} tokens, {share:.0%} of the card's bfloat16 FLOP/s; "
-            f"logits at most {gap:.1e} from float32 (spread {exact.std():.2f}), {changed} of {len(todo)} signs change",
-            {
-                "pairs_per_s": rate, "pairs": len(todo), "tokens": len(todo[0].pair), "first_seconds": first, "flops_share": share,
-                "largest_difference": gap, "spread": float(exact.std()), "signs_changed": changed,
-            },
-        )  # fmt: skip
-        del score
+        yield from each([(f"{backend}, {dtype}", partial(_rated, at, backend, dtype, scorer, todo, exact))])
         gc.collect()  # the next network needs the room
+
+
+def _rated(
+    at: At,
+    backend: str,
+    dtype: str,
+    scorer: Callable[[str], Scorer],
+    todo: list[Comparison],
+    exact: list[np.ndarray],
+) -> Figure:
+    """Pairs per second in one dtype. `exact`: the logits in float32, which the first call adds."""
+    score = scorer(dtype)
+    began = time.perf_counter()
+    logits = score()
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        score()
+        seconds.append(time.perf_counter() - began)
+    exact += [] if exact else [logits]
+    gap, spread = float(np.abs(logits - exact[0]).max()), float(exact[0].std())
+    changed = int(((logits > 0) != (exact[0] > 0)).sum())
+    rate = len(todo) / statistics.median(seconds)
+    share = rate * _flops(at) / sheet(at).flops
+    return Figure(
+        f"{backend}, {dtype}",
+        f"judge, {backend} in {dtype}: {rate:.1f} pairs/s of {len(todo[0].pair)} tokens, {share:.0%} of the card's bfloat16 FLOP/s; "
+        f"logits at most {gap:.1e} from float32 (spread {spread:.2f}), {changed} of {len(todo)} signs change",
+        {
+            "pairs_per_s": rate, "pairs": len(todo), "tokens": len(todo[0].pair), "first_seconds": first, "flops_share": share,
+            "largest_difference": gap, "spread": spread, "signs_changed": changed,
+        },
+    )  # fmt: skip
 
 
 def _in_order(todo: list[Comparison], scored: list[tuple[list[Comparison], np.ndarray]]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from sampler_replay import best_seconds
 
-from gpu_parts import SEED, At, Figure
+from gpu_parts import SEED, At, Figure, each
 from gpu_parts.card import architecture, one_device, sheet
 from sppo_jax.config import Config
 from sppo_jax.models import attention
@@ -49,12 +50,12 @@ TIMED = 8, 2048
 
 def kernels(at: At) -> Iterator[Figure]:
     """Values and gradients of each case, then the speed of the kernel and of XLA's attention."""
-    mesh = one_device()
-    for case in CASES[3:] if at.rehearse else CASES:
-        if at.rehearse:
-            case = replace(case, heads=4, kv_heads=2, head_dim=16, window=case.window and 8)
-        yield _compared(case, mesh, *((2, 48) if at.rehearse else (ROWS, WIDTH)))
-    yield _timed(at, mesh)
+    mesh, cases = one_device(), CASES
+    if at.rehearse:
+        cases = tuple(replace(c, heads=4, kv_heads=2, head_dim=16, window=c.window and 8) for c in CASES[3:])
+    size = (2, 48) if at.rehearse else (ROWS, WIDTH)
+    yield from each((case.name, partial(_compared, case, mesh, *size)) for case in cases)
+    yield from each([("speed", partial(_timed, at, mesh))])
 
 
 def _compared(case: Case, mesh: Any, rows: int, width: int) -> Figure:

@@ -4,13 +4,15 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpu_parts import SEED, At, Figure
+from gpu_parts import SEED, At, Figure, each
 from sppo_jax import models, pairrm, preferences
 from sppo_jax.config import Sampling
 from sppo_jax.hub import names
@@ -27,11 +29,12 @@ WAYS = {"greedy": (0.0, 1), "sampled": (1.0, 4)}
 
 
 def reference(at: At) -> Iterator[Figure]:
-    """The CPU's responses in float32, greedy and sampled, and the logits of PairRM in PyTorch; written into the folder."""
+    """The CPU's responses in float32, greedy and sampled, and the logits of PairRM; written into the folder."""
     found: dict[str, Any] = {name: _drawn(at, name, jnp.float32) for name in WAYS}
     rows = {name: [vars(row) for row in drawn] for name, drawn in found.items()}
     prompts, responses = compared(at)
-    with pairrm.load("embedded:pairrm", "torch", dtype="float32") as judge:
+    # The sidecar takes seconds to start: a rehearsal starts it once, in the part "judge".
+    with pairrm.load("embedded:pairrm", "jax" if at.rehearse else "torch", dtype="float32") as judge:
         logits = judge.compare(prompts, responses)
     (at.folder / FILE).write_text(json.dumps(rows | {"logits": logits.tolist()}))
     yield Figure(
@@ -51,13 +54,26 @@ def compared(at: At) -> tuple[list[str], list[list[str]]]:
 def sampler(at: At) -> Iterator[Figure]:
     """Ids in float32 against the CPU's, at jax's default precision and at the highest; bfloat16 by log-probabilities."""
     expected = {name: [Responses(**row) for row in _read(at)[name]] for name in WAYS}
-    for precision in (None, "highest"):
-        scope = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
-        for name, rows in expected.items():
-            with scope:
-                found = _drawn(at, name, jnp.float32)
-            yield _same_ids(f"{name}, float32, {precision or 'default'} precision", found, rows)
-    yield from _logprobs(expected)
+    tries = [
+        (f"{name}, float32, {precision} precision", precision, name)
+        for precision in ("default", "highest")
+        for name in WAYS
+    ]
+    yield from each((title, partial(_repeated, at, title, *how, expected)) for title, *how in tries)
+    names_of = [
+        (f"{name}, log-probability of the CPU's text in {dtype}", name, dtype)
+        for dtype in ("float32", "bfloat16")
+        for name in WAYS
+    ]
+    yield from each(
+        (title, partial(_logprobs, at, title, expected[name], dtype)) for title, name, dtype in names_of
+    )
+
+
+def _repeated(at: At, title: str, precision: str, way: str, expected: dict[str, list[Responses]]) -> Figure:
+    """The CPU's responses drawn again on this device."""
+    with jax.default_matmul_precision(precision) if precision != "default" else contextlib.nullcontext():
+        return _same_ids(title, _drawn(at, way, jnp.float32), expected[way])
 
 
 def _same_ids(name: str, found: list[Responses], expected: list[Responses]) -> Figure:
@@ -74,31 +90,27 @@ def _same_ids(name: str, found: list[Responses], expected: list[Responses]) -> F
         for a, b in pairs
         if a != b
     ]
-    gap = max(gaps, default=float("nan"))
+    gap = max(gaps, default=None)
     return Figure(
         name,
         f"{name}: {len(pairs) - len(parted)} of {len(pairs)} responses have the CPU's ids"
         + (f", the others part at token {sorted(parted)}" if parted else "")
-        + f"; log-probabilities of equal ones differ by at most {gap:.1e} nats",
+        + ("" if gap is None else f"; log-probabilities of equal ones differ by at most {gap:.1e} nats"),
         {"responses": len(pairs), "parted_at": sorted(parted), "largest_gap": gap},
     )
 
 
-def _logprobs(expected: dict[str, list[Responses]]) -> Iterator[Figure]:
-    """The log-probability of the CPU's texts by the training's forward pass on this device, in both dtypes."""
-    for dtype in (jnp.float32, jnp.bfloat16):
-        model = models.load("embedded:policy", dtype=dtype)
-        for name, rows in expected.items():
-            own = _scored(model, rows)
-            theirs = np.concatenate([row.logprobs for row in rows])
-            count = np.asarray([len(ids) for row in rows for ids in row.response_ids])
-            gap = (own - theirs) / count
-            title = f"{name}, log-probability of the CPU's text in {jnp.dtype(dtype)}"
-            yield Figure(
-                title,
-                f"{title} ({model.kernel.name}): {gap.mean():+.1e} nats a token on average, {np.abs(gap).max():.1e} at most",
-                {"kernel": model.kernel.name, "mean_gap_per_token": float(gap.mean()), "largest_gap_per_token": float(np.abs(gap).max())},
-            )  # fmt: skip
+def _logprobs(at: At, title: str, rows: list[Responses], dtype: str) -> Figure:
+    """The log-probability of the CPU's texts by training's forward pass on this device, beside the CPU's sampler's."""
+    model = _policy(at, jnp.dtype(dtype))
+    count = np.asarray([len(ids) for row in rows for ids in row.response_ids])
+    gap = (_scored(model, rows) - np.concatenate([row.logprobs for row in rows])) / count
+    mean, most = float(gap.mean()), float(np.abs(gap).max())
+    return Figure(
+        title,
+        f"{title} ({model.kernel.name}): {mean:+.1e} nats a token on average, {most:.1e} at most",
+        {"kernel": model.kernel.name, "mean_gap_per_token": mean, "largest_gap_per_token": most},
+    )
 
 
 def _scored(model: Transformer, rows: list[Responses]) -> np.ndarray:
@@ -118,29 +130,45 @@ def _drawn(at: At, way: str, dtype: Any) -> list[Responses]:
     sampling = Sampling(
         responses=count, temperature=temperature, slots=16, max_new_tokens=12 if at.rehearse else 64
     )
-    directory = names.path("policy")
-    drawing = Sampler(models.load("embedded:policy", dtype=dtype), load_tokenizer(directory, {}), sampling)
+    drawing = Sampler(_policy(at, dtype), load_tokenizer(names.path("policy"), {}), sampling)
     return drawing.generate(_prompts(4 if at.rehearse else 32), seed=SEED)
+
+
+def _policy(at: At, dtype: Any) -> Transformer:
+    """The embedded policy; its first layer alone in a rehearsal, which compiles in a quarter of the time."""
+    model = models.load("embedded:policy", dtype=dtype)
+    if not at.rehearse:
+        return model
+    assert model.head is not None
+    weights = {"embedding": model.embedding[...], "norm": model.norm[...], "head": model.head[...]}
+    weights |= {f"layers.{name}": x[:1] for name, x in model.stacked().items()}
+    return Transformer(replace(model.architecture, layers=1), weights, dtype, model.kernel)
 
 
 def judge(at: At) -> Iterator[Figure]:
     """The embedded PairRM on this device, both backends, in float32 and in what a run takes, against float32 on the CPU."""
+    kinds = [(backend, dtype) for backend in ("torch", "jax") for dtype in ("float32", "bfloat16")]
+    # Another start of the sidecar would take a rehearsal seconds.
+    kinds = [kind for kind in kinds if not at.rehearse or kind != ("torch", "bfloat16")]
+    yield from each((", ".join(kind), partial(_judged, at, *kind)) for kind in kinds)
+
+
+def _judged(at: At, backend: str, dtype: str) -> Figure:
+    """The logits of one backend in one dtype against the CPU's."""
     expected = np.asarray(_read(at)["logits"], np.float32)
-    decided = preferences.probability_matrix(expected) > 0.5
     prompts, responses = compared(at)
+    with pairrm.load("embedded:pairrm", backend, dtype=dtype) as judging:
+        found = judging.compare(prompts, responses)
     off = ~np.eye(expected.shape[1], dtype=bool)
-    for backend in ("torch", "jax"):
-        for dtype in ("float32", "bfloat16"):
-            with pairrm.load("embedded:pairrm", backend, dtype=dtype) as judging:
-                found = judging.compare(prompts, responses)
-            changed = int((decided != (preferences.probability_matrix(found) > 0.5))[:, off].sum() // 2)
-            gap = float(np.abs(found - expected).max())
-            count = len(prompts) * off.sum() // 2
-            yield Figure(
-                f"{backend}, {dtype}",
-                f"PairRM, {backend} in {dtype}: logits at most {gap:.1e} from the CPU's float32 (spread {expected[:, off].std():.2f}); {changed} of {count} decisions change",
-                {"largest_difference": gap, "spread": float(expected[:, off].std()), "changed": changed, "pairs": int(count)},
-            )  # fmt: skip
+    better = [preferences.probability_matrix(logits) > 0.5 for logits in (found, expected)]
+    changed, count = int((better[0] != better[1])[:, off].sum() // 2), int(len(prompts) * off.sum() // 2)
+    gap, spread = float(np.abs(found - expected).max()), float(expected[:, off].std())
+    return Figure(
+        f"{backend}, {dtype}",
+        f"PairRM, {backend} in {dtype}: logits at most {gap:.1e} from the CPU's in float32 (spread {spread:.2f}); {changed} of "
+        f"{count} decisions change",
+        {"largest_difference": gap, "spread": spread, "changed": changed, "pairs": count},
+    )
 
 
 def _prompts(count: int) -> list[str]:
