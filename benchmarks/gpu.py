@@ -84,7 +84,7 @@ class Measurement:
         self.folder, self.rehearse, self.to = folder, rehearse, to
         self.began, self.deadline = time.time(), time.monotonic() + seconds
         self.parts: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the parts' readers write, too
 
     @property
     def left(self) -> float:
@@ -121,6 +121,8 @@ class Measurement:
         """Print and keep each figure as it comes, until the process ends."""
         with os.fdopen(receive) as lines:
             for line in lines:
+                if not line.endswith("\n"):  # cut by the end of the process
+                    break
                 _, name, told, values = json.loads(line)
                 running.figures[name] = values
                 self.say(running.name, told)
@@ -147,16 +149,18 @@ class Measurement:
 
     def skip(self, name: str, why: str) -> None:
         """Note a part that is not begun."""
-        self.parts[name] = {"figures": {}, "error": why}
         self.say(name, f"FAILED: {why}")
-        self.write()
+        with self._lock:
+            self.parts[name] = {"figures": {}, "error": why}
+            self.write()
 
     def _keep(self, running: Running, error: str | None, ended: bool = False) -> None:
         found: dict[str, Any] = {"figures": dict(running.figures), "error": error if ended else "not ended"}
         if ended:
             found["seconds"] = time.monotonic() - running.began
-        self.parts[running.name] = found
-        self.write()
+        with self._lock:
+            self.parts[running.name] = found
+            self.write()
 
     def say(self, name: str, line: str) -> None:
         """Print a line with the seconds so far."""
@@ -177,9 +181,7 @@ class Measurement:
 
     def write(self) -> None:
         """Write what is there, whole: a call that is cut off leaves its last state."""
-        if self.to is None:
-            return
-        with self._lock:
+        if self.to is not None:
             part = self.to.with_name(f".{self.to.name}.part")
             part.write_text(json.dumps(self.summary(), indent=1) + "\n")
             part.replace(self.to)
