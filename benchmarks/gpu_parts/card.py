@@ -1,4 +1,4 @@
-"""The card: its data sheet and the speeds that it reaches; Mistral-7B's shapes with random weights for it."""
+"""The card: its data sheet, the speeds that it reaches, and the shapes that it computes."""
 
 import importlib.util
 import os
@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from sampler_device import MISTRAL, SMALL
-from sampler_replay import best_seconds
+from sampler_device import MISTRAL, SMALL, reached
 
-from gpu_parts import SEED, At, Figure
+from gpu_parts import At, Figure
 from sppo_jax import sharding
-from sppo_jax.models import Architecture, Transformer, attention, hf
+from sppo_jax.models import Architecture
 from sppo_jax.plan.chips import GPUS, Chip
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "numpy")
@@ -43,7 +42,7 @@ def sheet(at: At) -> Chip:
     name = "h200" if at.rehearse else next((entry for text, entry in NAMES if re.search(text, kind)), None)
     if name is not None:
         return GPUS[name]
-    flops, moved = reached(at)
+    flops, moved = reached(at.rehearse)
     limit = (device.memory_stats() or {}).get("bytes_limit", 2**34)
     return Chip(flops, moved, limit / 2**30, 16e9, capability=str(getattr(device, "compute_capability", "")))
 
@@ -51,31 +50,6 @@ def sheet(at: At) -> Chip:
 def architecture(at: At, layers: int = MISTRAL.layers) -> Architecture:
     """Mistral-7B's shapes with this many layers; small ones with a single layer in a rehearsal."""
     return replace(SMALL, layers=1) if at.rehearse else replace(MISTRAL, layers=layers)
-
-
-def random_model(a: Architecture, mesh: Any) -> Transformer:
-    """A random model in bfloat16 from the start, with the attention kernel that a run would take."""
-    like = hf.abstract(a, mesh, jnp.bfloat16)
-
-    def weights(key: jax.Array) -> dict[str, jax.Array]:
-        keys = dict(zip(like, jax.random.split(key, len(like)), strict=True))
-        return {
-            path: jnp.ones(x.shape, x.dtype) if path.endswith("norm")
-            else (0.02 * jax.random.normal(keys[path], x.shape, x.dtype))
-            for path, x in like.items()
-        }  # fmt: skip
-
-    kernel = attention.choose("auto", mesh, a, jnp.bfloat16)
-    return Transformer(a, jax.jit(weights)(jax.random.key(SEED)), jnp.bfloat16, kernel)
-
-
-def reached(at: At) -> tuple[float, float]:
-    """FLOP/s of a bfloat16 product of random matrices, and bytes/s of a copy, read and written."""
-    side, length = (256, 2**18) if at.rehearse else (8192, 2**31)
-    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    flops = 2 * side**3 / best_seconds(jax.jit(lambda x: x @ x), square)
-    vector = jnp.ones(length, jnp.bfloat16)
-    return flops, 2 * vector.nbytes / best_seconds(jax.jit(lambda x: x + 1), vector)
 
 
 def machine(at: At) -> Iterator[Figure]:
@@ -101,7 +75,7 @@ def machine(at: At) -> Iterator[Figure]:
             "absent": spared,
         },
     )
-    chip, (flops, moved) = sheet(at), reached(at)
+    chip, (flops, moved) = sheet(at), reached(at.rehearse)
     yield Figure(
         "speed",
         f"a bfloat16 product reaches {flops / 1e12:.0f} TFLOP/s of {chip.flops / 1e12:.0f}, a copy {moved / 1e9:.0f} "

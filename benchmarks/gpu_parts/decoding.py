@@ -4,13 +4,13 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
-from sampler_device import MISTRAL, SMALL, matrices, prefill, sampler_of
+from sampler_device import MISTRAL, SMALL, matrices, prefill, random_model, sampler_of
 from sampler_device import NEW as NEW_TOKENS
 from sampler_device import K as RESPONSES
 from sampler_device import decode as steps
 
 from gpu_parts import At, Figure, each
-from gpu_parts.card import architecture, one_device, random_model, sheet
+from gpu_parts.card import architecture, sheet
 from sppo_jax.models import Architecture
 
 # Eight of the 32 layers compile in a quarter of the time, and the share of the bandwidth is nearly that of all.
@@ -21,7 +21,7 @@ SLOTS = (256, 64, 512, 128)
 
 def decode(at: At) -> Iterator[Figure]:
     """Eight layers at each number of slots, and prefill."""
-    model = random_model(architecture(at, LAYERS), one_device())
+    model = random_model(architecture(at, LAYERS))
     for slots in (4,) if at.rehearse else SLOTS:
         yield from _both(at, model, slots, fills=slots in (4, 64))
         gc.collect()
@@ -29,7 +29,7 @@ def decode(at: At) -> Iterator[Figure]:
 
 def decode_whole(at: At) -> Iterator[Figure]:
     """All 32 layers at 256 slots, and prefill."""
-    yield from _both(at, random_model(architecture(at), one_device()), 4 if at.rehearse else 256, fills=True)
+    yield from _both(at, random_model(architecture(at)), 4 if at.rehearse else 256, fills=True)
 
 
 def _both(at: At, model: Any, slots: int, fills: bool) -> Iterator[Figure]:

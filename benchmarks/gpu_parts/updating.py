@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sampler_device import MISTRAL
+from sampler_device import MISTRAL, random_model
 
 from gpu_parts import SEED, At, Figure
-from gpu_parts.card import architecture, one_device, random_model, sheet
+from gpu_parts.card import architecture, one_device, sheet
 from sppo_jax import config, sharding
 from sppo_jax.config import Config
 from sppo_jax.models import Architecture, hf, lora
@@ -98,7 +98,7 @@ def _measured(at: At, a: Architecture, plan: UnitCost, name: str) -> Figure:
     batches = [_microbatch(a, layout, len(taken), prompts).placed(mesh) for taken, _ in plans[0]]
     key = jax.random.key(SEED)
     if a.lora_rank:
-        model = lora.attach(random_model(dataclasses.replace(a, lora_rank=0), mesh), a.lora_rank, key, mesh)
+        model = lora.attach(random_model(dataclasses.replace(a, lora_rank=0)), a.lora_rank, key, mesh)
     else:
         model = hf.initialise(a, key, mesh, jnp.bfloat16)
     programs = update.make_programs(a, jnp.bfloat16, mesh, c.fit, steps_per_epoch=1)
