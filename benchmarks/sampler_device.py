@@ -20,7 +20,7 @@ from sampler_replay import SEED, NoText, best_seconds, compilations, say, steady
 
 from sppo_jax import sharding
 from sppo_jax.config import Sampling
-from sppo_jax.models import Architecture, Transformer, hf
+from sppo_jax.models import Architecture, Transformer, attention, hf
 from sppo_jax.models.architecture import Rope
 from sppo_jax.records import Prompt
 from sppo_jax.sampler import Sampler
@@ -43,7 +43,7 @@ PREFILLED = 512  # tokens of a prompt where prefill is timed; all but the last a
 
 
 def random_model(a: Architecture) -> Transformer:
-    """A random model, in bfloat16 from the start: float32 masters would not fit everywhere."""
+    """A random model with a run's attention kernel, in bfloat16 from the start: float32 masters would not fit everywhere."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     like = hf.abstract(a, mesh, jnp.bfloat16)
 
@@ -55,7 +55,8 @@ def random_model(a: Architecture) -> Transformer:
             for path, x in like.items()
         }  # fmt: skip
 
-    return Transformer(a, jax.jit(weights)(jax.random.key(SEED)), jnp.bfloat16)
+    kernel = attention.choose("auto", mesh, a, jnp.bfloat16)
+    return Transformer(a, jax.jit(weights)(jax.random.key(SEED)), jnp.bfloat16, kernel)
 
 
 def sampler_of(model: Transformer, slots: int, responses: int, new: int, quantize: Any) -> Sampler:

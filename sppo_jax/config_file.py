@@ -1,11 +1,11 @@
 """Configurations: read from files with overrides, and written. A key that is unknown or a value of the wrong type is refused."""
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import draccus
 import yaml
 
 from sppo_jax import files as file_system
@@ -41,7 +41,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
             nested.setdefault(section, {})[name] = value
         else:
             nested[key] = value
-    return checked(draccus.decode(Config, nested))
+    return checked(_made(nested))
 
 
 def checked(config: Config) -> Config:
@@ -77,8 +77,19 @@ def dump(config: Config) -> str:
     Parts that were filled in beside the embedded policy are empty, as if they were not named: beside a model of the user's own
     the file then names no embedded part.
     """
-    encoded = draccus.encode(config)
+    encoded = dataclasses.asdict(config)
     for key in embedded.unnamed(config):
         section, name = key.split(".")
         encoded[section][name] = ""
     return yaml.safe_dump(encoded, sort_keys=False)
+
+
+def _made(nested: dict[str, Any]) -> Config:
+    """The default configuration with these values, which have their knobs' types: {knob or section: value or {knob: value}}."""
+    config = Config()
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **given)
+        for name, given in nested.items()
+        if dataclasses.is_dataclass(getattr(config, name))
+    }
+    return dataclasses.replace(config, **(nested | sections))

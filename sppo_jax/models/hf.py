@@ -172,7 +172,7 @@ def initialise(a: Architecture, key: jax.Array, mesh: Mesh, compute_dtype: Any =
 
     def initial(t: Tensor, key: jax.Array) -> jax.Array:
         if t.path.endswith("norm"):
-            return jnp.full(t.shape(a), 0.0 if a.norm_offset else 1.0)
+            return jnp.full(t.shape(a), 0.0 if a.norm_offset else 1.0, jnp.float32)
         if t.path.endswith("bias"):
             return jnp.zeros(t.shape(a))
         return 0.02 * jax.random.normal(key, t.shape(a))
