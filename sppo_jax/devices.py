@@ -21,6 +21,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub.repositories import Snapshot
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import Architecture, Transformer, hf, lora
+from sppo_jax.pairs import LogProb
 from sppo_jax.records import Pair
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.stage import Stage
@@ -98,13 +99,14 @@ class Devices:
                 judge.release()
 
     @contextmanager
-    def scoring(self, t: int, stage: Stage) -> Iterator[Callable[[Sequence[Pair]], np.ndarray]]:
+    def scoring(self, t: int, stage: Stage) -> Iterator[LogProb]:
         """The turn of training's forward pass.
 
-        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t.
+        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t, or another one.
         """
 
-        def logprob(pairs: Sequence[Pair]) -> np.ndarray:
+        def logprob(pairs: Sequence[Pair], policy: int | None = None) -> np.ndarray:
+            scorer = self.policy(t if policy is None else policy)
             if self._exclusive:
                 self._rest_sampler()
             elif self._sampler is not None:
@@ -115,7 +117,7 @@ class Devices:
                     advance(done)
                     stage.metrics.poll(together=True)
 
-                return self._trainer.logprobs(self.policy(t), pairs, stage.iteration, on_progress)
+                return self._trainer.logprobs(scorer, pairs, stage.iteration, on_progress)
 
         with self._taking("scoring"):
             yield logprob
