@@ -21,7 +21,6 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub.repositories import Snapshot
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import Architecture, Transformer, hf, lora
-from sppo_jax.pairs import LogProb
 from sppo_jax.records import Pair
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.stage import Stage
@@ -99,14 +98,14 @@ class Devices:
                 judge.release()
 
     @contextmanager
-    def scoring(self, t: int, stage: Stage) -> Iterator[LogProb]:
+    def scoring(self, t: int, stage: Stage) -> Iterator[Callable[..., np.ndarray]]:
         """The turn of training's forward pass.
 
-        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t, or another one.
+        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t, or after another
+        one that is its second argument.
         """
 
-        def logprob(pairs: Sequence[Pair], policy: int | None = None) -> np.ndarray:
-            scorer = self.policy(t if policy is None else policy)
+        def logprob(pairs: Sequence[Pair], policy: int = t) -> np.ndarray:
             if self._exclusive:
                 self._rest_sampler()
             elif self._sampler is not None:
@@ -117,7 +116,7 @@ class Devices:
                     advance(done)
                     stage.metrics.poll(together=True)
 
-                return self._trainer.logprobs(scorer, pairs, stage.iteration, on_progress)
+                return self._trainer.logprobs(self.policy(policy), pairs, stage.iteration, on_progress)
 
         with self._taking("scoring"):
             yield logprob
