@@ -205,6 +205,11 @@ class Judge:
     sharpness: float = knob(
         1.0, "factor of the pairwise logit; 2 sums the two orders instead of averaging them", above=0
     )
+    target: Literal["probability", "score"] = knob(
+        "probability",
+        "what is regressed on and ranks responses: the win rate, or the mean of the judge's scores in nats, without a bound "
+        "(docs/losses.md)",
+    )
     prompt: Literal["raw", "chat"] = knob(
         "raw", "raw: the judge reads the instruction; chat: the instruction in its chat template"
     )
@@ -244,7 +249,13 @@ class Fit:
         "the loss, where l_w and l_l are log pi_theta/pi_t of winner and loser; "
         + "; ".join(f"{name}: {loss.equation}" for name, loss in LOSSES.items()),
     )
-    eta: float = knob(1000.0, "step size of the game; 1/beta of dpo and ipo", above=0)
+    eta: float = knob(1000.0, "step size of the game; 1/beta of dpo, ipo and difference", above=0)
+    anchor: float = knob(
+        0.0,
+        "rho, share of the base pi_0 in the loss's reference (1-rho) log pi_t + rho log pi_0",
+        low=0,
+        high=1,
+    )
     baseline: float | Literal["log_partition"] = knob(
         0.5, "win rate, from 0 to 1, whose target is 0; log_partition: log mean exp(eta P)/eta of each prompt"
     )

@@ -98,13 +98,14 @@ class Devices:
                 judge.release()
 
     @contextmanager
-    def scoring(self, t: int, stage: Stage) -> Iterator[Callable[[Sequence[Pair]], np.ndarray]]:
+    def scoring(self, t: int, stage: Stage) -> Iterator[Callable[..., np.ndarray]]:
         """The turn of training's forward pass.
 
-        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t.
+        Yields a function from pairs to log pi(y|x) [n, R], in nats, under the policy after iteration t, or after another
+        one that is its second argument.
         """
 
-        def logprob(pairs: Sequence[Pair]) -> np.ndarray:
+        def logprob(pairs: Sequence[Pair], policy: int = t) -> np.ndarray:
             if self._exclusive:
                 self._rest_sampler()
             elif self._sampler is not None:
@@ -115,7 +116,7 @@ class Devices:
                     advance(done)
                     stage.metrics.poll(together=True)
 
-                return self._trainer.logprobs(self.policy(t), pairs, stage.iteration, on_progress)
+                return self._trainer.logprobs(self.policy(policy), pairs, stage.iteration, on_progress)
 
         with self._taking("scoring"):
             yield logprob

@@ -22,7 +22,7 @@ from sppo_jax.training.checkpoint import Checkpoints, sums
 from sppo_jax.training.optimizer import schedule
 from sppo_jax.training.profiling import Profiler
 from sppo_jax.training.trainer import Trainer
-from sppo_jax.training.update import Programs, Scalars, split
+from sppo_jax.training.update import Programs, Scalars, anchored, split
 
 SKIPPED = 5  # updates in a row whose gradients may be infinite or NaN; the next one ends the run
 
@@ -177,12 +177,11 @@ def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None
     else:
         whole, first = expected_initial_loss(batches, settings)
         effect.check_targets(settings, whole, stage.iteration)
-        stage.say(
-            "fit",
-            f"expected initial loss {whole:.6g} (mean target^2); first batch {first:.6g}"
-            if LOSSES[settings.loss].squared
-            else f"expected initial loss {whole:.6g} (log-ratios 0)",
-        )
+        if LOSSES[settings.loss].squared:
+            offset = f"(target - {settings.anchor:g} log pi_t/pi_0)" if settings.anchor else "target"
+            stage.say("fit", f"expected initial loss {whole:.6g} (mean {offset}^2); first batch {first:.6g}")
+        else:
+            stage.say("fit", f"expected initial loss {whole:.6g} (log-ratios 0)")
     at = batches.layout
     stage.say(
         "fit",
@@ -192,16 +191,16 @@ def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None
 
 
 def expected_initial_loss(batches: Batches, settings: Fit) -> tuple[float, float]:
-    """The loss where every log-ratio is 0 (SPPO: mean target^2), over the first epoch and in its first batch."""
+    """The loss where every log-ratio to pi_t is 0 (SPPO: mean target^2), over the first epoch and in its first batch."""
     loss = LOSSES[settings.loss]
     values, prompts = [], []
     for step in range(batches.steps_per_epoch):
         batch = batches[step]
-        parts = [part for part in batch.microbatches if part.share > 0]
+        parts = [(part, anchored(part, settings.anchor)) for part in batch.microbatches if part.share > 0]
         values.append(
             sum(
-                float(part.share * loss.compute(jnp.asarray(part.ref_logprob), part, settings.eta))
-                for part in parts
+                float(part.share * loss.compute(jnp.asarray(part.ref_logprob), read, settings.eta))
+                for part, read in parts
             )
         )
         prompts.append(batch.prompts)

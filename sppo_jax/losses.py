@@ -1,7 +1,8 @@
 """The losses: pure functions of log-probabilities and preferences, one equation each, and the table of their names.
 
 Everywhere `logprob` and `ref_logprob` are sums over response tokens in nats; the log-ratio is their difference
-and no gradient flows into the reference. Losses of pairs have the winner first and the loser second on the
+and no gradient flows into the reference. Each loss takes pi_t as its reference, or the `anchor` between pi_t and the base.
+docs/losses.md has the methods that they make up. Losses of pairs have the winner first and the loser second on the
 last axis. `where` leaves out elements (padding of the last batch); its shape broadcasts to the loss's terms.
 
 jax is imported inside the functions: the configuration takes its choices from LOSSES, and bad flags are refused before
@@ -24,6 +25,16 @@ def log_ratio(logprob: Float[Values, "..."], ref_logprob: Float[Values, "..."]) 
     import jax.numpy as jnp
 
     return jnp.asarray(logprob) - jax.lax.stop_gradient(jnp.asarray(ref_logprob))
+
+
+def anchor(
+    ref_logprob: Float[Values, "..."], base_logprob: Float[Values, "..."], share: float
+) -> Float[Values, "..."]:
+    """(1 - rho) log pi_t + rho log pi_0, rho = `share` in [0, 1]: a reference that also holds to the base.
+
+    Equation 5 of arXiv:2407.00617 (rho is its tau/eta). Exactly log pi_t where the two are equal, as in iteration 1.
+    """
+    return ref_logprob + share * (base_logprob - ref_logprob)
 
 
 def sppo_loss(
@@ -111,20 +122,42 @@ def ipo_loss(
     return _mean((_margin(logprob, ref_logprob) - eta / 2) ** 2, where)
 
 
+def difference_loss(
+    logprob: Float[Values, "... R"],
+    ref_logprob: Float[Values, "... R"],
+    payoff: Float[Values, "... R"],
+    *,
+    eta: float,
+    where: ArrayLike | None = None,
+) -> Float[Values, ""]:
+    """mean over pairs i < j of ( l_i - l_j - eta (g_i - g_j) )^2, g the payoff of judge.target
+
+    Online IPO's loss (arXiv:2503.08942) where g is a win rate, REBEL's (arXiv:2404.16767) where it is a score. Two
+    responses make one pair; the sum over the pairs of R is R times the sum of squared residuals about their mean, so
+    log Z and any baseline cancel. With payoffs 1 and 0 and half the eta it is `ipo_loss`.
+    """
+    import jax.numpy as jnp
+
+    ratio, payoff = log_ratio(logprob, ref_logprob), jnp.asarray(payoff)
+    i, j = jnp.triu_indices(ratio.shape[-1], 1)
+    target = eta * (payoff[..., i] - payoff[..., j])
+    return _mean((ratio[..., i] - ratio[..., j] - target) ** 2, _pairwise(where))
+
+
 class Judged(Protocol):
     """G prompts with R responses each, best first, worst last: a loss's inputs besides the policy's log-probs."""
 
     @property
     def ref_logprob(self) -> Values:
-        """log pi_t(y|x) [G, R]."""
+        """log pi_t(y|x), or the anchor's, [G, R]."""
 
     @property
-    def win_rate(self) -> Values:
-        """P(y > pi_t | x) [G, R]."""
+    def payoff(self) -> Values:
+        """P(y > pi_t | x), or the mean of the judge's scores in nats, [G, R]."""
 
     @property
     def baseline(self) -> Values:
-        """The win rate whose target is 0 [G]."""
+        """The payoff whose target is 0 [G]."""
 
     @property
     def probability(self) -> Values:
@@ -141,8 +174,9 @@ class Loss:
 
     formula: Callable[..., Any]  # one of the functions above
     compute: Callable[[Any, Judged, float], Any]  # the formula's value from (logprob [G, R], prompts, eta)
-    # Whether the loss needs a winner and a loser; otherwise it takes any number of responses, and their baseline.
+    # Whether the loss needs a winner and a loser; otherwise it takes any number of responses, and their payoffs.
     pairs: bool = True
+    baseline: bool = False  # whether the loss reads a baseline
     squared: bool = False  # whether its value at log-ratios of 0 is the mean squared target
 
     @property
@@ -158,12 +192,13 @@ LOSSES: dict[str, Loss] = {
         lambda logprob_GR, p, eta: sppo_loss(
             logprob_GR,
             p.ref_logprob,
-            p.win_rate,
+            p.payoff,
             eta=eta,
             baseline=p.baseline[:, None],
             where=p.real[:, None],
         ),
         pairs=False,
+        baseline=True,
         squared=True,
     ),
     "sppo_single": Loss(
@@ -183,6 +218,13 @@ LOSSES: dict[str, Loss] = {
     ),
     "ipo": Loss(
         ipo_loss, lambda logprob_GR, p, eta: ipo_loss(logprob_GR, p.ref_logprob, eta=eta, where=p.real)
+    ),
+    "difference": Loss(
+        difference_loss,
+        lambda logprob_GR, p, eta: difference_loss(
+            logprob_GR, p.ref_logprob, p.payoff, eta=eta, where=p.real
+        ),
+        pairs=False,
     ),
 }
 

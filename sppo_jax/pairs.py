@@ -1,25 +1,37 @@
-"""Stage 3: responses and preferences → training's pairs: responses kept, targets eta (P - 1/2), reference log-probs."""
+"""Stage 3: responses and preferences → training's pairs: responses kept, targets eta (P - 1/2), reference log-probs.
+
+With judge.target=score the targets are eta times mean scores; with fit.anchor the base's log-probs lie beside the reference's.
+"""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from sppo_jax import records
 from sppo_jax.config import Config
 from sppo_jax.errors import BadInput
-from sppo_jax.preferences import TIE
+from sppo_jax.preferences import TIE, mean_scores
 from sppo_jax.records import Pair, Preferences, Responses
 from sppo_jax.run import pod
 from sppo_jax.run.advice import GREEDY
+from sppo_jax.run.directory import BASE
 from sppo_jax.run.stage import Stage, there, visible
 from sppo_jax.text.messages import with_response
 from sppo_jax.training import checkpoint
 
-# log pi(y|x) [n, R] of every pair's responses, in nats, by the policy that the iteration starts with.
-LogProb = Callable[[Sequence[Pair]], np.ndarray]
+
+class LogProb(Protocol):
+    """Training's forward pass."""
+
+    def __call__(self, pairs: Sequence[Pair], policy: int = ..., /) -> np.ndarray:
+        """log pi(y|x) [n, R] of every pair's responses, in nats, by the policy after iteration `policy`.
+
+        By default it is the policy that the iteration starts with.
+        """
 
 
 def from_preferences(
@@ -31,6 +43,9 @@ def from_preferences(
 ) -> list[Pair]:
     """The pairs made of an iteration's responses and preferences. Raises BadInput if no prompt has a preferred response."""
 
+    judge = config.judge
+    score = functools.partial(mean_scores, estimator=judge.estimator, sharpness=judge.sharpness)
+
     def selected() -> list[Pair]:
         found, counts = select(
             responses,
@@ -38,6 +53,7 @@ def from_preferences(
             how=config.pairs.select,
             eta=config.fit.eta,
             baseline=config.fit.baseline,
+            score=score if judge.target == "score" else None,
         )
         stage.say("pairs", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
         largest = max((abs(x) for pair in found for x in pair.target), default=0.0)
@@ -48,7 +64,7 @@ def from_preferences(
 
     sources = {"responses": records.digest(responses), "preferences": records.digest(preferences)}
     stage = dataclasses.replace(stage, made_from=stage.made_from | sources)
-    found = scored(selected, logprob, stage)
+    found = scored(selected, logprob, stage, config.fit.anchor)
     gap = sampler_gap(found, responses)
     if gap:
         stage.scalars("sampler_gap", gap)
@@ -60,8 +76,12 @@ def from_preferences(
     return found
 
 
-def scored(selected: Callable[[], Sequence[Pair]], logprob: LogProb, stage: Stage) -> list[Pair]:
+def scored(
+    selected: Callable[[], Sequence[Pair]], logprob: LogProb, stage: Stage, anchor: float
+) -> list[Pair]:
     """Read or make pairs.parquet. It exists only with reference log-probs in it: complete means trainable.
+
+    With an `anchor` above 0 the base's are in it, too; in iteration 1 they are the reference's.
 
     Where training has not begun, the log-probs of a file from an earlier start are computed again: another mesh or
     machine gives other last bits, and the log-ratio must start at exactly 0.
@@ -76,7 +96,12 @@ def scored(selected: Callable[[], Sequence[Pair]], logprob: LogProb, stage: Stag
     if before is None:
         stage.metrics.poll(together=True)
     chosen = before or selected()
-    filled = with_reference(chosen, logprob(chosen))
+    # First the base's, so that the policy that is to be trained is in memory afterwards.
+    base = logprob(chosen, BASE) if anchor and t - 1 != BASE else None
+    ref = logprob(chosen)
+    filled = with_reference(chosen, ref)
+    if anchor:
+        filled = with_base(filled, ref if base is None else base)
     if filled != before:
         pod.written("pairs", lambda: records.replace(run.pairs(t), Pair, filled, stage.made_from))
         visible(run.pairs(t))
@@ -90,10 +115,12 @@ def select(
     how: Literal["best_worst", "all"],
     eta: float,
     baseline: float | Literal["log_partition"],
+    score: Callable[[Sequence[Sequence[float]]], np.ndarray] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """One Pair per prompt that holds a signal, and counts of what was kept and left out.
 
-    Dropped: prompts whose K win rates are all equal (identical responses, a pure cycle) and prompts whose best
+    `score`: from a prompt's logits to the payoffs [K] that take the place of its win rates, with 0 as their baseline.
+    Dropped: prompts whose K payoffs are all equal (identical responses, a pure cycle) and prompts whose best
     response is empty. A prompt's targets depend on its own responses alone. Reference log-probs are NaN until
     `with_reference` fills them in.
     """
@@ -101,9 +128,10 @@ def select(
     counts: Counter[str] = Counter()
     for row, judged in zip(responses, preferences, strict=True):
         rates = np.asarray(judged.win_rate)
-        order = np.argsort(-rates, kind="stable")
+        payoff = rates if score is None else score(judged.logits)
+        order = np.argsort(-payoff, kind="stable")
         best, worst = order[0], order[-1]
-        if rates[best] - rates[worst] <= TIE:
+        if payoff[best] - payoff[worst] <= TIE:
             counts["no_signal"] += 1
             continue
         if not row.responses[best].strip():
@@ -111,6 +139,8 @@ def select(
             continue
         kept = order if how == "all" else order[[0, -1]]
         level = log_partition(rates, eta) if baseline == "log_partition" else baseline
+        if score is not None:
+            level = 0.0  # of a response against itself
         pairs.append(
             Pair(
                 chosen=with_response(row.prompt, row.responses[best]),
@@ -123,8 +153,9 @@ def select(
                 response_ids=[row.response_ids[k] for k in kept],
                 win_rate=rates[kept].tolist(),
                 baseline=float(level),
-                target=(eta * (rates[kept] - level)).tolist(),
+                target=(eta * (payoff[kept] - level)).tolist(),
                 ref_logprob=[float("nan")] * len(kept),
+                score=None if score is None else payoff[kept].tolist(),
             )
         )
         counts["truncated_responses"] += sum(row.finish_reason[k] == "length" for k in kept)
@@ -137,6 +168,12 @@ def with_reference(pairs: Sequence[Pair], ref_logprob: np.ndarray) -> list[Pair]
     """Pairs with their reference log-probs [n, R], in nats, filled in."""
     filled = zip(pairs, ref_logprob.tolist(), strict=True)
     return [dataclasses.replace(pair, ref_logprob=values) for pair, values in filled]
+
+
+def with_base(pairs: Sequence[Pair], base_logprob: np.ndarray) -> list[Pair]:
+    """Pairs with the base's log-probs [n, R], in nats, filled in."""
+    filled = zip(pairs, base_logprob.tolist(), strict=True)
+    return [dataclasses.replace(pair, base_logprob=values) for pair, values in filled]
 
 
 def sampler_gap(pairs: Sequence[Pair], responses: Sequence[Responses]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Between judge and pairs: K x K logits become probabilities, win rates and diagnostics. Pure NumPy, float64.
+"""Between judge and pairs: K x K logits become probabilities, win rates, scores and diagnostics. Pure NumPy, float64.
 
 L[..., i, j] is the judge's logit that response i, shown first, beats response j; the diagonal is not read.
 """
@@ -18,8 +18,18 @@ def probability_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpn
 
     pairwise, pairwise_loo: sigmoid( sharpness (L_ij - L_ji) / 2 ), both orders averaged (the paper).
     score: sigmoid( s_i - s_j ), s_i = mean_j (L_ij - L_ji): the official code's projection, in which cycles
-    are lost and probabilities are twice as sharp. Raises ValueError for another name, a non-square input, or logits
-    beyond float32's range, NaN included.
+    are lost and probabilities are twice as sharp. Raises ValueError as `score_matrix`.
+    """
+    upper = np.triu(_sigmoid(score_matrix(logits, estimator, sharpness=sharpness)), k=1)
+    k = upper.shape[-1]
+    # The lower half is one minus the upper, so that win rates sum to K/2 to the last bit that addition allows.
+    return upper + np.tril(1 - np.swapaxes(upper, -1, -2), k=-1) + np.eye(k) / 2
+
+
+def score_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpness: float = 1.0) -> Matrix:
+    """s(y_i, y_j) [..., i, j] in nats, antisymmetric: the log-odds of `probability_matrix`.
+
+    Raises ValueError for an unknown estimator, a non-square input, or logits beyond float32's range, NaN included.
     """
     logits = np.asarray(logits, np.float64)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
@@ -38,10 +48,8 @@ def probability_matrix(logits: ArrayLike, estimator: str = "pairwise", *, sharpn
     with np.errstate(
         over="ignore"
     ):  # a product beyond float64 is infinite, and its probability exactly 0 or 1
-        upper = np.triu(_sigmoid(sharpness * difference), k=1)
-    k = upper.shape[-1]
-    # The lower half is one minus the upper, so that win rates sum to K/2 to the last bit that addition allows.
-    return upper + np.tril(1 - np.swapaxes(upper, -1, -2), k=-1) + np.eye(k) / 2
+        found: Matrix = sharpness * difference
+    return found
 
 
 def win_rates(probability: ArrayLike, *, leave_one_out: bool = False) -> NDArray[np.float64]:
@@ -51,6 +59,19 @@ def win_rates(probability: ArrayLike, *, leave_one_out: bool = False) -> NDArray
     if leave_one_out:
         return (probability.sum(axis=-1) - 0.5) / (k - 1)
     return probability.mean(axis=-1)
+
+
+def mean_scores(
+    logits: ArrayLike, estimator: str = "pairwise", *, sharpness: float = 1.0
+) -> NDArray[np.float64]:
+    """mean_j s(y_i, y_j) in nats [..., K], with self at 0, or over j != i for pairwise_loo.
+
+    The preference score against pi_t of GPO (arXiv:2410.02197), without a bound where a win rate has one.
+    """
+    scores = score_matrix(logits, estimator, sharpness=sharpness)
+    k = scores.shape[-1]
+    mean: NDArray[np.float64] = scores.sum(axis=-1) / (k - 1 if estimator == "pairwise_loo" else k)
+    return mean
 
 
 def has_cycle(probability: ArrayLike) -> NDArray[np.bool_]:

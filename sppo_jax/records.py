@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,9 +72,16 @@ class Pair:
     prompt_ids: list[int]
     response_ids: list[list[int]]
     win_rate: list[float]
-    baseline: float  # win rate whose target is 0: 1/2, or the prompt's log Z / eta
-    target: list[float]  # eta (win_rate - baseline), which the log-ratio is regressed on, nats
+    baseline: float  # payoff whose target is 0: 1/2, or the prompt's log Z / eta; 0 with scores
+    target: list[float]  # eta (payoff - baseline), which the log-ratio is regressed on, nats
     ref_logprob: list[float]  # log pi_t(y|x), nats
+    score: list[float] | None = None  # with judge.target=score: mean of the judge's scores, nats
+    base_logprob: list[float] | None = None  # with fit.anchor: log pi_0(y|x), nats
+
+    @property
+    def payoff(self) -> list[float]:
+        """What the judge says of each response, and its order: the mean score where there is one, else the win rate."""
+        return self.win_rate if self.score is None else self.score
 
 
 _message = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
@@ -114,9 +121,12 @@ SCHEMAS: dict[type, pa.Schema] = {
             ("baseline", pa.float64()),
             ("target", _doubles),
             ("ref_logprob", _doubles),
+            ("score", _doubles),
+            ("base_logprob", _doubles),
         ]
     ),
 }
+OPTIONAL = frozenset({"score", "base_logprob"})  # columns that a file lacks where all values are None
 Record = TypeVar("Record", Responses, Preferences, Pair)
 
 
@@ -130,9 +140,19 @@ def prompt_id(text: str) -> int:
 
 def write(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
     """Write rows as parquet. `made_from`, {input: digest}, goes into the file's metadata."""
-    schema = SCHEMAS[kind].with_metadata({"made_from": json.dumps(made_from, sort_keys=True)})
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}
+    columns = {
+        name: values
+        for name, values in columns.items()
+        if name not in OPTIONAL or any(value is not None for value in values)
+    }
+    schema = _schema(kind, columns).with_metadata({"made_from": json.dumps(made_from, sort_keys=True)})
     pq.write_table(pa.table(columns, schema=schema), path)
+
+
+def _schema(kind: type, columns: Collection[str]) -> pa.Schema:
+    """The schema of a file with these columns: all of the kind's but optional ones."""
+    return pa.schema([f for f in SCHEMAS[kind] if f.name in columns or f.name not in OPTIONAL])
 
 
 def replace(path: Path, kind: type[Record], rows: Sequence[Record], made_from: dict[str, str]) -> None:
@@ -155,7 +175,7 @@ def read(
     try:
         with path.open("rb") as file:
             table = pq.read_table(file, filters=only)
-        if not table.schema.remove_metadata().equals(SCHEMAS[kind]):
+        if not table.schema.remove_metadata().equals(_schema(kind, table.schema.names)):
             raise BadInput(f"{path}: has other columns than {kind.__name__}; delete it and run again")
         found = json.loads((table.schema.metadata or {}).get(b"made_from", b"{}"))
         rows = [kind(**row) for row in table.to_pylist()]
@@ -198,7 +218,8 @@ def digest(rows: Sequence[Responses] | Sequence[Preferences] | Sequence[Pair]) -
     """The sha256 of the records' contents, which goes into the metadata of files made from them."""
     value = hashlib.sha256()
     for row in rows:
-        value.update(json.dumps(asdict(row), sort_keys=True).encode())
+        held = {name: x for name, x in asdict(row).items() if x is not None}
+        value.update(json.dumps(held, sort_keys=True).encode())
     return value.hexdigest()
 
 

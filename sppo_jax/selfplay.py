@@ -39,7 +39,7 @@ def iterate(run: Session, t: int) -> None:
     if not there(run.paths.export(t)):
         try:
             with run.devices.training(t - 1) as hand_over:
-                # pi_{t+1} = argmin E ( log pi/pi_t - target )^2
+                # pi_{t+1} = argmin E ( log pi/pi_t - target )^2, or another loss of losses.py
                 run.devices.put(t, fit.fit(hand_over, trained_on, run.trainer, stage))
         except NoneWhole:  # training begins again, with the log-probs of this machine's own forward pass
             iterate(run, t)
@@ -81,5 +81,5 @@ def _given(run: Session, t: int, stage: Stage) -> tuple[list[Pair], list[Pair]]:
     with run.devices.judging():
         ranked = evaluate.judge_probe(run, t, drawn)
     with run.devices.scoring(t - 1, stage) as logprob:
-        trained_on = pairs.scored(lambda: run.given[t - 1], logprob, stage)
+        trained_on = pairs.scored(lambda: run.given[t - 1], logprob, stage, run.config.fit.anchor)
         return trained_on, evaluate.score_probe(run, t, ranked, logprob)

@@ -73,6 +73,7 @@ LONGEST = [
     "families",
     "resume",
     "faults",
+    "anchor",
     "endtoend",
     "hub",
     "pairrm_jax",

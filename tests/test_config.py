@@ -1,6 +1,7 @@
 """Configuration: refused input, the meaning of every enum value, and what is written."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_losses_of_pairs_are_refused_for_all_k_and_other_baselines():
         config_file.load([], ["--fit.baseline", "0.4", "--fit.loss", "ipo"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--fit.loss=dpo"], "judge.target=score needs fit.loss=sppo or difference: dpo reads no scores"),
+        (["--fit.baseline=0.4"], "with judge.target=score the baseline is a score of 0: leave it at 0.5"),
+        (["--pairs.source=jsonl:x"], "judge.target=score needs the judge's logits: use probability"),
+    ],
+)
+def test_scores_are_refused_where_nothing_reads_them(flags, said):
+    with pytest.raises(BadInput, match=re.escape(said)):
+        config_file.load([], ["--judge.target=score", "--iterations=1", *flags])
+
+
 def test_flags_are_refused_and_help_is_printed_before_jax_is_imported():
     """jax takes a second to import; the losses' names and equations are there without it."""
     script = """if True:
@@ -171,7 +185,14 @@ def enums():
 
 
 RATES = {"pairwise": 0.6983, "pairwise_loo": 0.7974, "score": 0.7932}  # worked by hand
-VALUES = {"sppo": 4.0, "sppo_single": 1.0, "sppo_hard": 25.0, "dpo": 0.6931, "ipo": 25.0}
+VALUES = {
+    "sppo": 2.125,
+    "sppo_single": 1.0,
+    "sppo_hard": 25.0,
+    "dpo": 0.6931,
+    "ipo": 25.0,
+    "difference": 2.25,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), list(enums()))
@@ -182,7 +203,7 @@ def test_T26_every_enum_value_has_its_own_meaning(key, value):
     if key == "fit.loss":
         zero = np.zeros((1, 2), np.float32)
         prompts = SimpleNamespace(
-            ref_logprob=zero, win_rate=zero + 0.7, baseline=zero[:, 0] + 0.5, probability=zero[:, 0] + 0.6,
+            ref_logprob=zero, payoff=np.float32([[0.7, 0.55]]), baseline=zero[:, 0] + 0.5, probability=zero[:, 0] + 0.6,
             real=np.array([True]),
         )  # fmt: skip
         found = LOSSES[loaded.fit.loss].compute(zero, prompts, loaded.fit.eta)

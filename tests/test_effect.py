@@ -70,9 +70,12 @@ def test_one_update_without_warm_up_trains_and_two_with_it_do_too_but_a_line_say
         assert effect.warning(better, count) is None
 
 
+OVERLAYS = ("lora", "iterative_dpo", "iterative_ipo", "sppo_hard", "gpo", "online_ipo", "inpo")
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_train(path):
-    base = [CONFIGS / "quickstart.yaml"] if path.stem in ("lora", "iterative_dpo", "iterative_ipo") else []
+    base = [CONFIGS / "quickstart.yaml"] if path.stem in OVERLAYS else []
     config = config_file.load([*base, path])
     effect.check(config.fit, config.prompts.per_iteration, 1)
     if config.prompts.per_iteration > 64:

@@ -188,6 +188,41 @@ def test_T26_every_loss_trains_from_its_own_predicted_start(loss, one_device):
     assert metrics[-1]["margin"] > 0.1
 
 
+@pytest.mark.parametrize("loss", ["sppo", "ipo"])
+def test_an_anchor_moves_the_initial_loss_and_leaves_the_log_ratio_at_zero(loss, one_device):
+    settings = dataclasses.replace(SETTINGS, loss=loss, anchor=0.25)
+    model, filled, plain, programs = prepare(pairs_of(8), settings, one_device)
+    ref = np.array([pair.ref_logprob for pair in filled])
+    moved = np.random.default_rng(0).normal(size=ref.shape) * 8
+    batches = Batches(
+        pairs.with_base(filled, ref - moved), global_batch=8, epochs=1, seed=0, iteration=1, packing=Packing()
+    )
+    whole, first = fit.expected_initial_loss(batches, settings)
+    target = np.array([pair.target for pair in filled])
+    by_hand = {"sppo": (target - 0.25 * moved) ** 2, "ipo": (0.25 * (moved[:, 0] - moved[:, 1]) - 5) ** 2}
+    assert whole == first == pytest.approx(np.mean(by_hand[loss]), rel=1e-4)
+    _, params, frozen = split(model)
+    _, metrics = programs.gradients(params, frozen, batches[0].placed(one_device))
+    assert float(metrics["loss"]) == pytest.approx(first, rel=1e-5)
+    assert float(metrics["max_log_ratio"]) == 0
+    _, metrics = programs.gradients(params, frozen, plain[0].placed(one_device))
+    assert math.isnan(metrics["loss"])  # pairs without the base's log-probs cannot pass for anchored ones
+
+
+def test_an_anchor_in_the_policy_itself_changes_no_bit(one_device):
+    """As in iteration 1, where the base is the reference."""
+    found = []
+    for anchor in (0.0, 1 / 3):
+        settings = dataclasses.replace(SETTINGS, warmup=0.0, anchor=anchor)
+        model, filled, _, programs = prepare(pairs_of(8), settings, one_device)
+        rows = pairs.with_base(filled, np.array([pair.ref_logprob for pair in filled])) if anchor else filled
+        batches = Batches(rows, global_batch=4, epochs=2, seed=0, iteration=1)
+        found.append(steps_of(batches, model, programs, one_device)[0])
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+    assert found[0][-1]["max_log_ratio"] > 0
+
+
 def test_T32_the_training_losss_gradient_ignores_the_reference_in_the_batch(one_device):
     _, _, batches, _ = prepare(pairs_of(4), SETTINGS, one_device)
     (batch,) = batches[0].placed(one_device)

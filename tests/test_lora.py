@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sppo_jax import export, main, models, sharding
+from sppo_jax import export, main, models, records, sharding
 from sppo_jax.config import Fit
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.hub import names
@@ -84,7 +84,8 @@ def batch(mesh, groups=2, width=16):
         segments=np.ones(1, np.int32),
         place=np.arange(2 * groups, dtype=np.int32).reshape(groups, 2),
         ref_logprob=np.zeros((groups, 2), np.float32),
-        win_rate=np.tile(np.float32([0.8, 0.3]), (groups, 1)),
+        base_logprob=np.full((groups, 2), np.nan, np.float32),
+        payoff=np.tile(np.float32([0.8, 0.3]), (groups, 1)),
         baseline=np.full(groups, 0.5, np.float32),
         probability=np.full(groups, 0.8, np.float32),
         real=np.ones(groups, bool),
@@ -167,7 +168,7 @@ def test_an_adapter_of_another_make_is_one_line(tmp_path, one_device, change, sa
 def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, monkeypatch):
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *a: devices[:1])
-    options = {"model__lora_rank": 4, "fit__learning_rate": 1e-3}
+    options = {"model__lora_rank": 4, "fit__learning_rate": 1e-3, "fit__anchor": 0.5}
     main.main(words(tmp_path / "whole", iterations=2, **options))
     main.main(words(tmp_path / "parts", iterations=1, **options))
     main.main(
@@ -177,6 +178,9 @@ def test_a_game_of_adapters_goes_on_from_its_files_with_the_same_bits(tmp_path, 
         one, two = (tmp_path / run / "iter_2" / name for run in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
     run = tmp_path / "whole"
+    first, second = (records.read(run / f"iter_{t}/pairs.parquet", records.Pair) for t in (1, 2))
+    assert all(pair.base_logprob == pair.ref_logprob for pair in first)
+    assert all(pair.base_logprob != pair.ref_logprob for pair in second)
     described = json.loads((run / "iter_2/adapter" / lora.CONFIG).read_text())
     assert (described["base_model_name_or_path"], described["r"]) == ("embedded:policy", 4)
     mesh = sharding.make_mesh(1, 1, 1, devices=devices[:1])

@@ -19,6 +19,7 @@ ALL = {
     "sppo_hard": lambda lp, ref: losses.sppo_hard_loss(lp, ref, eta=10.0),
     "dpo": lambda lp, ref: losses.dpo_loss(lp, ref, eta=10.0),
     "ipo": lambda lp, ref: losses.ipo_loss(lp, ref, eta=10.0),
+    "difference": lambda lp, ref: losses.difference_loss(lp, ref, RATES, eta=10.0),
 }
 
 
@@ -54,6 +55,58 @@ def test_dpo_and_ipo_see_the_margin_alone():
         np.testing.assert_allclose(ALL[name](LOGPROB - 3.0, REF), ALL[name](LOGPROB, REF), rtol=1e-5)
 
 
+def test_difference_is_the_mean_over_all_pairs_of_the_squared_difference_of_residuals():
+    logprob, payoff = jnp.array([-3.0, -5.0, -4.0]), jnp.array([0.8, 0.5, 0.2])
+    residual = np.array([1.0, -0.5, 2.0]) - 10 * np.array([0.8, 0.5, 0.2])
+    expected = np.mean([(residual[i] - residual[j]) ** 2 for i, j in [(0, 1), (0, 2), (1, 2)]])
+    reference = logprob - jnp.array([1.0, -0.5, 2.0])
+    found = losses.difference_loss(logprob, reference, payoff, eta=10.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    shifted = losses.difference_loss(logprob + 7.0, reference, payoff - 0.5, eta=10.0)
+    np.testing.assert_allclose(shifted, found, rtol=1e-5)  # neither log Z nor a baseline matters
+
+
+def test_the_sum_of_differences_over_all_pairs_is_K_times_the_pointwise_loss_about_its_mean():
+    rng = np.random.default_rng(0)
+    logprob, reference, payoff = (jnp.asarray(rng.normal(size=(4, 5)), jnp.float32) for _ in range(3))
+
+    def centred(x):
+        return x - x.mean(-1, keepdims=True)
+
+    def pairs(x):
+        return losses.difference_loss(x, reference, payoff, eta=3.0) * 4 * 10
+
+    def pointwise(x):
+        return (
+            losses.sppo_loss(centred(x), centred(reference), centred(payoff), eta=3.0, baseline=0.0) * 4 * 5
+        )
+
+    np.testing.assert_allclose(pairs(logprob), 5 * pointwise(logprob), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(pairs)(logprob), 5 * jax.grad(pointwise)(logprob), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_ipo_is_the_difference_of_payoffs_one_and_zero_at_half_the_eta_bit_for_bit():
+    payoff = jnp.broadcast_to(jnp.array([1.0, 0.0]), LOGPROB.shape)
+
+    def difference(logprob):
+        return losses.difference_loss(logprob, REF, payoff, eta=133.3 / 2)
+
+    found = jax.value_and_grad(difference)(LOGPROB)
+    expected = jax.value_and_grad(lambda x: losses.ipo_loss(x, REF, eta=133.3))(LOGPROB)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_anchor_lies_between_reference_and_base_and_is_the_reference_where_they_are_equal():
+    base = REF + jnp.array([[3.0, -6.0], [0.0, 1.5]])
+    np.testing.assert_allclose(losses.anchor(REF, base, 1 / 3), REF * 2 / 3 + base / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.anchor(REF, base, 1.0), base, rtol=1e-6)
+    odd = jnp.asarray(np.random.default_rng(0).normal(size=100) * 300, jnp.float32)
+    np.testing.assert_array_equal(losses.anchor(odd, odd, 1 / 3), odd)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_T32_no_gradient_flows_into_the_reference(name):
     policy, reference = jax.grad(ALL[name], argnums=(0, 1))(LOGPROB, REF)
@@ -72,6 +125,7 @@ def test_left_out_rows_change_neither_value_nor_gradient(name):
         "sppo_hard": lambda lp, **k: losses.sppo_hard_loss(lp, REF, eta=10.0, **k),
         "dpo": lambda lp, **k: losses.dpo_loss(lp, REF, eta=10.0, **k),
         "ipo": lambda lp, **k: losses.ipo_loss(lp, REF, eta=10.0, **k),
+        "difference": lambda lp, **k: losses.difference_loss(lp, REF, RATES, eta=10.0, **k),
     }[name]
     value, grad = jax.value_and_grad(lambda lp: call(lp, where=where))(LOGPROB)
     other = LOGPROB.at[1].set(jnp.array([-99.0, -1.0]))

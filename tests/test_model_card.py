@@ -54,6 +54,11 @@ def test_the_card_shows_what_made_the_policy_and_how_it_was_measured(begin):
     assert "not measured yet" not in text
 
 
+def test_the_card_says_what_the_loss_regresses_on_where_it_is_not_the_papers(begin):
+    text = model_card.text(begin("--judge.target=score", "--fit.anchor=0.25", "--fit.eta=5"), 1)
+    assert "sppo, eta 5, on scores, 0.25 of the base in the reference" in text
+
+
 def test_the_card_does_without_evaluations_and_is_replaced_when_they_come(begin):
     run = begin()
     run.export(1).mkdir(parents=True)

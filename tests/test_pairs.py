@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from sppo_jax import pairs, preferences
-from sppo_jax.records import Preferences, Responses, prompt_id
+from sppo_jax import pairs, preferences, records
+from sppo_jax.records import Pair, Preferences, Responses, prompt_id
 from sppo_jax.training.batches import Batches
 from sppo_jax.training.packing import Packing
 
@@ -202,3 +203,39 @@ def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, mos
     else:
         assert at.microbatches > 1
         assert at.rows * at.width <= max(most, 2 * at.width)
+
+
+def test_scores_take_the_place_of_win_rates_in_order_and_targets_with_a_baseline_of_zero(tmp_path):
+    """The first beats both others narrowly, the second beats the third by far: best by win rate, and best by score."""
+    row, preferred = judged([[0, 1.0, 1.0], [-1.0, 0, 6.0], [-1.0, -6.0, 0]])
+    options = {"how": "all", "eta": 10.0, "baseline": 0.5}
+    (by_rate,), _ = pairs.select([row], [preferred], **options)
+    (by_score,), _ = pairs.select([row], [preferred], score=preferences.mean_scores, **options)
+    assert [ids[0] for ids in by_rate.response_ids] == [10, 11, 12]
+    assert (by_rate.score, by_rate.payoff) == (None, by_rate.win_rate)
+    assert [ids[0] for ids in by_score.response_ids] == [11, 10, 12]
+    assert by_score.payoff == by_score.score == pytest.approx([5 / 3, 2 / 3, -7 / 3])
+    assert by_score.target == pytest.approx([50 / 3, 20 / 3, -70 / 3])
+    assert by_score.baseline == 0
+    assert by_score.win_rate == [by_rate.win_rate[k] for k in (1, 0, 2)]
+    assert (by_score.chosen_probs_win, by_score.chosen_probs) == (
+        by_rate.win_rate[1],
+        preferred.probability[1][2],
+    )
+    batches = Batches([by_score], global_batch=1, epochs=1, seed=0, iteration=1)
+    np.testing.assert_allclose(batches[0].microbatches[0].payoff, [by_score.score], rtol=1e-6)
+
+
+def test_columns_of_scores_and_of_the_base_are_there_only_where_they_hold_something(tmp_path):
+    """Runs without judge.target=score and fit.anchor write the files that they wrote before there were these knobs."""
+    rows = many(3)
+    based = pairs.with_base(rows, np.zeros((3, 2)))
+    columns = {name for name in records.SCHEMAS[Pair].names if name not in ("score", "base_logprob")}
+    for name, kept, more in (("plain", rows, set()), ("based", based, {"base_logprob"})):
+        path = tmp_path / name
+        records.write(path, Pair, kept, {})
+        assert set(pq.read_schema(path).names) == columns | more
+        again = records.read(path, Pair)
+        assert [pair.base_logprob for pair in again] == [pair.base_logprob for pair in kept]
+        assert records.digest(again) == records.digest(kept)
+    assert records.digest(rows) != records.digest(based)

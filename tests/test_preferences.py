@@ -154,3 +154,15 @@ def test_no_finite_logits_and_no_sharpness_give_nan_or_a_warning(estimator, shar
 def test_logits_beyond_float32_are_refused(value):
     with pytest.raises(ValueError, match="float32's range"):
         probability_matrix([[0, value], [1, 0]], "score")
+
+
+def test_scores_are_the_log_odds_of_the_probabilities_and_their_mean_has_self_at_zero():
+    logits = np.random.default_rng(0).normal(size=(3, 4, 4)) * 3
+    off = ~np.eye(4, dtype=bool)
+    for estimator in preferences.ESTIMATORS:
+        p = preferences.probability_matrix(logits, estimator, sharpness=2.0)
+        scores = preferences.score_matrix(logits, estimator, sharpness=2.0)
+        np.testing.assert_allclose(scores[:, off], np.log(p / (1 - p))[:, off], rtol=1e-6)
+        means = preferences.mean_scores(logits, estimator, sharpness=2.0)
+        others = 3 if estimator == "pairwise_loo" else 4
+        np.testing.assert_allclose(means, np.log(p / (1 - p)).sum(-1) / others, rtol=1e-6, atol=1e-9)

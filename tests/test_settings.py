@@ -102,7 +102,7 @@ def test_a_value_means_what_a_person_reads(tmp_path, text, key, value):
         ("fit.eta", "on", "needs a number"),
         ("fit.eta", "9" * 5001, "must be above 0 and below 2147483648"),
         ("fit.baseline", "log_part", "needs a number or log_partition, found 'log_part'; did you mean 'log_partition'?"),
-        ("fit.loss", "spo", "needs one of sppo, sppo_single, sppo_hard, dpo, ipo, found 'spo'; did you mean 'sppo'?"),
+        ("fit.loss", "spo", "needs one of sppo, sppo_single, sppo_hard, dpo, ipo, difference, found 'spo'; did you mean 'sppo'?"),
         ("judge.estimator", "Pairwise", "needs one of pairwise, pairwise_loo, score, found 'Pairwise'; did you mean 'pairwise'?"),
         ("sampling.quantize", "int4", "did you mean 'int8'?"),
         ("log.to", "wandbd", "needs one of tensorboard, wandb, trackio, or several as [a, b], found 'wandbd'; did you mean 'wandb'?"),

@@ -58,7 +58,7 @@ OF_MAIN = {
     "a section": (["--fit", "5"], "--fit is a section: write --fit.loss VALUE; its keys are loss, eta,"),
     "a file without its flag": (["x.yaml"], "a file is given as --config x.yaml"),
     "one dash": (["-seed", "3"], "did you mean --seed?"),
-    "a wrong choice": (["--fit.loss", "spo"], "--fit.loss needs one of sppo, sppo_single, sppo_hard, dpo, ipo, found 'spo'; did you mean 'sppo'?"),
+    "a wrong choice": (["--fit.loss", "spo"], "--fit.loss needs one of sppo, sppo_single, sppo_hard, dpo, ipo, difference, found 'spo'; did you mean 'sppo'?"),
     "a choice unlike any": (["--pairs.select", "best"], "found 'best'; the default is best_worst"),
     "a word for a number": (["--fit.eta", "ten"], "--fit.eta needs a number, found 'ten'; the default is 1000.0"),
     "a fraction": (["--iterations", "2.5"], "--iterations needs a whole number, found '2.5'; the default is 3"),

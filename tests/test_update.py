@@ -38,7 +38,7 @@ def plain_gradients(model, rows, settings):
     place = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     prompts = SimpleNamespace(
         ref_logprob=jnp.asarray([r.ref_logprob for r in rows], jnp.float32),
-        win_rate=jnp.asarray([r.win_rate for r in rows], jnp.float32),
+        payoff=jnp.asarray([r.payoff for r in rows], jnp.float32),
         baseline=jnp.asarray([r.baseline for r in rows], jnp.float32),
         probability=jnp.asarray([r.chosen_probs for r in rows], jnp.float32),
         real=jnp.ones(len(rows), bool),
@@ -117,7 +117,8 @@ def test_a_pullbacks_residuals_hold_no_weights(sizes, tied, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("how", "loss"), [("all", "sppo"), ("best_worst", "dpo"), ("best_worst", "sppo_single")]
+    ("how", "loss"),
+    [("all", "sppo"), ("best_worst", "dpo"), ("best_worst", "sppo_single"), ("all", "difference")],
 )
 def test_gradients_of_other_losses_and_of_all_k_equal_a_plain_reference(plain, how, loss, eight_devices):
     settings, rows, expected = plain(how, loss)

@@ -126,7 +126,6 @@ def _front(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, str]]:
     c, versions = config, manifest["versions"]
-    baseline = "the prompt's log-partition" if c.fit.baseline == "log_partition" else f"{c.fit.baseline:g}"
     kept = [
         f"{name} {count['kept']}"
         for name, count in manifest["prompts"].items()
@@ -139,7 +138,7 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
         *([("Chat template's options", mapping.written(c.model.template))] if c.model.template else []),
         ("Iterations", f"{t}"),
         *(_given(c, kept) if c.pairs.source else _played(c, kept)),
-        ("Loss", f"{c.fit.loss}, eta {c.fit.eta:g}, baseline {baseline}"),
+        ("Loss", _loss(c)),
         ("Trained", f"adapters of rank {c.model.lora_rank}" if c.model.lora_rank else "all weights"),
         ("Optimiser", f"learning rate {c.fit.learning_rate:g}, {c.fit.global_batch} prompts per update, "
                       f"{c.fit.epochs} of {c.fit.schedule_epochs} scheduled epochs"),
@@ -147,6 +146,13 @@ def _facts(config: Config, manifest: dict[str, Any], t: int) -> list[tuple[str, 
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"),
         ("Devices", _devices(manifest["devices"])),
     ]  # fmt: skip
+
+
+def _loss(c: Config) -> str:
+    baseline = "the prompt's log-partition" if c.fit.baseline == "log_partition" else f"{c.fit.baseline:g}"
+    payoff = "on scores" if c.judge.target == "score" else f"baseline {baseline}"
+    anchor = f", {c.fit.anchor:g} of the base in the reference" if c.fit.anchor else ""
+    return f"{c.fit.loss}, eta {c.fit.eta:g}, {payoff}{anchor}"
 
 
 def _played(c: Config, kept: list[str]) -> list[tuple[str, str]]:

@@ -247,9 +247,12 @@ def _rate(at: _Iteration) -> str | None:
 
 
 def _largest_target(at: _Iteration) -> float | None:
-    """The largest |target| of the pairs that are trained on, or a bound of it; None for a loss without targets."""
+    """The largest |target| of the pairs that are trained on, or a bound of it; None for a loss without targets.
+
+    None with an anchor, too: log-ratios then also go back towards the base.
+    """
     fit = at.config.fit
-    if not LOSSES[fit.loss].squared:
+    if not LOSSES[fit.loss].squared or fit.anchor:
         return None
     if not LOSSES[fit.loss].pairs:
         if (known := at.get("pairs", "largest_target")) is not None:

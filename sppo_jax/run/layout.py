@@ -76,7 +76,8 @@ FILES: list[tuple[Path, str]] = [
     ),
     (
         RUN.pairs(T),
-        "what is trained on: `prompt_ids`, and best to worst `response_ids`, `win_rate`, `baseline`, `target` (nats), `ref_logprob` (nats); beside "
+        "what is trained on: `prompt_ids`, and best to worst `response_ids`, `win_rate`, `baseline`, `target` (nats), `ref_logprob` (nats), with "
+        "`judge.target: score` also `score` (nats), with `fit.anchor` `base_logprob` (nats); beside "
         "them the official code's columns `chosen`, `rejected`, `chosen_probs`, `chosen_probs_win`, `chosen_probs_lose`",
     ),
     (RUN.root / f"iter_{T}" / "checkpoints", "parameters, optimizer state and step, as orbax writes them"),
@@ -115,7 +116,7 @@ RANKED = "some held-out prompt has a preferred response"
 PARTS = {
     "sampling": "responses of the training prompts, with the judging that goes on beside it",
     "judging": "judging after the last response",
-    "scoring": "log-probs of the reference",
+    "scoring": "log-probs of the reference, and of the base with `fit.anchor`",
     "training": "updates and checkpoints",
     "exporting": "the Hugging Face directory",
     "evaluating": "held-out responses and win rates",

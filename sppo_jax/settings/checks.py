@@ -49,17 +49,24 @@ def bounds(accepted: Range, value: float) -> str:
 
 
 def _check_loss(config: Config) -> None:
-    """A loss of pairs takes neither all K responses nor a baseline."""
-    fit = config.fit
-    if not LOSSES[fit.loss].pairs:
-        return
+    """Raise BadInput where a loss of pairs is given all K responses or scores, and for a baseline that nothing reads."""
+    fit, score = config.fit, config.judge.target == "score"
     others = " or ".join(name for name, loss in LOSSES.items() if not loss.pairs)
-    if config.pairs.select == "all":
+    if LOSSES[fit.loss].pairs and config.pairs.select == "all":
         raise BadInput(
             f"pairs.select=all needs fit.loss={others}: {fit.loss} is a loss of pairs; use best_worst"
         )
-    if fit.baseline != 0.5:
-        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss={others} only; leave it at 0.5")
+    if LOSSES[fit.loss].pairs and score:
+        raise BadInput(
+            f"judge.target=score needs fit.loss={others}: {fit.loss} reads no scores; use judge.target=probability"
+        )
+    if fit.baseline != 0.5 and not LOSSES[fit.loss].baseline:
+        readers = " or ".join(name for name, loss in LOSSES.items() if loss.baseline)
+        raise BadInput(f"fit.baseline={fit.baseline} is read by fit.loss={readers} only; leave it at 0.5")
+    if fit.baseline != 0.5 and score:
+        raise BadInput(
+            f"fit.baseline={fit.baseline} is a win rate, and with judge.target=score the baseline is a score of 0: leave it at 0.5"
+        )
 
 
 def _check_judge(judge: Judge) -> None:
@@ -102,6 +109,10 @@ def _check_given_pairs(config: Config) -> None:
     if config.pairs.select == "all":
         raise BadInput(
             f"{source} holds two responses per prompt; pairs.select=all needs all K: use best_worst"
+        )
+    if config.judge.target == "score":
+        raise BadInput(
+            f"{source} holds win rates; judge.target=score needs the judge's logits: use probability"
         )
     if config.fit.baseline == "log_partition":
         raise BadInput(

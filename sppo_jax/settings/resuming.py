@@ -28,6 +28,8 @@ LATER: dict[str, Any] = {
     "responses.source": "",
     "responses.split": "train",
     "responses.column": "responses",
+    "judge.target": "probability",
+    "fit.anchor": 0.0,
 }
 
 

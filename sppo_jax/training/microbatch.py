@@ -33,7 +33,8 @@ class Microbatch:
     segments: Int32[Leaf, " S"]  # 1 to S
     place: Int32[Leaf, "G R"]  # where each response is: row * S + segment - 1
     ref_logprob: Float32[Leaf, "G R"]
-    win_rate: Float32[Leaf, "G R"]
+    base_logprob: Float32[Leaf, "G R"]  # NaN without fit.anchor
+    payoff: Float32[Leaf, "G R"]
     baseline: Float32[Leaf, " G"]
     probability: Float32[Leaf, " G"]  # P(best > worst)
     real: Bool[Leaf, " G"]

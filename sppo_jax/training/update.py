@@ -131,12 +131,12 @@ def compute_weights(params: Params, dtype: Any) -> Params:
 
 
 def objective(
-    logprob_GR: Float[Array, "G R"], batch: Microbatch, *, loss: losses.Loss, eta: float
+    logprob_GR: Float[Array, "G R"], batch: Microbatch, *, loss: losses.Loss, eta: float, anchor: float
 ) -> tuple[Float[Array, "G R"], Scalars]:
     """d loss / d log pi, and the microbatch's part of the update's scalars, which add up (max_log_ratio: their maximum)."""
     real_G, share = batch.real, batch.share
     # A microbatch without prompts has share 0, but its mean must be finite all the same.
-    counted = replace(batch, real=real_G | (share == 0))
+    counted = replace(anchored(batch, anchor), real=real_G | (share == 0))
     value, gradient_GR = jax.value_and_grad(lambda x_GR: loss.compute(x_GR, counted, eta))(logprob_GR)
     ratio_GR = losses.log_ratio(logprob_GR, batch.ref_logprob)
     margin_G = ratio_GR[:, 0] - ratio_GR[:, -1]
@@ -154,6 +154,13 @@ def objective(
         "accuracy": part((margin_G > 0).astype(jnp.float32)),
         "max_log_ratio": jnp.max(jnp.abs(ratio_GR), where=real_G[:, None], initial=0.0),
     }
+
+
+def anchored(batch: Microbatch, anchor: float) -> Microbatch:
+    """The microbatch as the loss reads it: the base has the share `anchor` in its reference. Log-ratios stay those to pi_t."""
+    if anchor == 0:
+        return batch
+    return replace(batch, ref_logprob=losses.anchor(batch.ref_logprob, batch.base_logprob, anchor))
 
 
 def _combined(parts: Sequence[Scalars]) -> Scalars:
@@ -250,7 +257,7 @@ def make_programs(
     )
     shardings = TrainState(replicated, placed, opt_placed)
     alone = functools.partial(sharding.one_at_a_time, mesh=mesh)
-    of_loss = functools.partial(objective, loss=losses.LOSSES[fit.loss], eta=fit.eta)
+    of_loss = functools.partial(objective, loss=losses.LOSSES[fit.loss], eta=fit.eta, anchor=fit.anchor)
     return Programs(
         graph,
         shardings,
