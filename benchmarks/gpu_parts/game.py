@@ -28,7 +28,8 @@ def game(at: At) -> Iterator[Figure]:
     flags = [
         word for key, value in (TINY if at.rehearse else {}).items() for word in (f"--{key}", str(value))
     ]
-    command = [sys.executable, "-m", "gpu_parts.without_grain", "--config", "quickstart", "--seed", str(SEED), "--out", str(out)]  # fmt: skip
+    # Without curves: tensorboard may not be there.
+    command = [sys.executable, "-m", "gpu_parts.without_grain", "--config", "quickstart", "--seed", str(SEED), "--out", str(out), "--log.to", "[]"]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     began, t = time.perf_counter(), 0
     with (at.folder / "game.log").open("wb") as log:
