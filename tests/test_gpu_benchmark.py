@@ -42,7 +42,7 @@ def run(tmp_path, *words):
     path = os.pathsep.join([str(tmp_path / "site"), str(BENCHMARKS.parent)])
     variables = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "XLA_FLAGS": ""}
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, words)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=580)
 
 
 # Several parts in one process, since most of a part's time here is its imports; in two, since tests run beside each other.
