@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent
 RECORDED = BENCHMARKS / "results" / "quickstart.json"
 TINY = {
     "iterations": 1, "prompts.per_iteration": 4, "sampling.max_new_tokens": 8, "sampling.responses": 3, "sampling.slots": 6,
-    "fit.global_batch": 4, "fit.epochs": 1, "fit.schedule_epochs": 1, "fit.checkpoint_every": 1, "eval.prompts": 4, "eval.probe_prompts": 2,
+    "fit.global_batch": 2, "fit.warmup": 0, "fit.epochs": 1, "fit.schedule_epochs": 1, "fit.checkpoint_every": 1, "eval.prompts": 4, "eval.probe_prompts": 2,
     # The sidecar takes seconds to start, and the part "judge" has tried it.
     "judge.backend": "sppo_jax.tiny.world:oracle",
 }  # fmt: skip
@@ -28,10 +28,14 @@ def game(at: At) -> Iterator[Figure]:
     flags = [
         word for key, value in (TINY if at.rehearse else {}).items() for word in (f"--{key}", str(value))
     ]
-    command = [sys.executable, "-m", "gpu_parts.without_grain", "--config", "quickstart", "--seed", str(SEED), "--out", str(out)]  # fmt: skip
+    # Without curves: tensorboard may not be there.
+    command = [sys.executable, "-m", "gpu_parts.without_grain", "--config", "quickstart", "--seed", str(SEED), "--out", str(out), "--log.to", "[]"]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     began, t = time.perf_counter(), 0
-    process = subprocess.Popen([*command, *flags], env=os.environ | {"PYTHONPATH": path})
+    with (at.folder / "game.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *flags], env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT
+        )
     expected = _recorded()
     while True:
         status = process.poll()
@@ -42,7 +46,8 @@ def game(at: At) -> Iterator[Figure]:
             break
         time.sleep(0.2)
     if status:
-        raise RuntimeError(f"the game ended with exit code {status}")
+        told = (at.folder / "game.log").read_text(errors="replace").split("\n")
+        raise RuntimeError(f"the game ended with exit code {status}: {' '.join(told[-3:]).strip()[:300]}")
     seconds = time.perf_counter() - began
     stages = _stages(out / "metrics.jsonl")
     yield Figure(
