@@ -144,7 +144,7 @@ def _line(points: Sequence[tuple[float, float]], curve: Curve, *, faint: bool) -
         return ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashes = f' stroke-dasharray="{curve.dashes}"' if curve.dashes and not faint else ""
-    style = 'stroke-width="1" stroke-opacity=".35"' if faint else 'stroke-width="2.2"'
+    style = 'stroke-width="1.3" stroke-opacity=".45"' if faint else 'stroke-width="2.2"'
     line = f'<polyline points="{path}" fill="none" stroke="{curve.colour}" {style}{dashes}/>'
     dots = (
         ""

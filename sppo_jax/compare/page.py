@@ -55,9 +55,8 @@ def headline(found: Figures) -> list[str]:
     best = ranked[0]
     said = f"{best['name']} has the highest mean win rate by the {judge}, {shown(best)[by]['mean']:.3f}"
     if len(ranked) == 1:
-        return [
-            f"{best['name']} wins {shown(best)[by]['mean']:.3f} of its comparisons with the base, by the {judge}."
-        ]
+        won = tables.spread(shown(best)[by], "{:.3f}")
+        return [f"{best['name']} wins {won} of its comparisons with the base, by the {judge}."]
     second = ranked[1]
     return [
         f"{said}; {second['name']} follows with {shown(second)[by]['mean']:.3f}. {_apart(best, second, by)}"

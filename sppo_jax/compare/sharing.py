@@ -26,9 +26,9 @@ FIRST = 1  # the iteration that begins with the base, as that of every run
 # How the knobs begin that a stage does not read. What is not listed counts, a knob of tomorrow, too.
 JUDGED = ("pairs.", "fit.", "eval.")
 SAMPLED = (*JUDGED, "judge.")
-# The probe's log-probs are training's own, of batches of fit.global_batch.
+# The probe's log-probs are training's own, in batches that fit.global_batch and fit.epochs shape.
 SCORED = (
-    "pairs.select", "fit.loss", "fit.eta", "fit.baseline", "fit.learning_rate", "fit.warmup", "fit.epochs",
+    "pairs.select", "fit.loss", "fit.eta", "fit.baseline", "fit.learning_rate", "fit.warmup",
     "fit.schedule_epochs", "fit.max_grad_norm", "eval.prompts", "eval.oracle",
 )  # fmt: skip
 
@@ -75,26 +75,27 @@ def take(session: Session, others: Sequence[Game]) -> None:
 
 def _parts(session: Session) -> list[Part]:
     """What may be shared, in the order in which it is made."""
-    run = session.paths
-    count = len(shard_ranges(len(session.sets.train[0]), session.config.sampling.shard_prompts))
-
-    def shards(stage: str) -> list[Path]:
-        return [run.shard(FIRST, stage, i, count) for i in range(count)]
-
     held_out, asked = "prompts_heldout", f"responses_{FIRST}" if session.answered else f"prompts_{FIRST}"
-    base, probe = run.heldout(BASE, "responses"), run.heldout(FIRST, "probe")
+    base, probe = session.paths.heldout(BASE, "responses"), session.paths.heldout(FIRST, "probe")
     found: list[tuple[str, type, list[Path], str, tuple[str, ...]]] = [
-        ("the base's held-out responses", Responses, [base], held_out, SAMPLED),
-        ("responses", Responses, shards("responses"), asked, SAMPLED),
-        ("preferences", Preferences, shards("preferences"), asked, JUDGED),
-        ("the probe", Pair, [probe], held_out, SCORED),
+        ("the base's held-out responses", Responses, [base], held_out, SAMPLED)
     ]
-    if session.given:  # pairs.source, instead of responses and preferences
-        found = [found[0], found[3]]
+    if not session.given:  # by pairs.source
+        found += [
+            ("responses", Responses, _shards(session, "responses"), asked, SAMPLED),
+            ("preferences", Preferences, _shards(session, "preferences"), asked, JUDGED),
+        ]
+    found.append(("the probe", Pair, [probe], held_out, SCORED))
     return [
-        Part(name, kind, [str(path.relative_to(run.root)) for path in paths], prompts, unread)
+        Part(name, kind, [str(path.relative_to(session.paths.root)) for path in paths], prompts, unread)
         for name, kind, paths, prompts, unread in found
     ]
+
+
+def _shards(session: Session, stage: str) -> list[Path]:
+    """The files of a stage of the first iteration."""
+    count = len(shard_ranges(len(session.sets.train[0]), session.config.sampling.shard_prompts))
+    return [session.paths.shard(FIRST, stage, i, count) for i in range(count)]
 
 
 def _taken(part: Part, session: Session, game: Game) -> bool:

@@ -48,45 +48,45 @@ def as_text(found: Figures) -> str:
         )
         for i, name in enumerate(first)
     ]
+    by = f", by the {main_measure(found).removeprefix('win_rate_')}"
     rule = "-" * max(map(len, lines))
     return "\n".join(
-        [*legend, *[""] * bool(legend), lines[0], rule, *lines[1:], "", *footnote(found, counts)]
+        [*legend, *[""] * bool(legend), lines[0], rule, *lines[1:], "", *footnote(found, counts, by)]
     )
 
 
-def footnote(found: Figures, counts: Sequence[int]) -> list[str]:
-    """What the figures of the table are, in lines of at most 79 columns."""
+def footnote(found: Figures, counts: Sequence[int], by: str = "") -> list[str]:
+    """What the figures of the table are, in lines of at most 79 columns. `by`: the end of the sentence about least values."""
     numbers = sorted(set(counts))
     at_t = sorted({v["iteration"] for v in found["variants"]})
     when = f"iteration {at_t[0]}" if len(at_t) == 1 else "the last iteration of each variant"
-    by = main_measure(found).removeprefix("win_rate_")
     if numbers[-1] < 2:
         what = ["One seed: there is no interval, and a difference may be chance."]
     else:
         seeds = f"{numbers[0]} seeds" if len(numbers) == 1 else "the n seeds that have it"
         what = [
             f"Means over {seeds}. ±: half of the {found['level']:.0%} interval of that mean, by",
-            f"Student's t over seeds. least: the lowest win rate of a seed, by the {by}.",
+            f"Student's t over seeds. least: the lowest win rate of a seed{by}.",
         ]
         what += ["Where n is 1 there is no interval."] if numbers[0] < 2 else []
     return [f"After {when}, on held-out prompts; win rates are against the base.", *what]
 
 
 def results(found: Figures) -> Table:
-    """The table of the page: means, intervals and least values over seeds."""
-    rates = [name for name in RATES if any(name in shown(v) for v in found["variants"])]
-    rest = [name for name in NAMES if name not in RATES and any(name in shown(v) for v in found["variants"])]
-    head = ["variant", "iteration", "seeds"]
-    for name in rates:
-        head += [NAMES[name][0], "interval", "least"]
-    table = [[*head, *(NAMES[name][0] for name in rest)]]
-    for v in found["variants"]:
+    """The table of the page: means with their intervals, and least values over seeds."""
+    variants = found["variants"]
+    names = [name for name in NAMES if any(name in shown(v) for v in variants)]
+    table = [["variant", "iteration", "seeds"]]
+    for name in names:
+        table[0] += [NAMES[name][0], *(["least"] if name in RATES else [])]
+    for v in variants:
         row = [printable(v["name"]), str(v["iteration"]), str(measure(shown(v), main_measure(found))["n"])]
-        for name in rates:
+        for name in names:
             of, form = measure(shown(v), name), NAMES[name][2]
-            row += [figure(of["mean"], form), _interval(of, form), figure(of["least"], form)]
-        table.append([*row, *(spread(measure(shown(v), name), NAMES[name][2]) for name in rest)])
-    return table
+            row += [spread(of, form), *([figure(of["least"], form)] if name in RATES else [])]
+        table.append(row)
+    same = len({v["iteration"] for v in variants}) == 1  # then it is below the table
+    return [row[:1] + row[1 + same :] for row in table]
 
 
 def differences(found: Figures) -> Table:
@@ -134,12 +134,6 @@ def spread(of: Figures, form: str) -> str:
     """A mean with half of its interval's width, if it has one."""
     mean = figure(of["mean"], form)
     return mean if of["half_width"] is None else f"{mean} ± {figure(of['half_width'], form.replace('+', ''))}"
-
-
-def _interval(of: Figures, form: str) -> str:
-    if of["half_width"] is None:
-        return ABSENT
-    return f"{figure(of['mean'] - of['half_width'], form)} to {figure(of['mean'] + of['half_width'], form)}"
 
 
 def _cells(variant: Figures, by: str, count: str) -> list[str]:
