@@ -260,7 +260,9 @@ def test_the_page_is_one_file_in_the_style_of_a_runs_report(found, tmp_path):
         == 4
     )
     used = set(re.findall(r"var\(--([\w-]+)\)", text))
-    for scheme in re.findall(r":root \{(.*?)\}", text):
+    schemes = re.findall(r":root \{(.*?)\}", text)
+    assert len(schemes) == 2  # light and dark
+    for scheme in schemes:
         assert used <= set(re.findall(r"--(\w[\w-]*):", scheme)), scheme
     assert found["command"].replace("'", "&#39;") in text
 
