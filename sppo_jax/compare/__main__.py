@@ -15,9 +15,9 @@ intervals. The same command again resumes, or prints the table of a finished com
 
 What is compared
 
-  --configs A B ...      the variants, each as [NAME=][FILE[+FILE ...]][,section.key=value ...]: files or names of shipped
-                         configurations, later ones over earlier ones, then knobs over all of them. NAME= alone is the
-                         common configuration as it is. Without NAME= a variant is called what it is made of
+  --configs A B ...      the variants, each as [NAME=][FILE[+FILE ...]][,section.key=value ...]: files or names of
+                         shipped configurations, later ones over earlier ones, then knobs over all of them. NAME= alone
+                         is the common configuration as it is. Without NAME= a variant is called what it is made of
   --grid key=V1,V2 ...   each variant with each of these values; several keys give all combinations
   --seeds S1 S2 ...      the seeds of each variant (default: 0 1 2)
 
@@ -28,8 +28,8 @@ What is common
 
 What comes out
 
-  --out DIR              where it lies (default: runs/compare): DIR/VARIANT/seed-S are ordinary runs, DIR/report.html is the
-                         report, DIR/results.json has all its numbers
+  --out DIR              where it lies (default: runs/compare): ordinary runs in DIR/VARIANT/seed-S, the report in
+                         DIR/report.html, and all its numbers in DIR/results.json
   --iteration T          the iteration whose figures are in the table (default: the last one of each variant)
   --quiet                print nothing but warnings, errors, tables and paths
   --version              print the version
