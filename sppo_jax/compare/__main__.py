@@ -7,8 +7,8 @@ from sppo_jax.compare import flags
 
 USAGE = """python -m sppo_jax.compare --configs A B ... [--seeds 0 1 2] [--out DIR] [--section.key value ...]
 
-Plays each configuration with each seed, one run after another, and writes one report: the means over the seeds with their
-intervals. The same command again resumes, or prints the table of a finished comparison.
+Plays each configuration with each seed, one run after another, and writes one report: the means over the seeds with
+their intervals. The same command again resumes, or prints the table of a finished comparison.
 
   python -m sppo_jax.compare --config quickstart --configs sppo= dpo=iterative_dpo ipo=iterative_ipo --out runs/losses
   python -m sppo_jax.compare --config quickstart --grid fit.learning_rate=5e-5,1e-4,2e-4 --out runs/rates
