@@ -33,6 +33,7 @@ COMMANDS = {
     "main": "play the whole game: sample, judge, train, measure",
     "plan": "memory, time and cost on devices that are not here",
     "evaluate": "compare policies by a judge, and write the public benchmarks' files",
+    "compare": "play several configurations with several seeds, and report them together",
     "judge": "rank the responses in a file",
     "chat": "talk to a policy",
     "export": "write a policy as a Hugging Face directory, or push it to the hub",

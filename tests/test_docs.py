@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sppo_jax import chat, command, config_file, export, interchange
+from sppo_jax.compare import flags as compare_flags
 from sppo_jax.evaluation import flags as evaluate_flags
 from sppo_jax.evaluation import ranking
 from sppo_jax.plan import __main__ as plan
@@ -112,6 +113,8 @@ def check(module, words, place):
                 (place / run[1]).mkdir(parents=True, exist_ok=True)
                 (place / run[1] / "config.yaml").write_text((ROOT / "configs/mistral_7b.yaml").read_text())
         evaluate_flags.read(words)
+    elif module == "compare":
+        compare_flags.read(words)
     elif module == "judge":
         asked = words[words.index("--in") + 1]
         (place / asked.partition(":")[2 if ":" in asked else 0]).write_text(

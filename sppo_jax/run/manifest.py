@@ -105,9 +105,19 @@ def digests(
 class Provenance:
     """The inputs of each file of a run: `made_from` picks them from the digests of the run's inputs."""
 
-    def __init__(self, run: RunDir, config: Config, resolved: Mapping[str, str], inputs: Mapping[str, str]):
-        """`resolved`: what knobs at "auto" come to; `inputs`: the result of `digests`."""
-        self.inputs = dict(inputs)
+    def __init__(
+        self,
+        run: RunDir,
+        config: Config,
+        resolved: Mapping[str, str],
+        inputs: Mapping[str, str],
+        unread: tuple[str, ...] = (),
+    ):
+        """`resolved`: what knobs at "auto" come to; `inputs`: the result of `digests`.
+
+        `unread`: how the names of knobs begin that are left out, to compare files that do not depend on them.
+        """
+        self.inputs, self.resolved = dict(inputs), dict(resolved)
         self._run = run
         self._policies = {BASE: self.inputs["base_weights"]}
         knobs = configuration.flat(config)
@@ -115,6 +125,7 @@ class Provenance:
         fixed.update(resolved)
         later = resuming.LATER
         fixed = {k: v for k, v in fixed.items() if k not in later or v != later[k]}
+        fixed = {k: v for k, v in fixed.items() if not k.startswith(unread)}
         self._configuration = files.sha256_text(json.dumps(fixed, sort_keys=True))
 
     def made_from(self, t: int, prompts: str) -> dict[str, str]:
