@@ -5,6 +5,7 @@ Paths come from users, so every look-up, read and write here ends in a result or
 
 import codecs
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -196,6 +197,14 @@ def entries(directory: Path) -> list[str]:
         return sorted(os.listdir(directory))
     except OSError as error:
         raise BadInput(f"{directory}: {error.strerror}") from None
+
+
+def near(path: Path) -> str:
+    """Return "; did you mean X?" with the name in the folder of a missing file that is most like its own; else nothing."""
+    with contextlib.suppress(BadInput):
+        if is_dir(path.parent) and (match := difflib.get_close_matches(path.name, entries(path.parent), n=1)):
+            return f"; did you mean {path.with_name(match[0])}?"
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
