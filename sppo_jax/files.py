@@ -202,7 +202,11 @@ def entries(directory: Path) -> list[str]:
 def near(path: Path) -> str:
     """Return "; did you mean X?" with the name in the folder of a missing file that is most like its own; else nothing."""
     with contextlib.suppress(BadInput):
-        if is_dir(path.parent) and (match := difflib.get_close_matches(path.name, entries(path.parent), n=1)):
+        names = entries(path.parent) if is_dir(path.parent) else []
+        # By what is before the ending: two names are not alike because both end in .jsonl.
+        stems = {Path(name).stem: name for name in names if Path(name).suffix == path.suffix}
+        found = [stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=1)]
+        if match := found or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8):
             return f"; did you mean {path.with_name(match[0])}?"
     return ""
 

@@ -125,7 +125,7 @@ def test_flags_are_refused_and_help_is_printed_before_jax_is_imported():
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: no such file"):
         config_file.load(["nowhere.yaml"])
 
 

@@ -39,7 +39,16 @@ class Following:
 def play(tmp_path):
     """Return a function that responds to the prompts in a run directory and returns rows, the sampler and the follower."""
 
-    def play(name="run", sampler=None, stop=None, after=99, prompts=PROMPTS, shard_prompts=3, **made_from):
+    def play(
+        name="run",
+        sampler=None,
+        stop=None,
+        after=99,
+        prompts=PROMPTS,
+        shard_prompts=3,
+        config=None,
+        **made_from,
+    ):
         run = RunDir(tmp_path / name)
         sampler = sampler or Streaming()
         follower = Following(run.iteration(1) / "responses", stop, after)
@@ -48,7 +57,7 @@ def play(tmp_path):
             sampler.made += 1
             return sampler
 
-        with Metrics(run, Config()) as metrics:
+        with Metrics(run, config) as metrics:
             stage = Stage(run, 1, 0, shard_prompts, MADE_FROM | made_from, metrics)
             rows = respond.respond(prompts, make, follower, stage)
         return rows, sampler, follower
@@ -220,8 +229,8 @@ def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, ca
 
 
 def test_a_resumed_iteration_keeps_the_speed_of_the_sampling_that_it_does_not_do_again(tmp_path, play):
-    play()
-    play()
+    play(config=Config())
+    play(config=Config())
     first, again = (json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert first.pop("time")
     assert again.pop("time")

@@ -172,7 +172,7 @@ def test_names_of_other_trainers_stand_for_knobs_that_there_are_and_are_none():
         assert name not in leaves
 
 
-def test_a_judge_of_the_examples_beside_no_clone_says_where_they_are(monkeypatch):
+def test_a_judge_of_the_examples_beside_no_clone_says_where_they_are(here, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(BadInput, match=r"no module 'examples' .*: examples/ comes with the source"):
         early.check(config_file.load([], ["--judge.backend", "examples.rule_judge:judge", "--eval.oracle="]))

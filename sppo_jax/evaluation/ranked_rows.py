@@ -61,6 +61,7 @@ def rank(
     keys = [kept.key([read_as(row.prompt, row.responses) for row in members]) for _, members in calls]
     made_from = files.sha256_text(json.dumps([kept.by, [asdict(row) for row in asked], keys]))
     if kept.finished(made_from):
+        kept.forget()  # a crash after --out was whole leaves the lines
         return
     begun = set(kept.rows)
     if not begun.issuperset(keys) and files.exists(kept.out):
