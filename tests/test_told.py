@@ -144,7 +144,7 @@ def test_a_mistake_in_another_command_names_the_flag_and_what_to_write(name, her
 
 @pytest.mark.parametrize("words", [[], ["--quiet"], ["--out", "x", "--iterations", "1"]])
 def test_a_game_without_a_configuration_is_refused_with_the_names_of_the_shipped_ones(words, here):
-    line = refusal(main.main, words)
+    line = refusal(main.read, words)
     assert "mistral_7b" in line
     assert "--config quickstart" in line
     assert main.read(["--fit.eta", "5"])[0].fit.eta == 5
