@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sppo_jax import command
 from sppo_jax import config as configuration
 from sppo_jax.command import Flags, call, printable
-from sppo_jax.config import Sampling
+from sppo_jax.config import EMBEDDED, Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.records import Prompt
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sppo_jax.sampler import Sampler
 
 RESET, QUIT = "/reset", "/quit"
+EXAMPLE = "Where does the fox live?"  # of the embedded prompts
 LONGEST = 512  # tokens of a response, if the policy's context has at least twice as many positions
 
 
@@ -132,14 +133,21 @@ class Conversation:
 
 def _sampler(args: argparse.Namespace) -> "Sampler":
     """A sampler of the policy that --policy names. Files that are quick to check are read before the weights."""
-
+    names.check_export(args.policy)
+    names.check(args.policy)
+    command.say(f"loading {args.policy} ...")
+    if args.policy.startswith(EMBEDDED):
+        command.say(
+            f"warning: {args.policy} is a toy that knows only the embedded prompts, such as {EXAMPLE!r}"
+        )
+    # Only now, since these import jax.
     from sppo_jax import compilation, sharding
     from sppo_jax.models import hf
     from sppo_jax.sampler import Sampler
 
     compilation.keep_programs()
     directory = names.fetch(args.policy).directory
-    architecture = hf.stored_architecture(directory, tell=command.say)
+    architecture = hf.stored_architecture(directory)
     tokenizer = chat_template.load_tokenizer(directory, args.template)
     eos = chat_template.eos_ids(directory, tokenizer, architecture.vocab)
     longest = args.max_new_tokens or min(LONGEST, architecture.max_positions // 2)
@@ -194,4 +202,4 @@ def _lines() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    call(main)
+    call(main, resumes=False)

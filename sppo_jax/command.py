@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import re
-import runpy
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from sppo_jax import files
-from sppo_jax.errors import BadInput, Elsewhere, Terminated, end_on_ctrl_c, one_line
+from sppo_jax.errors import BadInput, Elsewhere, Terminated, one_line
 
 # Characters that `printable` escapes: escapes, carriage returns, changes of direction, halves of characters.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -42,6 +41,7 @@ COMMANDS = {
     "config": "print every knob as a table",
 }
 TRAIN = "train"  # what the console script calls main
+MODULE = re.compile(r"python -m sppo_jax\.(\w+)")
 LONG = re.compile(r"\S{300,}")  # more than the longest name of a file
 MISSING = "the following arguments are required: "  # how argparse begins
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
@@ -58,9 +58,9 @@ class Flags(argparse.ArgumentParser):
 
     def __init__(self, command: str, about: str, more: str = ""):
         super().__init__(
-            prog=f"python -m {command}",
-            description=about,
-            epilog=more,
+            prog=as_called(f"python -m {command}"),
+            description=as_called(about),
+            epilog=as_called(more),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -154,25 +154,27 @@ def say(text: str) -> None:
         print(text, file=shown(sys.stderr), flush=True)
 
 
-def call(entry: Callable[[Sequence[str]], None]) -> None:
+def call(entry: Callable[[Sequence[str]], None], *, resumes: bool = True) -> None:
     """Run an entry point with the command line's words.
+
+    `resumes`: what it has done lies on disk when a signal ends it, and the same command goes on from there.
 
     Exit codes: 0 done, 1 a fault of ours (traceback), 2 bad input, 130 after Ctrl-C, 143 after SIGTERM, 144 where another
     process of the run is gone. Output that cannot be shown ends nothing: the command does all its work, and then exits with
     2 and a line on standard error. Where the reader of a pipe has only closed it, as `head` does, it exits with 0.
     """
-    _open_streams()
+    open_streams()
     # Without a home, matplotlib warns of the folder of its list of fonts, and then goes on.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     sys.stdout, sys.stderr = output, _ = shown(sys.stdout), shown(sys.stderr)
-    code, line = _outcome(entry)
+    code, line = _outcome(entry, resumes)
     output.flush()
     failed = cast(Shown, output).failed
     if code == 0 and failed is not None and failed.errno not in (errno.EPIPE, errno.ECONNRESET):
         reason = os.strerror(failed.errno or errno.EIO)
         code, line = BAD_INPUT, f"error: all is done, but standard output cannot be written: {reason}"
     if line:
-        say(line)
+        say(as_called(line))
     if code:
         sys.exit(code)
 
@@ -185,7 +187,7 @@ def version() -> str:
 
 
 def check_module(words: Sequence[str]) -> None:
-    """Exit with 2 and one line where `python -m` runs a module of the package that is not a command.
+    """Exit with 2 and one line where `python -m` runs a module of the package that is not a
 
     `words`: the process's own command line, with the interpreter and its options. Such a module would run, print nothing
     and exit with 0. Modules of rooms are left alone: the embedded default and the judge's process have theirs. Where a
@@ -195,7 +197,7 @@ def check_module(words: Sequence[str]) -> None:
     package, _, name = module.partition(".")
     if package != "sppo_jax" or "." in name:
         return
-    _open_streams()
+    open_streams()
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         say(
@@ -219,54 +221,11 @@ def _module_of(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     return "", []
 
 
-def script() -> None:
-    """The console script: `sppo_jax NAME WORDS` does what `python -m sppo_jax.NAME WORDS` does; train stands for main."""
-    end_on_ctrl_c()
-    _open_streams()
-    name, *words = sys.argv[1:] or ["--help"]
-    if name in ("--help", "-h"):
-        print(_commands(), file=shown(sys.stdout), flush=True)
-        return
-    if "--version" in (name, *words):
-        print(version(), file=shown(sys.stdout), flush=True)
-        return
-    module = "main" if name == TRAIN else name
-    if module not in COMMANDS:
-        say(f"error: {_not_a_command(printable(name))}")
-        sys.exit(BAD_INPUT)
-    sys.argv = [f"sppo_jax {name}", *words]
-    if not sys.flags.safe_path:
-        sys.path[0] = ""  # as by python -m: a judge in the working directory is found
-    runpy.run_module(f"sppo_jax.{module}", run_name="__main__", alter_sys=True)
-
-
-def _commands() -> str:
-    """The text of `sppo_jax --help`."""
-    names = {TRAIN if name == "main" else name: about for name, about in COMMANDS.items()}
-    return "\n".join(
-        [
-            "sppo_jax COMMAND [FLAGS]",
-            "",
-            "  sppo_jax train --config configs/quickstart.yaml --out runs/quickstart",
-            "",
-            *(f"  {name:<12} {about}" for name, about in names.items()),
-            "",
-            "sppo_jax COMMAND --help lists the flags of one; sppo_jax --version prints the version.",
-        ]
-    )
-
-
-def _not_a_command(name: str) -> str:
-    """The line about a first word of the console script that names no command."""
-    names = [TRAIN, *COMMANDS]
-    if name.startswith("-"):
-        return f"{name} comes after a command, as sppo_jax train {name}; commands are {', '.join(names)}"
-    near = difflib.get_close_matches(name, names, n=1)
-    return (
-        f"{name} is not a command; "
-        + (f"did you mean sppo_jax {near[0]}? " if near else "")
-        + f"commands are {', '.join(names)}"
-    )
+def as_called(text: str) -> str:
+    """`text` with `sppo_jax NAME` in the place of `python -m sppo_jax.NAME`, where the console script was called."""
+    if os.path.basename("".join(sys.orig_argv[1:2])) != "sppo_jax":
+        return text
+    return MODULE.sub(lambda found: f"sppo_jax {TRAIN if found[1] == 'main' else found[1]}", text)
 
 
 def exit_code(error: BaseException) -> int:
@@ -288,9 +247,9 @@ def _no_memory(error: BaseException) -> bool:
     )
 
 
-def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
-    """Run `entry`; returns the exit code, and the line about what ended it."""
-    again = "run the same command again to resume"
+def _outcome(entry: Callable[[Sequence[str]], None], resumes: bool) -> tuple[int, str]:
+    """Run `entry`; returns the exit code, and the line about what ended it. `resumes`: see `call`."""
+    again = "; run the same command again to resume" if resumes else ""
     try:
         with _ended_by_sigterm():
             entry(sys.argv[1:])
@@ -301,11 +260,14 @@ def _outcome(entry: Callable[[Sequence[str]], None]) -> tuple[int, str]:
             raise
     except KeyboardInterrupt:
         _ending()
-        return SIGNALLED + signal.SIGINT, f"interrupted; {again}"
+        return SIGNALLED + signal.SIGINT, f"interrupted{again}"
     except Terminated as stop:
         _ending()
         name = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
-        return SIGNALLED + stop.number, f"stopped by {name} with all work on disk; {again}"
+        return (
+            SIGNALLED + stop.number,
+            f"stopped by {name}{' with all work on disk' if resumes else ''}{again}",
+        )
     except Elsewhere as end:
         _ending()
         return end.code, _short(printable(one_line(end)))
@@ -383,7 +345,7 @@ def _refused(error: OSError) -> BadInput:
     )
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Give standard input, output and error a stream where the caller has closed them.
 
     Otherwise the next file that is opened gets the number of a closed one, and what a library prints goes into it.

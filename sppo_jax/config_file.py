@@ -58,16 +58,21 @@ def find(file: str | Path) -> Path:
     """
     name = str(file)
     path = Path(file_system.expand(name))
-    if path.name != name or path.suffix not in ("", ".yaml") or (path.exists() and not path.is_dir()):
+    if file_system.exists(path) and not file_system.is_dir(path):
+        return path
+    if path.name != name or path.suffix not in ("", ".yaml"):
+        if not file_system.exists(path) and (near := file_system.near(path)):
+            raise BadInput(f"--config {name}: no such file{near}")
         return path
     shipped = sorted(known.stem for known in SHIPPED.glob("*.yaml"))
     if path.stem in shipped:
         return SHIPPED / f"{path.stem}.yaml"
-    if path.suffix:
-        return path
-    near = difflib.get_close_matches(name, shipped, n=3) or shipped
+    near = file_system.near(path)
+    if not near and (match := difflib.get_close_matches(path.stem, shipped, n=1)):
+        near = f"; did you mean {match[0]}?"
     raise BadInput(
-        f"--config {name}: no such file, and no shipped configuration of that name; there are {', '.join(near)}"
+        f"--config {name}: no such file, and no shipped configuration of that name"
+        f"{near or '; there are ' + ', '.join(shipped)}"
     )
 
 

@@ -51,7 +51,7 @@ def end_on_ctrl_c() -> None:
             sys.__excepthook__(kind, error, trace)
             return
         if sys.stderr is not None:
-            print("interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+            print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 
     sys.excepthook = end

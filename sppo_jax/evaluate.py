@@ -41,7 +41,7 @@ def respond(run: Session, t: int, sampler: Callable[[], Sampler]) -> list[Respon
     stage, path, asked = run.heldout_stage(t, policy=t), run.paths.heldout(t, "responses"), run.sets.heldout
 
     def drawn() -> list[Responses]:
-        return _generated("held-out", asked, sampler(), stage, t, responses=2 if t == BASE else 1)
+        return _generated(asked, sampler(), stage, t, responses=2 if t == BASE else 1)
 
     found = stage.kept(path, Responses, drawn)
     records.check_prompts(path, found, asked)
@@ -59,24 +59,25 @@ def draw_probe(
     if there(run.paths.heldout(t, "probe")):
         return []
     stage.metrics.poll(together=True)
-    return _generated("probe", asked, sampler(), stage, t, facts=facts)
+    return _generated(asked, sampler(), stage, t, responses=run.config.sampling.responses, facts=facts)
 
 
 def _generated(
-    name: str,
     asked: Sequence[Prompt],
     engine: Sampler,
     stage: Stage,
     t: int,
     *,
-    responses: int | None = None,
+    responses: int,
     facts: Callable[[], dict[str, Any]] = dict,
 ) -> list[Responses]:
-    """Responses to held-out prompts, in order. Several processes share the prompts, unless they sample together."""
+    """So many responses to each held-out prompt, in order. Several processes share the prompts, unless they sample together."""
     together = not engine.alone
     share = list(asked) if together else pod.dealt(asked)
+    name = f"held-out, {responses} each"
     with stage.progress(name, len(share), "prompts") as advance:
-        chunks = stage.metrics.chunks(advance, facts, together=together)
+        most = len(share) * responses * engine.sampling.max_new_tokens
+        chunks = stage.metrics.chunks(advance, facts, most=most, together=together)
         drawn = (
             engine.generate(share, seed=stage.seed, iteration=t, responses=responses, on_progress=chunks)
             if share
@@ -97,7 +98,7 @@ def judge_probe(run: Session, t: int, drawn: Sequence[Responses]) -> list[Pair]:
         return []
     stage, c = run.heldout_stage(t, policy=t - 1), run.config
     comparisons = len(drawn) * c.sampling.responses * (c.sampling.responses - 1)
-    with stage.progress("probe judge", comparisons, "pairs", minor=True) as advance:
+    with stage.progress("judge, held-out", comparisons, "pairs", minor=True) as advance:
         judged = prefer(drawn, judges.Shared(run.judge), c.judge, run.reading, from_totals(advance))
     ranked = pairs.select(drawn, judged, how="all", eta=c.fit.eta, baseline=0.5)[0]
     return ranked or [_unranked(row, found) for row, found in zip(drawn, judged, strict=True)]

@@ -352,4 +352,4 @@ def _push(directory: Path, repo: str, private: bool) -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    call(main, resumes=False)

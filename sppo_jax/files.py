@@ -5,6 +5,7 @@ Paths come from users, so every look-up, read and write here ends in a result or
 
 import codecs
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -196,6 +197,18 @@ def entries(directory: Path) -> list[str]:
         return sorted(os.listdir(directory))
     except OSError as error:
         raise BadInput(f"{directory}: {error.strerror}") from None
+
+
+def near(path: Path) -> str:
+    """Return "; did you mean X?" with the name in the folder of a missing file that is most like its own; else nothing."""
+    with contextlib.suppress(BadInput):
+        names = entries(path.parent) if is_dir(path.parent) else []
+        # By what is before the ending: two names are not alike because both end in .jsonl.
+        stems = {Path(name).stem: name for name in names if Path(name).suffix == path.suffix}
+        found = [stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=1)]
+        if match := found or difflib.get_close_matches(path.name, names, n=1, cutoff=0.8):
+            return f"; did you mean {path.with_name(match[0])}?"
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

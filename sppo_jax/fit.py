@@ -130,11 +130,15 @@ class _Log:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         self._check(step, values)
         self.gradient_norm = values["grad_norm"]
+        values["learning_rate"] = float(self._rate(step))
         if step == 0:
             self._stage.say(
                 "fit", f"step 0 loss {values['loss']:.6g}, largest log-ratio {values['max_log_ratio']:g}"
             )
-        values["learning_rate"] = float(self._rate(step))
+            if not values["learning_rate"]:
+                self._stage.say(
+                    "fit", "warm-up: the rate of step 0 is 0, so the loss moves only after step 1"
+                )
         # An update whose scalars are a sign that training goes wrong is written in any case: it is said at once.
         if step % self._every == 0 or step == self._last or self._stage.is_sign("fit", values, step=step):
             self._stage.scalars("fit", values, step=step)

@@ -196,4 +196,4 @@ def _pair(
 
 
 if __name__ == "__main__":
-    call(main)
+    call(main, resumes=False)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sppo_jax import command, config_file
 from sppo_jax.config import Config, Distributed, Knob, knobs
-from sppo_jax.errors import Terminated
-from sppo_jax.run import early
+from sppo_jax.errors import BadInput, Terminated
+from sppo_jax.run import early, finished
 from sppo_jax.settings import mapping
 from sppo_jax.settings import words as command_line
 
@@ -22,8 +22,8 @@ USAGE = """python -m sppo_jax.main --config FILE [--config FILE ...] [--section.
 
 Plays SPPO with this configuration; the same command again resumes, or prints the table of a finished run.
 
-  python -m sppo_jax.main --config configs/quickstart.yaml --out runs/quickstart
-  python -m sppo_jax.main --config configs/quickstart.yaml --iterations 1 --fit.eta 5 --out runs/short
+  python -m sppo_jax.main --config quickstart --out runs/quickstart
+  python -m sppo_jax.main --config quickstart --iterations 1 --fit.eta 5 --out runs/short
 
   --config FILE          a configuration; later files override earlier ones, and flags override all files
   --section.key value    any knob below; of a flag given twice the last counts. A value that begins with -- is
@@ -46,6 +46,8 @@ HEADINGS = {
     "eval": "Evaluation on held-out prompts",
     "log": "What is written down",
 }
+# Beginnings of the knobs that make a game of one's own, which needs no file; the others leave the defaults as they are.
+GAME = ("model.", "prompts.", "sampling.", "judge.", "pairs.", "responses.", "fit.", "eval.")
 COLUMNS = 100  # of the text of a knob
 # Variables in which a launcher gives a process its number: SLURM, Open MPI, indexed jobs of Kubernetes, TPUs on GKE.
 NUMBERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
@@ -70,6 +72,9 @@ def game(config: Config, *, quiet: bool = False) -> None:
     """
     if _is_alone(config.distributed):  # else the other processes would wait for this one
         early.check(config)
+        if finished.unchanged(config):
+            _show(config)
+            return
     if not quiet and _is_first(config.distributed):
         print(
             f"loading {config.model.path}: iterations {config.iterations}, out {config.out} ...", flush=True
@@ -88,6 +93,17 @@ def game(config: Config, *, quiet: bool = False) -> None:
         ):
             selfplay.play(opened)
         pod.end()
+
+
+def _show(config: Config) -> None:
+    """Print the table of a finished run, and where its report is."""
+    from sppo_jax.report import tables
+    from sppo_jax.run import evaluations
+    from sppo_jax.run.directory import RunDir
+
+    run = RunDir(config.out)
+    print(tables.as_text(evaluations.read_all(run, lambda _: None)))
+    print(f"report: {run.report}", flush=True)
 
 
 def play(config: Config | str | Path = "", /, **overrides: object) -> "RunDir":
@@ -118,7 +134,14 @@ def play(config: Config | str | Path = "", /, **overrides: object) -> "RunDir":
 def read(words: Sequence[str]) -> tuple[Config, bool]:
     """The configuration of a command line, and whether it asks for --quiet. Raises BadInput for one that cannot be used."""
     own, overrides = command_line.split(words, FLAGS)
-    config = config_file.load([file for flag, file in own if flag == "--config"], overrides)
+    named = [file for flag, file in own if flag == "--config"]
+    if not named and not any(word.removeprefix("--").startswith(GAME) for word in overrides):
+        shipped = sorted(path.stem for path in config_file.SHIPPED.glob("*.yaml"))
+        raise BadInput(
+            "no configuration, and the defaults alone are those of a 7B model: give --config FILE, or the name of a shipped "
+            f"one: {', '.join(shipped)}; the first to try is --config quickstart"
+        )
+    config = config_file.load(named, overrides)
     return config, any(flag == "--quiet" for flag, _ in own)
 
 
@@ -130,7 +153,7 @@ def usage() -> str:
             section = found
             lines += ["", " - ".join(filter(None, [section, HEADINGS.get(section)])), ""]
         lines += _described(knob)
-    return "\n".join(lines)
+    return command.as_called("\n".join(lines))
 
 
 def _described(knob: Knob) -> list[str]:

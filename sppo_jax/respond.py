@@ -12,6 +12,8 @@ from sppo_jax.run.shards import Shards
 from sppo_jax.run.stage import Stage
 from sppo_jax.sampler import Sampler, Stats
 
+SPEED = ("seconds", "tokens_per_second", "slot_efficiency")  # figures of the sampling itself
+
 
 class Follower(Protocol):
     """Receives each prompt's responses as soon as they are on disk: the judge."""
@@ -52,7 +54,12 @@ def respond(
                 [prompts[n] for n in todo],
                 seed=stage.seed,
                 iteration=stage.iteration,
-                on_progress=stage.metrics.chunks(advance, follower.progress, together=together),
+                on_progress=stage.metrics.chunks(
+                    advance,
+                    follower.progress,
+                    most=len(todo) * engine.sampling.responses * engine.sampling.max_new_tokens,
+                    together=together,
+                ),
             )
             for place, row in rows:
                 writer.add(todo[place], row)
@@ -60,7 +67,9 @@ def respond(
     pod.meet("responses")
     speed = _over_all(pod.gathered("speed", speed), together)
     found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
-    stage.scalars("respond", _figures(found) | speed)
+    # Where all was on disk already, its speed is the one of the start that has drawn it.
+    before = {name: x for name, x in stage.earlier("respond").items() if name in SPEED}
+    stage.scalars("respond", _figures(found) | (speed or before))
     return found
 
 
@@ -100,11 +109,8 @@ def _figures(found: Sequence[Responses]) -> dict[str, float]:
 def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
     """Seconds, tokens per second and slot efficiency of the sampling since `before`."""
     new = {name: getattr(stats, name) - getattr(before, name) for name in ("steps", "tokens")}
-    return {
-        "seconds": seconds,
-        "tokens_per_second": new["tokens"] / max(seconds, 1e-9),
-        "slot_efficiency": dataclasses.replace(stats, **new).slot_efficiency,
-    }
+    efficiency = dataclasses.replace(stats, **new).slot_efficiency
+    return dict(zip(SPEED, (seconds, new["tokens"] / max(seconds, 1e-9), efficiency), strict=True))
 
 
 def _over_all(speeds: Sequence[dict[str, float]], together: bool) -> dict[str, float]:

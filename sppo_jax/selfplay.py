@@ -17,7 +17,10 @@ def play(run: Session) -> None:
         run.metrics.say(line)
     for t in range(1, run.config.iterations + 1):
         if not there(run.paths.evaluation(t)):
-            with run.clock.iteration(t, begun=exists(run.paths.iteration(t))):
+            begun = exists(run.paths.iteration(t))
+            with run.clock.iteration(t, begun=begun):
+                if begun and (line := run.reused(t)):
+                    run.metrics.say(line)
                 for done in (t - 1, t) if there(run.paths.export(t)) else (t - 1,):
                     export.mend(run.paths, run.config, run.source, done, run.mesh, run.devices.free)
                 iterate(run, t)

@@ -14,7 +14,7 @@ from sppo_jax.hub import names
 from sppo_jax.judges import CheckedJudge
 from sppo_jax.models import hf
 from sppo_jax.records import Pair, Prompt
-from sppo_jax.run import directory, manifest, pod
+from sppo_jax.run import directory, manifest, pod, reused
 from sppo_jax.run.clock import Clock
 from sppo_jax.run.directory import BASE, RunDir
 from sppo_jax.run.metrics import Metrics
@@ -40,7 +40,8 @@ class Session:
         with about("model.path="):
             self.source = names.fetch(config.model.path, manifest.pinned_model(run), tell=metrics.say)
         base = self.source.directory
-        read = hf.stored_architecture(base, tell=metrics.say)
+        # Said once, before the first iteration is there: a run that is resumed or evaluated has been told.
+        read = hf.stored_architecture(base, tell=None if exists(run.iteration(1)) else metrics.say)
         self.architecture = dataclasses.replace(read, lora_rank=config.model.lora_rank)
         self.tokenizer = chat_template.load_tokenizer(base, config.model.template)
         self.eos = chat_template.eos_ids(base, self.tokenizer, self.architecture.vocab)
@@ -82,6 +83,11 @@ class Session:
         kind = "pairs" if self.given else "responses" if self.answered else "prompts"
         return self._stage(t, t - 1, f"{kind}_{t}")
 
+    def reused(self, t: int) -> str:
+        """The line about what is on disk of iteration t, which an earlier start has begun."""
+        prompts = 0 if self.given else len(self.sets.train[t - 1])
+        return reused.line(self.paths, t, prompts, self.config.sampling.shard_prompts)
+
     def heldout_stage(self, t: int, *, policy: int) -> Stage:
         """Held-out prompts in iteration t, by the policy after iteration `policy`."""
         return self._stage(t, policy, "prompts_heldout")
@@ -99,10 +105,8 @@ class Session:
     def notes(self) -> list[str]:
         """Lines that the user should read before the game starts."""
         lines = embedded.notes(self.config)
-        lines += [
-            f"prompts, {name}: " + ", ".join(f"{key} {n}" for key, n in sorted(count.items()))
-            for name, count in self.sets.counts.items()
-        ] + self.sets.notes
+        lines += [skipped.summary(name, count) for name, count in self.sets.counts.items()]
+        lines += self.sets.notes
         fit = self.config.fit
         if fit.baseline == "log_partition" and fit.eta > LARGE_ETA:
             lines.append(

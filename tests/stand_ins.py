@@ -9,6 +9,7 @@ from concurrent import futures
 import jax
 import numpy as np
 
+from sppo_jax.config import Sampling
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.run import cluster
 from sppo_jax.sampler import Stats
@@ -33,6 +34,7 @@ class Streaming:
     def __init__(self, chunk=lambda i: None, alone=True):
         self.chunk, self.alone = chunk, alone
         self.stats = Stats(slots=6, steps=1000, tokens=7)
+        self.sampling = Sampling(responses=K, max_new_tokens=9)
         self.made, self.asked = 0, []  # how often a test made it; the prompts' texts of each call
 
     def stream(self, prompts, *, seed, iteration=0, responses=None, limits=None, on_progress=None):

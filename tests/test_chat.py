@@ -55,7 +55,7 @@ def test_a_pipe_gets_transformers_greedy_responses_over_two_turns_and_reset_forg
     two = greedy(messages, eos, 40)
     assert one != two
     assert out == f"{one}\n{two}\n{one}\n"
-    assert err == ""
+    assert err == f"loading {POLICY} ...\n"
 
 
 def test_a_seed_gives_the_same_responses_and_another_seed_others(make):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sppo_jax.config import Config
 from sppo_jax.run import clock, metrics
 from sppo_jax.run.clock import Clock
 from sppo_jax.run.directory import RunDir
@@ -49,6 +50,29 @@ def test_the_time_left_is_that_of_the_last_whole_iteration_and_unknown_before_on
         played(run, 4, now)
     ended = [line for line in capsys.readouterr().out.splitlines() if " took " in line]
     assert [line.partition("; ")[2] for line in ended] == ["", "about 40s left", "about 10s left", ""]
+
+
+def test_a_resumed_iteration_adds_its_seconds_to_those_of_what_it_does_not_do_again(tmp_path, now):
+    run = RunDir(tmp_path)
+    with Metrics(run, Config()) as shown, pytest.raises(KeyboardInterrupt):
+        clock_ = Clock(shown, 1)
+        with clock_.iteration(1, begun=False), clock_.doing("sampling"):
+            now[0] += 50
+            raise KeyboardInterrupt
+    with Metrics(run, Config()) as shown:
+        clock_ = Clock(shown, 1)
+        with clock_.iteration(1, begun=True), clock_.doing("training"):
+            now[0] += 7
+    [line] = metrics.read(run)
+    assert (line["sampling"], line["training"], line["total"]) == (50, 7, 57)
+
+
+def test_lines_for_people_have_words_for_the_parts(tmp_path, now, capsys):
+    with Metrics(RunDir(tmp_path)) as shown:
+        clock_ = Clock(shown, 1)
+        with clock_.iteration(1, begun=False), clock_.doing("scoring"):
+            now[0] += 7
+    assert capsys.readouterr().out.splitlines()[-1] == "iteration 1 of 1 took 7s: reference log-probs 7s"
 
 
 def test_time_is_counted_where_an_iteration_fails(tmp_path, now):

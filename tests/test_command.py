@@ -146,6 +146,17 @@ def test_what_ends_a_command_is_one_line_and_an_exit_code(name, outcome):
     assert name != "long input" or line.endswith("and the advice")
 
 
+def test_a_command_that_keeps_nothing_does_not_speak_of_work_on_disk_or_of_resuming(monkeypatch, capsys):
+    for error, line in ((Terminated(), "stopped by SIGTERM\n"), (KeyboardInterrupt(), "interrupted\n")):
+
+        def entry(_words, error=error):
+            raise error
+
+        with pytest.raises(SystemExit):
+            command.call(entry, resumes=False)
+        assert capsys.readouterr().err == line
+
+
 def test_a_requested_stop_has_the_exit_code_of_its_signal(outcome):
     def entry(words):
         stop = Terminated()
@@ -269,7 +280,7 @@ def test_ctrl_c_during_the_imports_of_a_command_is_one_line(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 130
-    assert done.stderr == "interrupted; run the same command again to resume\n"
+    assert done.stderr == "interrupted\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -139,7 +139,7 @@ def test_flags_are_refused_and_help_is_printed_before_jax_is_imported():
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(BadInput, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: no such file"):
         config_file.load(["nowhere.yaml"])
 
 
@@ -243,7 +243,15 @@ def test_a_file_wins_over_the_shipped_configuration_of_its_name(tmp_path, monkey
 
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=r"no shipped configuration of that name; there are quickstart$"):
+    with pytest.raises(BadInput, match=r"no shipped configuration of that name; did you mean quickstart\?$"):
         config_file.load(["quickstrat"])
     with pytest.raises(BadInput, match=r"there are gemma2_9b, .*, ultrafeedback$"):
         config_file.load(["xyz"])
+    (tmp_path / "mine.yaml").write_text("seed: 1\n")
+    for given, meant in (
+        ("mien.yaml", "mine.yaml"),
+        ("onw.yaml", "own"),
+        (tmp_path / "mien.yaml", tmp_path / "mine.yaml"),
+    ):
+        with pytest.raises(BadInput, match=rf"no such file.*; did you mean {meant}\?$"):
+            config_file.load([given])

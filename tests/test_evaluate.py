@@ -132,7 +132,7 @@ def test_a_game_goes_on_when_the_judge_prefers_no_held_out_response(tmp_path, mo
     found = json.loads((tmp_path / "run/iter_1/eval.json").read_text())
     assert set(found["log_ratio"]) == {"kl_per_token"}
     assert found["win_rate"]["judge"]["base"] == {"mean": 0.5, "stderr": None, "per_prompt": [0.5]}
-    *_, row, _ = capsys.readouterr().out.strip().splitlines()
+    *_, row, _note, _report = capsys.readouterr().out.strip().splitlines()
     assert row.split()[:4] == ["1", "0.500", "±", "-"]
     run = RunDir(tmp_path / "run")
     page.write(run)

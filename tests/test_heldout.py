@@ -53,8 +53,8 @@ def test_the_share_is_counted_and_said(tmp_path, tokenizer):
     session.config, session.sets = config_file.load(), found
     *counted, note = session.notes()
     assert counted == [
-        "prompts, train: in_heldout 6, kept 54, rows 60",
-        "prompts, heldout: held_out_of_prompts_source 6, kept 6",
+        "prompts, train: 54 of 60 rows used; 6 are held out",
+        "prompts, heldout: 6 used",
     ]
     assert note.startswith("prompts.heldout is empty: 6 of the 60 prompts of prompts.source=jsonl:")
 

@@ -80,7 +80,7 @@ def test_an_installed_package_finds_its_configurations_from_any_directory(instal
     assert "fit.eta" in said
     code, said = call(installed / "sppo_jax", "train", "--config", "quickstrat", **where)
     assert code == 2
-    assert "there are quickstart" in said
+    assert "did you mean quickstart?" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -92,10 +92,31 @@ def test_what_was_there_before_counts_but_does_not_hurry_the_clock(tmp_path, cap
         on_progress(80, 1000, 0)
         on_progress(0, 0, 0)  # over
     assert capsys.readouterr().out.splitlines() == [
-        "respond: 900/1000 prompts, 0.0/s, tokens/s 50, slots in use 8, judged 3",
+        "respond: 900/1000 prompts, tokens/s 50, slots in use 8, judged 3",
         "respond: 920/1000 prompts, 1.0/s, 1m20s left, tokens/s 50, slots in use 7, judged 3",
         "respond: 1000/1000 prompts in 40s, 2.5/s, tokens/s 50, judged 3",
     ]
+
+
+def test_before_the_first_unit_is_done_the_tokens_drawn_bound_the_time_that_is_left(tmp_path, capsys, now):
+    with Metrics(RunDir(tmp_path)) as metrics, metrics.progress("respond", 4, "prompts") as advance:
+        on_progress = metrics.chunks(advance, most=2000)
+        now[0] += 10
+        on_progress(0, 500, 8)  # 50 a second, and 1500 are left at most
+        now[0] += 10
+        on_progress(1, 500, 8)
+    assert capsys.readouterr().out.splitlines() == [
+        "respond: 0/4 prompts, at most 30s left, tokens/s 50, slots in use 8",
+        "respond: 1/4 prompts, 20.0s each, 1m00s left, tokens/s 50, slots in use 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(1012.3, "1012/s"), (12.34, "12.3/s"), (1, "1.0/s"), (0.8, "1.2s each"), (0.05, "20.0s each"), (0.008, "2m05s each")],
+)  # fmt: skip
+def test_a_rate_below_one_a_second_is_the_time_of_each(rate, text):
+    assert progress.speed(rate) == text
 
 
 def on_terminal(metrics, width):

@@ -88,6 +88,9 @@ def rank(*flags, backend="lengths:Lengths", source="in.jsonl", out="out.jsonl"):
     return [json.loads(line) for line in lines] or pq.read_table(out).to_pylist()
 
 
+DONE = [".out.jsonl.made_from", "in.jsonl", "out.jsonl"]
+
+
 def files_here():
     return sorted(path.name for path in Path().iterdir() if not path.name.startswith("lengths"))
 
@@ -105,7 +108,7 @@ def test_each_row_gets_scores_and_ranks_in_the_order_of_the_rows(lengths, tmp_pa
     np.testing.assert_allclose(found[1]["logits"], [[0, 1 / 7], [-1 / 7, 0]])
     np.testing.assert_allclose(found[1]["probability"][0][1], 1 / (1 + np.exp(-1 / 7)))
     assert lengths.calls == [[3], [2], [5]]
-    assert files_here() == ["in.jsonl", "out.jsonl"]
+    assert files_here() == DONE
 
 
 def test_equal_rows_are_judged_once(lengths, tmp_path, capsys):
@@ -156,12 +159,12 @@ def test_T16_killed_in_the_middle_it_goes_on_from_what_is_judged(lengths, tmp_pa
     lengths.end[2] = end
     with pytest.raises(KeyboardInterrupt):
         rank(backend=f"lengths:{backend}")
-    assert files_here() == [".out.jsonl.partial.jsonl", "in.jsonl", "whole.jsonl"]
+    assert files_here() == [".out.jsonl.partial.jsonl", ".whole.jsonl.made_from", "in.jsonl", "whole.jsonl"]
     with Path(".out.jsonl.partial.jsonl").open("a") as file:
         file.write('\n{"key": "torn')  # by a crash
     assert rank(backend=f"lengths:{backend}") == expected
     assert lengths.calls == [[3], [2], [5]]
-    assert files_here() == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert files_here() == [DONE[0], ".whole.jsonl.made_from", *DONE[1:], "whole.jsonl"]
 
 
 def test_scores_of_another_judge_or_of_other_rows_are_not_taken(lengths, tmp_path):
@@ -201,9 +204,34 @@ def test_killed_between_the_last_file_and_the_end_it_only_cleans_up(lengths, tmp
     written = Path("out.jsonl").read_bytes()
     rank()
     assert len(lengths.calls) == 3
-    assert (Path("out.jsonl").read_bytes(), files_here()) == (written, ["in.jsonl", "out.jsonl"])
-    with pytest.raises(BadInput, match=r"--out out.jsonl: the file exists, and is not replaced"):
+    assert (Path("out.jsonl").read_bytes(), files_here()) == (written, DONE)
+
+
+def test_the_command_of_a_finished_file_prints_its_line_again_and_refuses_another_judge_rows_and_file(
+    lengths, tmp_path, capsys
+):
+    write(tmp_path / "in.jsonl", ROWS)
+    first = rank()
+    lengths.calls.clear()
+    capsys.readouterr()
+    assert rank() == first
+    assert capsys.readouterr().out.endswith("4 rows written to out.jsonl\n")
+    assert lengths.calls == []
+    refused = r"--out out.jsonl: the file exists, and is not replaced"
+    with pytest.raises(BadInput, match=refused):
+        rank("--judge.estimator=score")
+    lengths.Lengths.identity = "other"
+    with pytest.raises(BadInput, match=refused):
         rank()
+    lengths.Lengths.identity = "lengths"
+    write(tmp_path / "in.jsonl", ROWS[:3])
+    with pytest.raises(BadInput, match=refused):
+        rank()
+    write(tmp_path / "in.jsonl", ROWS)
+    Path("out.jsonl").write_text("notes\n")
+    with pytest.raises(BadInput, match=refused):
+        rank()
+    assert lengths.calls == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sppo_jax import respond
+from sppo_jax.config import Config
 from sppo_jax.errors import BadInput, Terminated
-from sppo_jax.run import progress, shards
+from sppo_jax.run import progress, reused, shards
 from sppo_jax.run.directory import RunDir
 from sppo_jax.run.metrics import Metrics
 from sppo_jax.run.stage import Stage
@@ -38,7 +39,16 @@ class Following:
 def play(tmp_path):
     """Return a function that responds to the prompts in a run directory and returns rows, the sampler and the follower."""
 
-    def play(name="run", sampler=None, stop=None, after=99, prompts=PROMPTS, shard_prompts=3, **made_from):
+    def play(
+        name="run",
+        sampler=None,
+        stop=None,
+        after=99,
+        prompts=PROMPTS,
+        shard_prompts=3,
+        config=None,
+        **made_from,
+    ):
         run = RunDir(tmp_path / name)
         sampler = sampler or Streaming()
         follower = Following(run.iteration(1) / "responses", stop, after)
@@ -47,7 +57,7 @@ def play(tmp_path):
             sampler.made += 1
             return sampler
 
-        with Metrics(run) as metrics:
+        with Metrics(run, config) as metrics:
             stage = Stage(run, 1, 0, shard_prompts, MADE_FROM | made_from, metrics)
             rows = respond.respond(prompts, make, follower, stage)
         return rows, sampler, follower
@@ -216,6 +226,36 @@ def test_progress_and_metrics_show_tokens_slots_and_the_judge(tmp_path, play, ca
     assert (line["responses"], line["mean_tokens"]) == (21, tokens / 21)
     assert line["tokens_per_second"] == pytest.approx(tokens / line["seconds"])
     assert line["slot_efficiency"] == pytest.approx(tokens / (4 * 9 * 6))
+
+
+def test_a_resumed_iteration_keeps_the_speed_of_the_sampling_that_it_does_not_do_again(tmp_path, play):
+    play(config=Config())
+    play(config=Config())
+    first, again = (json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert first.pop("time")
+    assert again.pop("time")
+    assert first == again
+    assert first["tokens_per_second"] > 0
+
+
+def test_what_is_on_disk_of_an_iteration_is_one_line(tmp_path, play):
+    run = RunDir(tmp_path / "run")
+    assert reused.line(run, 1, 7, 3) == ""
+    with pytest.raises(Terminated):
+        play(stop=Terminated, after=4)
+    rows = [len(p.read_text().strip().splitlines()) for p in run.iteration(1).rglob(".*.jsonl")]
+    whole = len(list(run.iteration(1).rglob("*.parquet")))
+    done = sum(rows) + 3 * whole
+    assert 4 <= done < 7
+    said = "iteration 1 goes on: on disk already, and not made again: "
+    assert reused.line(run, 1, 7, 3) == f"{said}responses of {done} of 7 prompts"
+    play()
+    run.pairs(1).touch()
+    (run.checkpoints(1) / "3").mkdir(parents=True)
+    (run.checkpoints(1) / "4.orbax-checkpoint-tmp").mkdir()
+    assert reused.line(run, 1, 7, 3) == f"{said}responses, pairs and a checkpoint after 3 updates"
+    run.export(1).mkdir()
+    assert reused.line(run, 1, 7, 3) == f"{said}responses, pairs and the trained policy"
 
 
 def test_scalars_of_two_threads_are_whole_lines(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 import sppo_jax
 from sppo_jax import command, config, main
+from sppo_jax.settings import console
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 
@@ -57,10 +58,10 @@ def test_a_quiet_run_and_a_process_that_is_not_the_first_print_no_loading_line(m
         raise Loaded
 
     monkeypatch.setattr("sppo_jax.run.cluster.joined", joined)
-    second = ["--distributed.coordinator", "127.0.0.1:1", "--distributed.num_processes", "2"]
+    second = [*QUICKSTART, "--distributed.coordinator", "127.0.0.1:1", "--distributed.num_processes", "2"]
     for words, shown in (
-        ([], True),
-        (["--quiet"], False),
+        (QUICKSTART, True),
+        ([*QUICKSTART, "--quiet"], False),
         ([*second, "--distributed.process_id", "0"], True),
         ([*second, "--distributed.process_id", "1"], False),
     ):
@@ -69,7 +70,7 @@ def test_a_quiet_run_and_a_process_that_is_not_the_first_print_no_loading_line(m
         assert capsys.readouterr().out.startswith("loading ") == shown
     monkeypatch.setenv("SLURM_PROCID", "3")
     with pytest.raises(Loaded):
-        main.main([])
+        main.main(QUICKSTART)
     assert capsys.readouterr().out == ""
 
 
@@ -80,9 +81,9 @@ def test_inputs_are_not_looked_up_early_where_other_processes_would_wait(monkeyp
     monkeypatch.setattr("sppo_jax.run.early.check", check)
     monkeypatch.setattr("sppo_jax.run.cluster.joined", lambda _: pytest.fail("joined"))
     with pytest.raises(AssertionError):
-        main.main([])
+        main.main(QUICKSTART)
     with pytest.raises(pytest.fail.Exception, match="joined"):
-        main.main(["--distributed.coordinator", "127.0.0.1:1"])
+        main.main([*QUICKSTART, "--distributed.coordinator", "127.0.0.1:1"])
 
 
 def test_help_has_a_heading_for_every_section_and_an_example():
@@ -90,7 +91,7 @@ def test_help_has_a_heading_for_every_section_and_an_example():
     assert set(main.HEADINGS) == {knob.key.rpartition(".")[0] for knob in config.knobs()}
     for section, heading in main.HEADINGS.items():
         assert f"{section} - {heading}".removeprefix(" - ") in shown
-    assert "  python -m sppo_jax.main --config configs/quickstart.yaml --out runs/quickstart" in shown
+    assert "  python -m sppo_jax.main --config quickstart --out runs/quickstart" in shown
     assert max(map(len, shown)) <= 120
 
 
@@ -113,7 +114,7 @@ def script(monkeypatch, capsys):
         monkeypatch.setattr("runpy.run_module", lambda name, **how: ran.append((name, how["run_name"])))
         code = 0
         try:
-            command.script()
+            console.script()
         except SystemExit as ended:
             code = ended.code
         return ran, sys.argv[1:], code, "".join(capsys.readouterr())
@@ -136,7 +137,7 @@ def test_the_script_runs_the_command_as_python_does(name, script):
         (["--help"], 0, "  evaluate     compare policies"),
         (["--version"], 0, f"sppo_jax {sppo_jax.__version__}\n"),
         (["chat", "--version"], 0, f"sppo_jax {sppo_jax.__version__}\n"),
-        (["trian"], 2, "error: trian is not a command; did you mean sppo_jax train? commands are train, main, plan"),
+        (["trian"], 2, "error: trian is not a command; did you mean sppo_jax train? commands are train, plan, evaluate"),
         (["--config", "x"], 2, "error: --config comes after a command, as sppo_jax train --config; commands are"),
     ],
 )  # fmt: skip
@@ -147,9 +148,25 @@ def test_the_script_lists_its_commands_and_refuses_others_in_one_line(words, cod
     assert code == 0 or len(shown.splitlines()) == 1
 
 
+def test_texts_name_the_command_as_it_was_called(monkeypatch):
+    assert main.usage().startswith("python -m sppo_jax.main --config FILE")
+    assert command.Flags("sppo_jax.chat", "Talk.").prog == "python -m sppo_jax.chat"
+    monkeypatch.setattr("sys.orig_argv", ["python", "/usr/bin/sppo_jax", "train", "--help"])
+    assert main.usage().startswith("sppo_jax train --config FILE")
+    assert "python -m" not in main.usage()
+    assert command.Flags("sppo_jax.chat", "Talk.").prog == "sppo_jax chat"
+
+
+def test_the_scripts_list_has_train_and_not_main_which_works_all_the_same(script):
+    shown = script("--help")[3]
+    assert "\n  train " in shown
+    assert "main" not in shown
+    assert "main" not in script("tarin")[3]
+
+
 def test_the_script_prints_what_a_command_prints():
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "from sppo_jax.command import script; script()", "config"],
+        [sys.executable, "-W", "error", "-c", "from sppo_jax.settings.console import script; script()", "config"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -60,7 +60,33 @@ def test_a_second_ctrl_c_ends_the_process_at_once_with_one_line(first, capfd):
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: codes)
     assert codes == [130]
-    assert capfd.readouterr().err == "interrupted; run the same command again to resume\n"
+    assert capfd.readouterr().err.splitlines() == [
+        "stopping after the work in hand; Ctrl-C again stops at once",
+        "interrupted; run the same command again to resume",
+    ]
+
+
+def test_the_request_is_printed_at_once_and_not_only_after_the_work_in_hand(capfd):
+    stop, seen = Stop(), []
+
+    def press():
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(500):
+            if seen or not working.is_set():
+                return
+            time.sleep(0.01)
+            seen.extend(capfd.readouterr().err.splitlines())
+
+    working = threading.Event()
+    working.set()
+    with stop.on_signals():
+        pressing = threading.Thread(target=press)
+        pressing.start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # Python's own handlers wait for its end
+        working.clear()
+        pressing.join()
+    assert seen == ["stopping after the work in hand; Ctrl-C again stops at once"]
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_library_that_computes(capfd):

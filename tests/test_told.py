@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from sppo_jax import chat, export, main
+from sppo_jax import chat, config, config_file, export, main
 from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import flags as evaluate
 from sppo_jax.pairrm import BACKENDS
 from sppo_jax.plan import __main__ as plan
 from sppo_jax.report import __main__ as report
-from sppo_jax.settings import checks
+from sppo_jax.run import early
+from sppo_jax.settings import checks, values
 
 pytestmark = pytest.mark.usefixtures("single_device")
 
@@ -26,6 +27,7 @@ FILES = {
     "key.yaml": "fit:\n  etta: 5\n",
     "dotted.yaml": "fit.eta: 5\n",
     "number.yaml": "fit: 5\n",
+    "trl.yaml": "fit:\n  beta: 0.1\n",
     "tab.yaml": "fit:\n\teta: 5\n",
     "rule.py": "import numpy as np\n\n\nclass Rule:\n    identity = 'rule'\n\n    def compare(self, prompts, responses, "
     "on_progress=None):\n        return np.zeros((len(prompts), len(responses[0]), len(responses[0])))\n",
@@ -76,7 +78,15 @@ OF_MAIN = {
     "no module of a judge": (["--judge.backend", "ruels:Rule"], "judge.backend=ruels:Rule: there is no module 'ruels' (no ruels.py)"),
     "no attribute of a judge": (["--judge.backend", "rule"], "judge.backend=rule is not known; choose"),
     "an oracle without its attribute": (["--eval.oracle", "rule"], "as rules:judge of rules.py"),
-    "a misspelt attribute": (["--judge.backend", "rule:Ruel"], "judge.backend=rule:Ruel: AttributeError: module 'rule' has no attribute 'Ruel'"),
+    "a misspelt attribute": (["--judge.backend", "rule:Ruel"], "judge.backend=rule:Ruel: rule.py has no 'Ruel'; did you mean rule:Rule?"),
+    "a misspelt module": (["--judge.backend", "ruel:Rule"], "there is no module 'ruel' (no ruel.py); did you mean rule:Rule?; a judge is"),
+    "a misspelt file": ([*RULE, NO_ORACLE, "--prompts.source", "jsonl:onw.jsonl"], "no such file onw.jsonl; did you mean own.jsonl?"),
+    "an example beside no clone": ([*RULE, NO_ORACLE, "--prompts.source", "jsonl:examples/prompts.jsonl"], "examples/ comes with the source and is not installed; start in the folder of a clone"),
+    "TRL's beta": (["--beta", "0.1"], "unknown flag --beta; here it is --fit.eta, which is 1 / beta: for beta 0.1 set it to 10"),
+    "TRL's K": (["--num-generations", "4"], "here it is --sampling.responses"),
+    "TRL's batch": (["--per_device_train_batch_size=4"], "here it is --fit.global_batch, the prompts of an update on all devices"),
+    "TRL's rate": (["--learning_rate", "1e-6"], "did you mean '--fit.learning_rate'?"),
+    "TRL's name in a file": (["--config", "trl.yaml"], "trl.yaml, line 2: unknown key 'fit.beta'; here it is fit.eta, which is 1 / beta"),
     "a model beside embedded parts": (["--model.path", "empty"], "give --judge.path llm-blender/PairRM-hf (embedded:pairrm to take the toy's on purpose) and --prompts.source jsonl:PATH"),
     "no model there": ([*RULE, *OWN, NO_ORACLE, "--model.path", "nowhere"], "model.path=nowhere: no such directory, and not a name on the hub (owner/repo"),
     "no model in it": ([*RULE, *OWN, NO_ORACLE, "--model.path", "empty"], "model.path=empty: no config.json in it; a model is a Hugging Face directory, a name on the hub (owner/repo) or embedded:policy"),
@@ -130,6 +140,51 @@ def test_a_mistake_in_a_run_names_the_knob_and_what_to_write(name, here, pytestc
 def test_a_mistake_in_another_command_names_the_flag_and_what_to_write(name, here):
     command, words, said = OF_OTHERS[name]
     assert said in refusal(command.main, words)
+
+
+@pytest.mark.parametrize("words", [[], ["--quiet"], ["--out", "x", "--iterations", "1"]])
+def test_a_game_without_a_configuration_is_refused_with_the_names_of_the_shipped_ones(words, here):
+    line = refusal(main.read, words)
+    assert "mistral_7b" in line
+    assert "--config quickstart" in line
+    assert main.read(["--fit.eta", "5"])[0].fit.eta == 5
+
+
+def test_chat_says_that_it_loads_and_that_the_embedded_policy_is_a_toy(monkeypatch, capsys):
+    class Loaded(Exception):
+        pass
+
+    def fetch(_name):
+        raise Loaded
+
+    monkeypatch.setattr("sppo_jax.hub.names.fetch", fetch)
+    with pytest.raises(Loaded):
+        chat.main(["--policy", "embedded:policy"])
+    loading, warning = capsys.readouterr().err.splitlines()
+    assert loading == "loading embedded:policy ..."
+    assert warning.startswith("warning: embedded:policy is a toy")
+
+
+def test_names_of_other_trainers_stand_for_knobs_that_there_are_and_are_none():
+    leaves = {knob.rpartition(".")[2] for knob in config.kinds()}
+    for name, (ours, _) in values.OTHERS.items():
+        assert ours in config.kinds()
+        assert name not in leaves
+
+
+def test_a_judge_of_the_examples_beside_no_clone_says_where_they_are(here, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(BadInput, match=r"no module 'examples' .*: examples/ comes with the source"):
+        early.check(config_file.load([], ["--judge.backend", "examples.rule_judge:judge", "--eval.oracle="]))
+
+
+def test_a_module_that_may_have_any_name_is_not_refused_by_its_text(here):
+    (here / "any_name.py").write_text("from rule import *\n")
+    early.check(config_file.load([], ["--judge.backend", "any_name:Rule", "--eval.oracle="]))
+    (here / "by_name.py").write_text("if True:\n    import rule as Judge\n")
+    early.check(config_file.load([], ["--judge.backend", "by_name:Judge", "--eval.oracle="]))
+    with pytest.raises(BadInput, match=r"by_name.py has no 'judge'; did you mean by_name:Judge\?"):
+        early.check(config_file.load([], ["--judge.backend", "by_name:judge", "--eval.oracle="]))
 
 
 def test_the_judges_that_are_checked_for_are_those_that_there_are():

@@ -232,7 +232,7 @@ def _number(flag: str, text: str) -> int:
 def main(words: Sequence[str]) -> None:
     """Evaluate what the command line asks for. Raises BadInput for one that cannot be used."""
     if "--help" in words or "-h" in words:
-        print(USAGE)
+        print(command.as_called(USAGE))
         return
     asked = read(words)
     # Only now, since it imports jax: a wrong flag is refused at once.

@@ -38,7 +38,7 @@ class Policy:
         found = run_of(name)
         self.iteration = BASE if found is None else found[1]
         self.directory = names.fetch(name, tell=tell).directory if found is None else _of_run(*found, tell)
-        self.architecture = hf.stored_architecture(self.directory, tell=tell)
+        self.architecture = hf.stored_architecture(self.directory)
         if options is None and found is not None:
             options = config_file.load([RunDir(found[0]).config]).model.template
         self.tokenizer = chat_template.load_tokenizer(self.directory, options)

@@ -47,10 +47,10 @@ def rank(
     read_as: Reading,
     kept: "Kept",
     metrics: "Metrics",
-) -> list[Preferences | None]:
-    """The preferences of each row, those of an earlier start from `kept`; None for a row that cannot be ranked.
+) -> None:
+    """Judge the rows and write them with their scores to kept.out, unless it was written of the same ones by the same judge.
 
-    The judge gets what a run gives it at once: one row, or for a judge on the mesh the rows of a shard. Raises Terminated
+    The preferences of an earlier start come from `kept`. A row that cannot be ranked gets no scores. The judge gets what a run gives it at once: one row, or for a judge on the mesh the rows of a shard. Raises Terminated
     where a signal has asked for a stop.
     """
     from sppo_jax.judges import prefer
@@ -59,6 +59,10 @@ def rank(
     found: list[Preferences | None] = [_alone(row) if row.usable else None for row in asked]
     calls = [(unit, _records(asked, unit)) for unit in units(asked, judge.on_mesh)]
     keys = [kept.key([read_as(row.prompt, row.responses) for row in members]) for _, members in calls]
+    made_from = files.sha256_text(json.dumps([kept.by, [asdict(row) for row in asked], keys]))
+    if kept.finished(made_from):
+        kept.forget()  # a crash after --out was whole leaves the lines
+        return
     begun = set(kept.rows)
     if not begun.issuperset(keys) and files.exists(kept.out):
         raise BadInput(f"--out {kept.out}: the file exists, and is not replaced; choose another name")
@@ -88,7 +92,8 @@ def rank(
             f"judge: reads only the beginning of {cut['prompts']} prompts and {cut['responses']} responses "
             "(judge.source_tokens, judge.total_tokens)"
         )
-    return found
+    write(kept.out, asked, found)
+    kept.finish(made_from)
 
 
 def units(asked: Sequence[Asked], on_mesh: bool) -> list[list[int]]:
@@ -130,7 +135,7 @@ class Kept:
     """
 
     def __init__(self, out: Path, judged_by: str):
-        self.out, self._path, self._by = out, beside(out), judged_by
+        self.out, self._path, self.by = out, beside(out), judged_by
         self.rows: dict[str, tuple[list[Preferences], Counter[str]]] = {}
         text = ""
         if files.exists(self._path):
@@ -148,7 +153,7 @@ class Kept:
 
     def key(self, shown: Sequence[tuple[str, list[str]]]) -> str:
         """The key of a call with these prompts and responses, as the judge reads them."""
-        return files.sha256_text(json.dumps([self._by, shown]))
+        return files.sha256_text(json.dumps([self.by, shown]))
 
     def add(self, key: str, judged: list[Preferences], cut: Counter[str]) -> None:
         """Keep what a call has returned. Raises BadInput where the system refuses the write."""
@@ -158,8 +163,21 @@ class Kept:
         line = {"key": key, "rows": [asdict(row) for row in judged], "cut": dict(cut)}
         files.append(self._path, f"\n{json.dumps(line)}\n".encode())  # on a line of its own, see above
 
+    def finished(self, made_from: str) -> bool:
+        """Whether --out is as it was written, of the rows and by the judge of this digest."""
+        try:
+            return made(self.out).read_text() == f"{made_from} {files.sha256([self.out])}"
+        except (OSError, ValueError):  # one of the two is not there, or is not a text
+            return False
+
+    def finish(self, made_from: str) -> None:
+        """Keep the digest of what --out, which is whole, was made from, and delete the lines."""
+        with files.replacing(made(self.out)) as part:
+            part.write_text(f"{made_from} {files.sha256([self.out])}")
+        self.forget()
+
     def forget(self) -> None:
-        """Delete the lines, once --out is whole."""
+        """Delete the lines."""
         with files.writing(self._path):
             self._path.unlink(missing_ok=True)
 
@@ -167,6 +185,11 @@ class Kept:
 def beside(out: Path) -> Path:
     """The hidden file beside --out in which what is judged is kept."""
     return out.with_name(f".{out.name}.partial.jsonl")
+
+
+def made(out: Path) -> Path:
+    """The hidden file beside --out that names what it was made from, once it is whole."""
+    return out.with_name(f".{out.name}.made_from")
 
 
 def ranks(win_rate: Sequence[float]) -> list[int]:

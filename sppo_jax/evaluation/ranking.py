@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sppo_jax import config_file, files
+from sppo_jax import command, config_file, files
 from sppo_jax.config import Config, knobs
 from sppo_jax.errors import BadInput
 from sppo_jax.evaluation import ranked_rows
@@ -31,7 +31,8 @@ FEW = 100  # one row in so many may be unusable
 ABOUT = """python -m sppo_jax.judge --in FILE --out FILE --judge.path NAME [--judge.key value ...]
 
 Compares every ordered pair of each row's responses by PairRM or a judge of your own, and writes each row with logits,
-probability, win_rate and rank (docs/judges.md). The same command again goes on where it was interrupted. Example:
+probability, win_rate and rank (docs/judges.md). The same command again goes on where it was interrupted; of a finished
+file it prints the line again. Example:
 
   python -m sppo_jax.judge --in answers.jsonl --out ranked.jsonl --judge.path llm-blender/PairRM-hf
 
@@ -83,9 +84,7 @@ def main(words: Sequence[str]) -> None:
                 metrics.say(line)
             read_as = judges.reading_of(settings, tokenizer)
             kept = Kept(request.out, json.dumps([judge.identity, _of_scores(request.config)]))
-            found = ranked_rows.rank(asked, judge, settings, read_as, kept, metrics)
-            ranked_rows.write(request.out, asked, found)
-            kept.forget()
+            ranked_rows.rank(asked, judge, settings, read_as, kept, metrics)
     finally:
         judge.close()
     print(f"{len(asked)} rows written to {request.out}")
@@ -114,7 +113,7 @@ def usage() -> str:
         if knob.key.startswith(READ):
             limits = f", {knob.range}" if knob.range else ""
             lines += [f"  --{knob.key} {knob.kind}{limits}", f"      {knob.help} (default: {knob.default!r})"]
-    return "\n".join(lines)
+    return command.as_called("\n".join(lines))
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -153,7 +152,9 @@ def _source(name: str, config: Config) -> Source:
     if not name.startswith(SCHEMES):
         path = Path(files.expand(name))
         if not files.is_file(path):
-            raise BadInput(f"--in {name}: {'not a file' if files.exists(path) else 'no such file'}")
+            raise BadInput(
+                f"--in {name}: {'not a file' if files.exists(path) else f'no such file{files.near(path)}'}"
+            )
         name = f"{text_files.notation(path, f'--in {name}')}:{path}"
     else:
         scheme, _, path_ = name.partition(":")
@@ -168,7 +169,8 @@ def _target(name: str) -> Path:
         raise BadInput(f"--out {name}: a directory; name a file in it")
     if path.suffix.lower() not in ENDINGS:
         raise BadInput(f"--out {name}: rows are written as {' or '.join(ENDINGS)}; end the name so")
-    if files.exists(path) and not files.exists(ranked_rows.beside(path)):
+    ours = (ranked_rows.beside(path), ranked_rows.made(path))
+    if files.exists(path) and not any(files.exists(mark) for mark in ours):
         raise BadInput(f"--out {name}: the file exists, and is not replaced; choose another name")
     return path
 

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sppo_jax import config_file
-from sppo_jax.command import call, say
+from sppo_jax.command import as_called, call, say
 from sppo_jax.errors import BadInput
 from sppo_jax.plan import config_header, slices
 from sppo_jax.plan.lengths import Lengths
@@ -72,7 +72,7 @@ class PlanRequest:
 def main(words: Sequence[str]) -> None:
     """Print the plans that the command line asks for. Raises BadInput for wrong flags, and where nothing fits."""
     if "--help" in words or "-h" in words:
-        print(__doc__)
+        print(as_called(__doc__ or ""))
         return
     files, request, overrides = parse(words)
     config = config_file.load(files, overrides)
@@ -147,4 +147,4 @@ def _number(flag: str, value: str) -> float:
 
 
 if __name__ == "__main__":
-    call(main)
+    call(main, resumes=False)

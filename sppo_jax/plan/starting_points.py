@@ -102,4 +102,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    call(main)
+    call(main, resumes=False)

@@ -30,6 +30,7 @@ DIAGNOSTICS = (
     ("win rate and length", "length_correlation", "{:+.2f}"),
     ("entropy", "entropy", "{:.2f}"),
 )
+NOTE = "win: against the base, ± one standard error; iter 0: the base against itself"
 CUT = ("cut_prompts", "cut_responses")
 
 
@@ -44,7 +45,7 @@ def as_text(found: Sequence[Evaluation]) -> str:
     cells = results(found, short=True)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], NOTE])
 
 
 def judged(lines: Sequence[dict[str, Any]]) -> Table:

@@ -169,6 +169,11 @@ def shard_ranges(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
+def partial(shard: Path) -> Path:
+    """The hidden file with the rows of a shard that is not whole yet."""
+    return shard.with_name(f".{shard.stem}.partial.jsonl")
+
+
 def claim(run: RunDir, config: Config) -> None:
     """Write the resolved configuration, which claims OUT for it. To be called once every input has been checked."""
     # Not which process this is.

@@ -128,7 +128,7 @@ FIELDS: list[Field] = [
     Field("respond", "mean_tokens", "tokens", "mean length of a response"),
     Field("respond", "truncated_share", "share", "responses cut at `sampling.max_new_tokens`"),
     Field(
-        "respond", "seconds", "s", "wall time of the sampling of the last start; judging beside it counts", SAMPLED
+        "respond", "seconds", "s", "wall time of the sampling in the last start that sampled; judging beside it counts", SAMPLED
     ),
     Field("respond", "tokens_per_second", "1/s", "new tokens of all processes in a second", SAMPLED),
     Field("respond", "slot_efficiency", "share", "slots in which a response was being decoded, of all", SAMPLED),
@@ -175,7 +175,7 @@ FIELDS: list[Field] = [
     Field("evaluate", "words", "words", "mean length of a held-out response"),
     Field("evaluate", "prompts", "", "held-out prompts that were answered"),
     Field("evaluate", "truncated_share", "share", "held-out responses cut at `sampling.max_new_tokens`"),
-    *(Field("seconds", name, "s", f"wall time of the last start: {meaning}") for name, meaning in PARTS.items()),
+    *(Field("seconds", name, "s", f"wall time of all starts: {meaning}") for name, meaning in PARTS.items()),
 ]  # fmt: skip
 
 

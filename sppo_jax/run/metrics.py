@@ -46,6 +46,7 @@ class Metrics:
         self._stop = Stop()
         self._writing = threading.Lock()
         before = [] if self._silent or config is None else read(run)
+        self._before = {(line["iteration"], line["stage"]): line for line in before if not line["step"]}
         self._signs = Signs(config, before) if config is not None else None
         self._tracking = None if self._silent else Tracking(run, config, self.say, before)
 
@@ -69,6 +70,12 @@ class Metrics:
             signs = self._signs.take(line) if self._signs is not None else []
         for sign in signs:
             self.say(f"iteration {iteration} {stage}: warning: {sign.text}")
+
+    def earlier(self, iteration: int, stage: str) -> dict[str, float]:
+        """The numbers that an earlier start has written of a stage as its step 0; empty where there is no such line."""
+        line = self._before.get((iteration, stage), {})
+        other = ("iteration", "stage", "step", "time")
+        return {name: x for name, x in line.items() if name not in other and isinstance(x, float)}
 
     def is_sign(self, iteration: int, stage: str, step: int, **values: float) -> bool:
         """Whether these scalars, once written, would print a warning."""
@@ -149,20 +156,24 @@ class Metrics:
         advance: Callable[..., None],
         facts: Callable[[], dict[str, Any]] = dict,
         *,
+        most: int = 0,
         together: bool = False,
     ) -> Callable[[int, int, int], None]:
         """Return a callback for the sampler, which passes each chunk's prompts, tokens and slots in use to `advance` and polls.
 
-        Slots are shown while some are in use, and the result of `facts()` as well. `together`: all processes of the run sample the same prompts.
+        Slots are shown while some are in use, and the result of `facts()` as well. `most`: the largest number of tokens that
+        can be drawn, if it is known; with their rate it bounds the time left before a prompt is done. `together`: all
+        processes of the run sample the same prompts.
         """
         start, tokens = time.monotonic(), 0
 
         def on_progress(prompts: int, new_tokens: int, slots_in_use: int) -> None:
             nonlocal tokens
             tokens += new_tokens
-            rate = round(tokens / max(time.monotonic() - start, 1e-9))
+            rate = tokens / max(time.monotonic() - start, 1e-9)
             slots = {"slots in use": slots_in_use} if slots_in_use else {}
-            advance(prompts, **{"tokens/s": rate}, **slots, **facts())
+            bound = {progress.AT_MOST: (most - tokens) / rate} if most > tokens > 0 else {}
+            advance(prompts, **{"tokens/s": round(rate)}, **slots, **facts(), **bound)
             self.poll(together=together)
 
         return on_progress

@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.text import Text
 
+AT_MOST = "at most"  # a fact: the seconds that are left at most, shown before the first unit is done
 PLAIN_SECONDS = 5.0  # between plain lines of one stage
-NUMBERS = 3  # parts of a line that every width shows: done, rate and time left
 LEAST_LABEL = 10  # columns that a label keeps; the numbers give way then
 REFRESHES = 4  # of a bar in a second
 BESIDE_BAR = 60  # columns that a line needs before half of the others go to the bar
@@ -40,21 +40,28 @@ class Count:
         """Whether all units are done."""
         return self.done >= self.total
 
-    def parts(self) -> list[str]:
-        """The parts of a line, the most important first. A finished stage has the seconds that it took, and no time left."""
+    def parts(self) -> tuple[list[str], list[str]]:
+        """The parts of a line, the most important first: units done, rate and time left; and the facts.
+
+        A finished stage has the seconds that it took, and no time left. Before its first unit is done a stage has no rate,
+        and of the time left the largest one that was given with `AT_MOST`.
+        """
         seconds = time.monotonic() - self.start
         rate = (self.done - self._before) / max(seconds, 1e-9)
-        speed = f"{rate:.1f}/s" if rate < 100 else f"{rate:.0f}/s"
         done = f"{self.done}/{self.total} {self.unit}"
-        facts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._facts.items()]
+        facts = {name: value for name, value in self._facts.items() if name != AT_MOST}
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()]
         if self.finished:
-            return [f"{done} in {duration(seconds)}", speed, *facts]
-        left = [f"{duration((self.total - self.done) / rate)} left"] if rate else []
-        return [done, speed, *left, *facts]
+            return [f"{done} in {duration(seconds)}", speed(rate)], shown
+        if rate:
+            return [done, speed(rate), f"{duration((self.total - self.done) / rate)} left"], shown
+        most = self._facts.get(AT_MOST)
+        return [done, *([] if most is None else [f"at most {duration(most)} left"])], shown
 
     def line(self) -> str:
         """The whole line of a log."""
-        return f"{self.label}: {', '.join(self.parts())}"
+        numbers, facts = self.parts()
+        return f"{self.label}: {', '.join([*numbers, *facts])}"
 
     def fitted(self, width: int) -> tuple[str, str]:
         """The label and the parts that fit into `width` columns, with one column between them.
@@ -62,16 +69,17 @@ class Count:
         The facts are dropped first, from the last on, then the unit; then the label loses its beginning, and in the end the
         time left and the rate are dropped.
         """
-        parts = self.parts()
-        while len(parts) > NUMBERS and self._columns(parts) > width:
-            parts.pop()
+        numbers, facts = self.parts()
+        while facts and self._columns([*numbers, *facts]) > width:
+            facts.pop()
+        parts = [*numbers, *facts]
         if self._columns(parts) > width:
-            parts = [parts[0].replace(f" {self.unit}", ""), *parts[1:NUMBERS]]
+            parts = [parts[0].replace(f" {self.unit}", ""), *parts[1:]]
         least = min(LEAST_LABEL, cell_len(self.label))
         while len(parts) > 1 and cell_len(", ".join(parts)) + 1 + least > width:
             parts.pop()
-        numbers = ", ".join(parts)
-        return ending(self.label, width - 1 - cell_len(numbers)), numbers
+        text = ", ".join(parts)
+        return ending(self.label, width - 1 - cell_len(text)), text
 
     def _columns(self, parts: list[str]) -> int:
         return cell_len(self.label) + 1 + cell_len(", ".join(parts))
@@ -131,6 +139,13 @@ def lines(say: Callable[[str], None], count: Count, *, minor: bool) -> Iterator[
         say(count.line())
 
     yield advance
+
+
+def speed(rate: float) -> str:
+    """Units a second as people read them; of less than one the time that each takes: 12.3/s, 3.4s each, 2m05s each."""
+    if rate >= 1 or not rate:
+        return f"{rate:.1f}/s" if rate < 100 else f"{rate:.0f}/s"
+    return f"{1 / rate:.1f}s each" if rate > 1 / 60 else f"{duration(1 / rate)} each"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from sppo_jax import files, records
 from sppo_jax.errors import BadInput
 from sppo_jax.records import Record
 from sppo_jax.run import pod
-from sppo_jax.run.directory import shard_ranges
+from sppo_jax.run.directory import partial, shard_ranges
 from sppo_jax.run.stage import Stage, visible
 
 # A row, and figures about its making, such as seconds.
@@ -111,4 +111,4 @@ class Shards(Generic[Record]):
             path.unlink(missing_ok=True)
 
     def _lines(self, i: int) -> Path:
-        return self.paths[i].with_name(f".{self.paths[i].stem}.partial.jsonl")
+        return partial(self.paths[i])

@@ -44,6 +44,10 @@ class Stage:
         """Write scalars of this iteration under the stage's `name` (`Metrics.scalars`)."""
         self.metrics.scalars(self.iteration, name, step, **values)
 
+    def earlier(self, name: str) -> dict[str, float]:
+        """The numbers that an earlier start of the run has written of the stage `name` (`Metrics.earlier`)."""
+        return self.metrics.earlier(self.iteration, name)
+
     def is_sign(self, name: str, values: Mapping[str, float], step: int = 0) -> bool:
         """Whether these scalars, once written, would print a warning (run/advice.py)."""
         return self.metrics.is_sign(self.iteration, name, step, **values)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -11,7 +10,7 @@ from types import FrameType
 from sppo_jax.errors import Terminated
 
 AT_ONCE = "interrupted; run the same command again to resume\n"
-ON_THE_WAY = "stopping at the next safe place; Ctrl-C again stops at once\n"
+ON_THE_WAY = "stopping after the work in hand; Ctrl-C again stops at once\n"
 
 
 class Stop:
@@ -31,7 +30,7 @@ class Stop:
 
     @contextlib.contextmanager
     def on_signals(self, end: Callable[[int], None] = os._exit) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a request. A Ctrl-C after it calls `end` with the exit code 130.
+        """Turn the first Ctrl-C or SIGTERM into a request, and print that at once. A Ctrl-C after it calls `end` with the exit code 130.
 
         That works at any moment, in the compiler too: a thread waits for it, since Python's own handlers wait for the
         interpreter's turn. Nothing is lost, as every file is whole or absent. Does nothing outside of the main thread.
@@ -69,7 +68,7 @@ class Stop:
                 if number == signal.SIGINT and arrived:
                     _write(AT_ONCE)
                     end(128 + signal.SIGINT)
-                elif number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+                elif not arrived and number in (signal.SIGINT, signal.SIGTERM):
                     _write(ON_THE_WAY)
                 arrived += number in (signal.SIGINT, signal.SIGTERM)
 

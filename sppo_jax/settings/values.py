@@ -24,6 +24,40 @@ MOST_DIGITS = 300
 SHOWN = 60  # characters of a refused value
 
 
+# Names that TRL and transformers have for our knobs, and what differs.
+OTHERS = {
+    "beta": ("fit.eta", ", which is 1 / beta: for beta 0.1 set it to 10"),
+    "num_generations": ("sampling.responses", ""),
+    "max_completion_length": ("sampling.max_new_tokens", ""),
+    "max_prompt_length": ("prompts.max_length", ""),
+    "per_device_train_batch_size": (
+        "fit.global_batch",
+        ", the prompts of an update on all devices together; their memory decides how many are computed at once",
+    ),
+    "gradient_accumulation_steps": (
+        "fit.global_batch",
+        ", the prompts of an update; how many are computed at once follows from the memory",
+    ),
+    "num_train_epochs": ("fit.epochs", ", of each iteration; set fit.schedule_epochs as well"),
+    "warmup_ratio": ("fit.warmup", ""),
+    "lr": ("fit.learning_rate", ", of RMSProp, whose first steps are ten times the rate"),
+    "loss_type": ("fit.loss", ""),
+    "gradient_checkpointing": ("fit.remat", ""),
+    "model_name_or_path": ("model.path", ""),
+    "lora_r": ("model.lora_rank", ""),
+    "bf16": ("model.compute_dtype", ""),
+    "fp16": ("model.compute_dtype", ""),
+    "dtype": ("model.compute_dtype", ""),
+    "torch_dtype": ("model.compute_dtype", ""),
+    "dataset_name": ("prompts.source", ", with its kind before it, as hf:NAME or jsonl:PATH"),
+    "reward_model_path": ("judge.path", ", or judge.backend for a judge of your own"),
+    "output_dir": ("out", ""),
+    "save_steps": ("fit.checkpoint_every", ", in updates"),
+    "logging_steps": ("log.every", ", in updates"),
+    "report_to": ("log.to", ""),
+}
+
+
 class Text(NamedTuple):
     """The text of a value."""
 
@@ -121,6 +155,9 @@ def unknown(key: str, flags: Iterable[str] = (), prefix: str = "") -> str:
     knobs, top = kinds(), tuple(Config.__dataclass_fields__)
     # The right name in the wrong section, or without its section.
     leaf = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if leaf in OTHERS:
+        ours, why = OTHERS[leaf]
+        return f"; here it is {prefix}{ours}{why}"
     same = [k for k in knobs if k.rsplit(".", 1)[-1] == leaf]
     if same and not nearest(key, flags):
         return f"; did you mean '{prefix}{same[0]}'?"

@@ -31,6 +31,11 @@ MEANS = {
     "few_responses": "have too few responses that can be used",
     "bad_probability": "have a probability that is missing or outside [0, 1]",
 }
+# Other counts of given responses.
+ALSO = {
+    "unusable_responses": "{} responses cannot be used",
+    "more_responses": "{} have more responses than are used",
+}
 EXPECTED = ("repeated", "in_heldout")  # counts that are no faults of the rows
 # What to do about rows that were skipped for a reason, where a note says that there are many.
 ADVICE = {
@@ -76,6 +81,16 @@ def notes(name: str, counts: Mapping[str, int], where: str) -> list[str]:
     return found
 
 
+def summary(name: str, counts: Mapping[str, int]) -> str:
+    """Return the line about the set `name`: how many of its rows are used, and how many are not, by reason."""
+    reasons = [_said(key, number) for key, number in sorted(counts.items()) if _meaning(key)]
+    reasons += [words.format(counts[key]) for key, words in ALSO.items() if key in counts]
+    of = f" of {counts['rows']} rows" if "rows" in counts else ""
+    return "; ".join(
+        [f"prompts, {name}: {counts.get('kept', 0)}{of} used", *filter(None, [", ".join(reasons)])]
+    )
+
+
 def nothing(
     source: Source, what: str, counts: Mapping[str, int], *, where: str = "", advice: str = ""
 ) -> BadInput:
@@ -92,10 +107,8 @@ def described(counts: Mapping[str, int], where: str = "") -> str:
     """Return "of 40 rows 40 have no text in column 'prompt' (no_text)" and the like; "" if no row was skipped."""
     shown = []
     for name, number in sorted(counts.items(), key=lambda item: -item[1]):
-        if meaning := _meaning(name):
-            verb, rest = meaning.split(" ", 1)
-            verb = {"are": "is", "have": "has"}[verb] if number == 1 else verb
-            shown.append(f"{number} {verb} {rest}{where if name == 'no_text' else ''} ({name})")
+        if _meaning(name):
+            shown.append(f"{_said(name, number)}{where if name == 'no_text' else ''} ({name})")
     rows = counts.get("rows", 0)
     return f"of {rows} row{'' if rows == 1 else 's'} {', '.join(shown)}" if shown else ""
 
@@ -107,6 +120,12 @@ def commonest(counts: Mapping[str, int]) -> str:
     """
     names = (name for name in counts if _meaning(name))
     return max(names, key=lambda name: (name != "repeated", counts[name]), default="")
+
+
+def _said(name: str, number: int) -> str:
+    """A count of skipped rows in words: "1 is too long", "3 are repeated"."""
+    verb, rest = _meaning(name).split(" ", 1)
+    return f"{number} {({'are': 'is', 'have': 'has'}[verb]) if number == 1 else verb} {rest}"
 
 
 def _meaning(name: str) -> str:
