@@ -264,6 +264,18 @@ def test_cudnns_rows_hold_one_sequence_and_those_of_xla_many():
     assert alone["stages"]["fit"]["seconds"] > 2 * packed["stages"]["fit"]["seconds"]
 
 
+@pytest.mark.parametrize(("kernel", "column"), [("cudnn", 3), ("triton", 4)])
+def test_the_terms_of_a_gpus_utilisation_are_those_of_the_docs_and_multiply_to_it(kernel, column):
+    words = ["--model.attention", kernel, "--mesh.fsdp", "8"]
+    found = by_formula(*words)
+    page = (CONFIGS.parent / "docs" / "performance.md").read_text()
+    rows = page.partition("| term | why | `cudnn` | `triton` |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    *terms, total = (int(row.split("|")[column].removesuffix(" % ")) for row in rows)
+    assert terms[0] == round(100 * found["real_token_share"])
+    assert total == round(100 * found["stages"]["fit"]["mfu"])
+    assert math.prod(x / 100 for x in terms) == pytest.approx(found["stages"]["fit"]["mfu"], rel=0.04)
+
+
 def test_float32_takes_twice_the_time_and_activations():
     wide = by_formula("--model.compute_dtype", "float32", "--model.attention", "xla")
     narrow = by_formula("--model.attention", "xla")
