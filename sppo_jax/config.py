@@ -87,7 +87,7 @@ class Model:
         "auto",
         "dtype of the matrix products; auto: float32 on CPUs, bfloat16 elsewhere. Trained weights stay float32",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn", "blocked"] = knob(
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton", "blocked"] = knob(
         "auto",
         "attention kernel; auto: splash and ragged paged attention on TPUs, cuDNN on GPUs for models that it supports, blocked on CPUs",
     )

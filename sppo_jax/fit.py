@@ -187,9 +187,10 @@ def _announce(batches: Batches, settings: Fit, start: int, stage: Stage) -> None
         else:
             stage.say("fit", f"expected initial loss {whole:.6g} (log-ratios 0)")
     at = batches.layout
+    smaller = f" or {at.smaller.rows} of {at.smaller.width}" if at.smaller else ""
     stage.say(
         "fit",
-        f"at most {at.microbatches} microbatches of {at.rows} rows of {at.width} tokens, "
+        f"at most {at.microbatches} microbatches of {at.rows} rows of {at.width} tokens{smaller}, "
         f"{at.real_token_share:.0%} of which are real",
     )
 

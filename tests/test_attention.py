@@ -70,12 +70,12 @@ def test_splash_equals_dense_masks(one_device, lengths, width, side, options):
     assert_close(found, seen_and_gradients(Kernel(), valid, **options))
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
-def test_segments_of_a_row_see_themselves_alone(one_device, kernel):
+@pytest.mark.parametrize(("kernel", "window"), [("xla", 20), ("splash", 20), ("triton", None)])
+def test_segments_of_a_row_see_themselves_alone(one_device, kernel, window):
     """A row of three sequences has the outputs and gradients of the same sequences in rows of their own."""
-    sizes, window = (50, 3, 61), 20
+    sizes = (50, 3, 81)  # two of triton's blocks
     packed = jnp.asarray([[i + 1 for i, n in enumerate(sizes) for _ in range(n)] + [0] * 14])
-    of = Kernel(kernel, one_device, interpret=kernel == "splash")
+    of = Kernel(kernel, one_device, interpret=kernel != "xla")
     together = seen_and_gradients(of, packed, window=window)
     begin = 0
     for i, n in enumerate(sizes):
@@ -168,26 +168,41 @@ def test_blocks_of_splash_tile_the_padded_length(length):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "platform", "names", "heads"),
+    ("kernel", "platform", "window", "names", "heads"),
     [
-        ("splash", "tpu", ("splash_mha_fwd_", "splash_mha_dkv_"), "tensor<4x128x64xbf16>"),
-        ("cudnn", "cuda", ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("), "tensor<1x40x4x64xbf16>"),
+        ("splash", "tpu", 9, ("splash_mha_fwd_", "splash_mha_dkv_"), "tensor<4x128x64xbf16>"),
+        (
+            "cudnn",
+            "cuda",
+            9,
+            ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("),
+            "tensor<1x40x4x64xbf16>",
+        ),
+        (
+            "triton",
+            "cuda",
+            None,
+            ("__gpu$xla.gpu.triton",) * 3,
+            "tensor<1x128x4x64xbf16>",
+        ),
     ],
 )
-def test_each_device_calls_the_kernel_for_its_own_row_and_heads(kernel, platform, names, heads, monkeypatch):
+def test_each_device_calls_the_kernel_for_its_own_row_and_heads(
+    kernel, platform, window, names, heads, monkeypatch
+):
     """Lowered for absent devices, the kernels and their gradients accept their arguments."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     mesh = sharding.make_mesh(2, 2, 2)
 
     def gradients(q, k, v, valid):
-        seen = attention.whole(jnp.asarray(valid, jnp.int32), [9], Kernel(kernel, mesh), scale=0.2)
+        seen = attention.whole(jnp.asarray(valid, jnp.int32), [window], Kernel(kernel, mesh), scale=0.2)
         return jax.grad(lambda *qkv: jnp.sum(seen(0, *qkv).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
     like = [jax.ShapeDtypeStruct((4, 40, n, 64), jnp.bfloat16) for n in (8, 2, 2)]
     traced = jax.jit(gradients).trace(*like, jax.ShapeDtypeStruct((4, 40), jnp.bool_))
     lowered = traced.lower(lowering_platforms=(platform,)).as_text()
     calls = [line for line in lowered.splitlines() if "custom_call" in line]
-    assert len(calls) == 2
+    assert len(calls) == len(names)
     for call, name in zip(calls, names, strict=True):
         assert name in call
         assert heads in call  # 4 rows and 8 heads
@@ -230,6 +245,7 @@ CAPPED = {"attention_softcap": 50.0}
         ("xla", TPU, "bfloat16", {}, "xla"),
         ("splash", TPU, "bfloat16", {}, "splash"),
         ("cudnn", H100, "bfloat16", {"head_dim": 64}, "cudnn"),
+        ("triton", A100, "bfloat16", {"head_dim": 128, "window": None}, "triton"),
     ],
 )
 def test_the_kernel_is_that_of_the_meshs_platform(forced, device, dtype, model, expected):
@@ -249,6 +265,15 @@ def test_the_kernel_is_that_of_the_meshs_platform(forced, device, dtype, model, 
         ("cudnn", H100, "bfloat16", {}, "multiple of 8 up to 256, and this is 10"),
         ("cudnn", A100, "bfloat16", {"head_dim": 256}, "multiple of 8 up to 128, and this is 256"),
         ("cudnn", ("gpu", "gfx90a"), "bfloat16", {}, "NVIDIA GPU of compute capability 8"),
+        ("triton", TPU, "bfloat16", {}, "runs on a gpu, and the mesh is of tpu devices"),
+        ("triton", H100, "bfloat16", {"head_dim": 64, "window": 9}, "no sliding window"),
+        (
+            "triton",
+            H100,
+            "bfloat16",
+            {"head_dim": 256, "window": None},
+            "multiple of 8 up to 128, and this is 256",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_serve_is_refused(forced, device, dtype, model, why):

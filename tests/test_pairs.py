@@ -138,11 +138,11 @@ def test_every_pair_is_seen_once_an_epoch_and_the_last_batch_is_filled_up(n, siz
         batches = Batches(many(n), global_batch=size, epochs=3, seed=0, iteration=1, packing=Packing(2, most))
         steps, at = batches.steps_per_epoch, batches.layout
         assert len(batches) == 3 * steps == 3 * -(-n // size)
-        assert at.width == 32
-        assert at.rows % 2 == 0
+        shapes = {(at.rows, at.width), at.smaller or (at.rows, at.width)}
+        assert all(rows % 2 == 0 and width % 32 == 0 for rows, width in shapes)
         for epoch in range(3):
             seen = [batches[epoch * steps + i] for i in range(steps)]
-            assert all(part.tokens.shape == (at.rows, 32) for b in seen for part in b.microbatches)
+            assert all(part.tokens.shape in shapes for b in seen for part in b.microbatches)
             assert max(len(b.microbatches) for b in seen) <= at.microbatches
             assert all(b.prompts <= size for b in seen)
             assert all(sum(part.share for part in b.microbatches) == pytest.approx(1) for b in seen)
@@ -202,7 +202,7 @@ def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, mos
         assert (at.segments > 1) == pack
     else:
         assert at.microbatches > 1
-        assert at.rows * at.width <= max(most, 2 * at.width)
+        assert at.rows * at.width <= max(most, 2 * 96)  # or one row a shard, as wide as the longest sequence
 
 
 def test_scores_take_the_place_of_win_rates_in_order_and_targets_with_a_baseline_of_zero(tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,30 @@ def test_a_shipped_configurations_figures_are_of_that_configuration(name):
     """`make plan` writes the figures: run it again after a change of a knob that a plan depends on."""
     path = CONFIGS / f"{name}.yaml"
     assert config_header.planned(path) == config_header.digest(config_file.load([path]))
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_header_has_each_time_once_and_none_by_formula(name):
+    """Hours by formula beside the compiler's would contradict them."""
+    header = (
+        (CONFIGS / f"{name}.yaml")
+        .read_text()
+        .partition(config_header.BEGIN)[2]
+        .partition(config_header.END)[0]
+    )
+    lines = [line for line in header.splitlines() if line.startswith("#   ")]
+    slices = [line.split()[1] for line in lines if not line.startswith("#     ")]
+    assert slices
+    assert len(slices) == len(set(slices))
+    for line in lines:
+        if ": iteration " in line:
+            total, *parts = (
+                float(x) for x in re.findall(r"\d+\.\d+", line.partition("iteration ")[2].partition(";")[0])
+            )
+            assert total == pytest.approx(sum(parts), abs=0.03)
+            assert "by formula" not in line
+        else:
+            assert not re.search(r"formula.*\d (h|min|s)\b", line)
 
 
 def test_a_header_is_written_once_replaced_and_leaves_the_configuration_as_it_is(tmp_path):
@@ -213,10 +238,11 @@ def test_adapters_alone_have_masters_moments_and_gradients():
 
 @functools.cache
 def by_formula(*words: str, count: int = 8) -> dict[str, Any]:
-    """Return what the command prints as JSON for Mistral-7B on `count` H100."""
+    """Return what the command prints as JSON for Mistral-7B on `count` H100, or on the --topology of `words`."""
     base = ["--config", str(CONFIGS / "mistral_7b.yaml"), "--json"]
+    cards = [] if "--topology" in words else ["--device", "h100", "--count", str(count)]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        main([*base, "--device", "h100", "--count", str(count), *words])
+        main([*base, *cards, *words])
     return json.loads(shown.getvalue().splitlines()[-1])
 
 
@@ -236,6 +262,18 @@ def test_cudnns_rows_hold_one_sequence_and_those_of_xla_many():
     assert packed["real_token_share"] > 0.7
     assert alone["stages"]["fit"]["flops"] == packed["stages"]["fit"]["flops"]
     assert alone["stages"]["fit"]["seconds"] > 2 * packed["stages"]["fit"]["seconds"]
+
+
+@pytest.mark.parametrize(("kernel", "column"), [("cudnn", 3), ("triton", 4)])
+def test_the_terms_of_a_gpus_utilisation_are_those_of_the_docs_and_multiply_to_it(kernel, column):
+    words = ["--model.attention", kernel, "--mesh.fsdp", "8"]
+    found = by_formula(*words)
+    page = (CONFIGS.parent / "docs" / "performance.md").read_text()
+    rows = page.partition("| term | why | `cudnn` | `triton` |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    *terms, total = (int(row.split("|")[column].removesuffix(" % ")) for row in rows)
+    assert terms[0] == round(100 * found["real_token_share"])
+    assert total == round(100 * found["stages"]["fit"]["mfu"])
+    assert math.prod(x / 100 for x in terms) == pytest.approx(found["stages"]["fit"]["mfu"], rel=0.04)
 
 
 def test_float32_takes_twice_the_time_and_activations():
@@ -295,10 +333,28 @@ def test_where_a_mesh_does_not_fit_the_fastest_that_does_is_planned():
 
 def test_a_mesh_that_is_much_slower_than_another_gets_advice():
     found = by_formula("--mesh.fsdp", "1", "--mesh.tensor", "8", count=8)
+    assert found["mesh"] == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 8,
+    }  # the configuration names it, so it is planned
     better = found["advice"]
     assert better.startswith("by formula --mesh.data ")
     flags = better.removeprefix("by formula ").partition(" takes")[0].split()
-    assert by_formula(*flags)["iteration_hours"] < 0.9 * found["iteration_hours"]
+    share = by_formula(*flags)["iteration_hours"] / found["iteration_hours"]
+    assert share < 0.9
+    assert better.endswith(f" takes {share:.0%} of this mesh's time")
+
+
+def test_where_the_configuration_names_no_mesh_a_much_faster_one_is_planned():
+    """Mistral-7B has too few tokens an update for rows on 64 chips: with fsdp 64, most of each row would be padding."""
+    found = by_formula("--topology", "v5e:8x8")
+    assert (found["chips"], found["mesh"]["tensor"]) == (64, 4)
+    flags = found["advice"].removeprefix("take ").partition(":")[0]
+    assert f"take {flags}: by formula the default mesh takes " in found["advice"]
+    named = by_formula("--topology", "v5e:8x8", *flags.split())
+    assert named["iteration_hours"] == found["iteration_hours"]
+    assert named["advice"] == ""
 
 
 def test_one_utilisation_is_of_the_cycles_alone_and_the_other_of_all_seconds():

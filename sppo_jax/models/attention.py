@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
@@ -20,7 +21,12 @@ from sppo_jax.models import cpu_attention
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.cpu_attention import MASKED, SAVED
 
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "blocked": "cpu"}  # kernels for one platform
+PLATFORMS = {
+    "splash": "tpu",
+    "cudnn": "gpu",
+    "triton": "gpu",
+    "blocked": "cpu",
+}  # for "auto", a platform's first
 LANES = 128  # splash's blocks are multiples of this
 BLOCK = 1024  # splash's largest block
 
@@ -31,12 +37,13 @@ Seen = Callable[[Any, Array, Array, Array], Array]  # (kind of layer, q, k, v) -
 class Kernel:
     """The implementation of attention over whole sequences, and the mesh that it is compiled for.
 
-    "xla" keeps the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" (GPU) and "blocked" (CPU) do not.
+    "xla" keeps the scores [B, H, T, T] in memory; "splash" (Pallas, TPU), "cudnn" and "triton" (Pallas; GPU) and "blocked"
+    (CPU) do not.
     """
 
     name: str = "xla"
     mesh: Mesh | None = None  # xla needs none, nor does blocked on one device
-    interpret: bool = False  # splash on any device, slowly: for tests
+    interpret: bool = False  # Pallas' kernels on any device, slowly: for tests
 
 
 def choose(forced: str, mesh: Mesh, a: Architecture, dtype: Any) -> Kernel:
@@ -59,18 +66,20 @@ def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
     found = sharding.platform(mesh)
     if PLATFORMS.get(name, found) != found:
         return f"runs on a {PLATFORMS[name]}, and the mesh is of {found} devices"
-    if name != "cudnn":
+    if name not in ("cudnn", "triton"):
         return None
     capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
     # AMD's capabilities begin with gfx.
     major = int(capability.split(".")[0]) if capability[:1].isdigit() else 0
-    widest = 256 if major >= 9 else 128
+    widest = 256 if major >= 9 and name == "cudnn" else 128
     if major < 8:
         return "needs an NVIDIA GPU of compute capability 8 or later"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs model.compute_dtype=bfloat16, and this is {dtype}"
     if a.attention_softcap is not None:
         return "has no soft cap of the scores, which this model has"
+    if name == "triton" and a.window is not None:
+        return "has no sliding window, which this model has"
     if a.head_dim % 8 or a.head_dim > widest:
         return f"needs a head_dim that is a multiple of 8 up to {widest}, and this is {a.head_dim}"
     return None
@@ -107,6 +116,8 @@ def whole(
     of: Callable[..., Array] = functools.partial(_cudnn, scale=scale)
     if kernel.name == "splash":
         of = functools.partial(_splash, scale=scale, softcap=softcap, interpret=kernel.interpret)
+    if kernel.name == "triton":
+        of = functools.partial(_triton, scale=scale, interpret=kernel.interpret)
     if kernel.name == "blocked":
         of = functools.partial(cpu_attention.attend, scale=scale, softcap=softcap)
     kinds: list[Seen] = [functools.partial(of, window=window) for window in windows]
@@ -231,6 +242,38 @@ def _cudnn(
         key_value_seq_lengths=length_B,
         implementation="cudnn",
     )
+
+
+def _triton(
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTNC: Float[Array, "B T N C"],
+    v_BTNC: Float[Array, "B T N C"],
+    segment_BT: Int[Array, "B T"],
+    *,
+    window: None,
+    scale: float | None,
+    interpret: bool,
+) -> Float[Array, "B T H C"]:
+    """Return the flash attention for GPUs that comes with Pallas. Kv heads are repeated; padding is a segment of its own."""
+    del window  # `obstacle` refuses models that have one
+    length, groups = q_BTHC.shape[1], q_BTHC.shape[2] // k_BTNC.shape[2]
+    blocks = triton.BlockSizes.get_default()
+    padded = [(0, 0), (0, -length % blocks.block_q)]
+    q_BTHC, k_BTHC, v_BTHC = (
+        jnp.pad(x, [*padded, (0, 0), (0, 0)])
+        for x in (q_BTHC, jnp.repeat(k_BTNC, groups, axis=2), jnp.repeat(v_BTNC, groups, axis=2))
+    )
+    seen_BTHC = triton.mha(
+        q_BTHC,
+        k_BTHC,
+        v_BTHC,
+        jnp.pad(segment_BT, padded),
+        sm_scale=q_BTHC.shape[3] ** -0.5 if scale is None else scale,
+        causal=True,
+        block_sizes=blocks,
+        interpret=interpret,
+    )
+    return seen_BTHC[:, :length]
 
 
 def attend(

@@ -80,9 +80,12 @@ class UnitCost:
         """Model FLOPs utilisation by `seconds`, which include attention kernels and collectives that are not overlapped."""
         return self.flops / self.chip.flops / self.seconds
 
-    def add(self, cost: Cost, times: float, compile_seconds: float) -> None:
-        """Add the cost of a program that runs `times` times in a unit."""
-        self.compiler = (self.compiler or 0) + times * cost.cycles / self.chip.cycles
+    def add(self, cost: Cost, times: float, compile_seconds: float, computed: float = 1.0) -> None:
+        """Add the cost of a program that runs `times` times in a unit.
+
+        Of its tokens, `computed` is the share that it has there on average: cycles are in proportion, collectives are not.
+        """
+        self.compiler = (self.compiler or 0) + times * computed * cost.cycles / self.chip.cycles
         waited = cost.waited / self.chip.links + cost.collectives * self.chip.latency
         self.collectives = (self.collectives or 0) + times * waited
         self.compile_seconds += compile_seconds

@@ -1,4 +1,4 @@
-"""Search for a mesh: plans a configuration on its own mesh, and where that does not fit, on the most promising others."""
+"""Search for a mesh: plans a configuration on its own mesh or, where it names none or that does not fit, on the most promising."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ from sppo_jax.training import memory
 ATTEMPTS = 3
 # Other meshes that a plan prints.
 SHOWN = 3
-# A mesh is worth advice if its time by formula is below this share of the configuration's.
+# Another mesh is planned, or is worth advice, if its time by formula is below this share of that of the configuration's own.
 BETTER = 0.9
 
 
@@ -85,12 +85,15 @@ def _plan(
 
     meshes = [config.mesh, *_others(config.mesh, chips, architecture.heads)]
     weighed = {mesh: _weighed(at(mesh, real=False)) for mesh in meshes}
-    # The configuration's own first, whatever its time by formula; others only where that does not fit.
     own, *others = weighed
     others = [mesh for mesh in others if weighed[mesh][0] < math.inf]
     others.sort(key=lambda mesh: weighed[mesh][0])
+    # A mesh that the configuration names comes first, whatever its time by formula; one that it does not name gives way.
+    order = [own, *others[:ATTEMPTS]]
+    if own == Mesh() and others and weighed[others[0]][0] < BETTER * weighed[own][0] < math.inf:
+        order = [*others[:ATTEMPTS], own]
     tried: list[str] = []
-    for mesh in [own, *others[:ATTEMPTS]]:
+    for mesh in order:
         candidate = at(mesh, devices is not None)
         label = axes(candidate.mesh.shape)
         command.say(f"{name}: mesh {label}")
@@ -136,13 +139,18 @@ def _kept(candidate: Target) -> dict[str, dict[str, float]]:
 
 
 def _advice(mesh: Mesh, own: Mesh, times: dict[Mesh, float]) -> str:
-    """One line of advice if another mesh than the configuration's `own` was planned, or another would be faster; else ""."""
+    """One line of advice if another mesh than the configuration's `own` was planned, or another would be faster; else "".
+
+    It has ratios of two formulas and no hours: beside the compiler's figures these would contradict them.
+    """
+    if mesh != own and times[own] < math.inf:
+        return f"take {_flags(mesh)}: by formula the default mesh takes {times[own] / times[mesh]:.1f} times as long"
     if mesh != own:
         return f"the configuration's own mesh does not fit: {_flags(mesh)} does"
     best = min(times, key=lambda other: times[other])
     if times[best] >= BETTER * times[mesh]:
         return ""
-    return f"by formula {_flags(best)} takes {duration(times[best])} an iteration, and this {duration(times[mesh])}"
+    return f"by formula {_flags(best)} takes {times[best] / times[mesh]:.0%} of this mesh's time"
 
 
 def _flags(mesh: Mesh) -> str:

@@ -54,6 +54,8 @@ class UpdateCounts:
     """What an average update computes on one chip."""
 
     microbatches: float
+    # Tokens of a microbatch on average, as a share of those of the larger shape, for which programs are compiled.
+    share: float
     # Tokens that belong to a sequence, and all tokens that are computed, padding included.
     real: float
     padded: float
@@ -84,14 +86,16 @@ def update_counts(target: Target) -> UpdateCounts:
     n, extra, tensor = memory.parameters(a), memory.adapters(a), target.mesh.shape["tensor"]
     real = sum(map(sum, lengths_GR)) / len(lengths_GR) * c.fit.global_batch / target.mesh.size
     padded = real / layout.real_token_share
-    microbatches = padded / (layout.rows * layout.width / target.mesh.size)
+    microbatches = padded * target.mesh.size / layout.mean(lambda shape: shape.tokens)
     products = 2 * (2 if target.kernel == "xla" else 1)
-    attention = layout.rows * layout.width**2 * microbatches / sharding.batch_shards(target.mesh) * products
+    squares = layout.mean(lambda shape: shape.rows * shape.width**2)
+    attention = squares * microbatches / sharding.batch_shards(target.mesh) * products
     # remat=attention keeps the results of these kernels alone.
     kept = c.fit.remat == "attention" and target.kernel in ("splash", "blocked")
     state = target.update.state
     return UpdateCounts(
         microbatches=microbatches,
+        share=layout.mean(lambda shape: shape.tokens) / (layout.rows * layout.width),
         real=real,
         padded=padded,
         forward=2 * (n + extra),
@@ -140,11 +144,11 @@ def _fit_compiled(target: Target, counts: UpdateCounts, reference: UnitCost, upd
     found = compiled.compile_update(c, a, target.mesh, target.dtype, target.layout)
     if found.peak > target.limit:
         raise DoesNotFit(f"{found.peak / GIB:.2f} GiB of {target.chip.gib} at once")
-    _add(reference, found.forward, m)
-    _add(update, found.forward, m)
-    _add(update, found.backward, 1)
+    _add(reference, found.forward, m, counts.share)
+    _add(update, found.forward, m, counts.share)
+    _add(update, found.backward, 1, counts.share)
     if found.accumulate is not None:
-        _add(update, found.accumulate, m - 1)
+        _add(update, found.accumulate, m - 1, counts.share)
     _add(update, found.update, 1)
     if target.kernel != "xla":  # XLA's attention consists of products, which have cycles
         seconds = counts.attention / (KERNEL * target.chip.flops)
@@ -383,10 +387,10 @@ def judge_stage(target: Target) -> UnitCost:
     return stage
 
 
-def _add(stage: UnitCost, program: CompiledProgram, times: float) -> None:
+def _add(stage: UnitCost, program: CompiledProgram, times: float, computed: float = 1.0) -> None:
     if not program.cost.cycles:
         raise BadInput("this libtpu prints no cycle estimates: install libtpu==0.0.42.1")
-    stage.add(program.cost, times, program.seconds)
+    stage.add(program.cost, times, program.seconds, computed)
 
 
 def _kinds(resident: dict[str, float], peak: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sppo_jax.training.packing import Layout, Packing, arranged
 # Standard deviation of the lengths' logarithm; that of recorded lengths lies between .6 and 1.
 SPREAD = 0.8
 # Most prompts whose lengths are drawn.
-SAMPLE = 4096
+SAMPLE = 20_000
 # Special tokens around each text that PairRM reads.
 FRAME = 3
 

@@ -1,6 +1,6 @@
 """Stage 4: pairs → fixed-shape token batches whose order is a function of (seed, iteration, step).
 
-An update's prompts come in microbatches of equal shapes, each with all the responses of its prompts.
+An update's prompts come in microbatches of one shape or two, each with all the responses of its prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from sppo_jax.records import Pair
 from sppo_jax.training.microbatch import Microbatch
-from sppo_jax.training.packing import Packing, Rows, arranged
+from sppo_jax.training.packing import Packing, Part, arranged
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class Batches:
 
     def _batch(self, step: int) -> Batch:
         plan = self._plans[step]
-        total = sum(len(prompts) for prompts, _ in plan)
+        total = sum(len(part.prompts) for part in plan)
         return Batch(
-            [self._microbatch(prompts, rows, total) for prompts, rows in plan],
-            [self._filled(prompts, np.int32) for prompts, _ in plan],
+            [self._microbatch(part, total) for part in plan],
+            [self._filled(part.prompts, np.int32) for part in plan],
         )
 
-    def _microbatch(self, prompts: Sequence[int], rows: Rows, total: int) -> Microbatch:
+    def _microbatch(self, part: Part, total: int) -> Microbatch:
         at, responses = self.layout, len(self._pairs[0].response_ids)
-        tokens, segment = np.zeros((2, at.rows, at.width), np.int32)
-        scored = np.zeros((at.rows, at.width), bool)
+        tokens, segment = np.zeros((2, *part.shape), np.int32)
+        scored = np.zeros(part.shape, bool)
         place = np.zeros((at.prompts, responses), np.int32)
-        slot = {index: g for g, index in enumerate(prompts)}
-        for b, row in enumerate(rows):
+        slot = {index: g for g, index in enumerate(part.prompts)}
+        for b, row in enumerate(part.rows):
             begin = 0
             for s, (index, k) in enumerate(row):
                 pair = self._pairs[index]
@@ -104,7 +104,7 @@ class Batches:
                 scored[b, begin + len(pair.prompt_ids) : end] = True
                 place[slot[index], k] = b * at.segments + s
                 begin = end
-        chosen = [self._pairs[index] for index in prompts]
+        chosen = [self._pairs[index] for index in part.prompts]
         return Microbatch(
             tokens=tokens,
             segment=segment,
@@ -117,7 +117,7 @@ class Batches:
             baseline=self._filled([p.baseline for p in chosen], np.float32),
             probability=self._filled([p.chosen_probs for p in chosen], np.float32),
             real=self._filled([True] * len(chosen), np.bool_),
-            share=np.asarray(len(prompts) / total, np.float32),
+            share=np.asarray(len(part.prompts) / total, np.float32),
         )
 
     def _filled(self, values: Sequence[Any], dtype: type[np.generic]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sppo_jax import sharding
 from sppo_jax.config import Config
-from sppo_jax.models import Architecture, attention, hf, lora
+from sppo_jax.models import Architecture, attention, cpu_attention, hf, lora
 from sppo_jax.models.hf import Tensor
 from sppo_jax.models.logprob import LOGITS, chunk_size
 from sppo_jax.models.transformer import Remat
@@ -15,6 +15,12 @@ from sppo_jax.training.packing import Packing
 
 FILLED = 0.9  # share of a device's memory that the formula may fill: it is good to a tenth
 FEWEST, MOST = 1024, 16_384  # tokens of a microbatch on one device
+# An update does 4.5 times the FLOPs of attention's forward pass (forward, again, and 2.5 as many backward), and 4 times those of
+# the products'; one of attention's takes about twice as long.
+ATTENTION = 2 * 4.5 / 4
+# FLOPs that a device could compute while it waits for one more shape to be compiled, by rough rates: half a minute's on a CPU,
+# twenty seconds' elsewhere.
+COMPILING = {"cpu": 3e12, "gpu": 1e15, "tpu": 1e15}
 
 
 def parameters(a: Architecture) -> int:
@@ -51,8 +57,19 @@ class Update:
 
     def packing(self, limit: float | None) -> Packing:
         """The packing of its sequences into rows, with `limit` bytes on each device (None: a CPU)."""
-        # cuDNN's attention takes one sequence a row.
-        return Packing(sharding.batch_shards(self.mesh), self.most_tokens(limit), pack=self.kernel != "cudnn")
+        a, n = self.a, parameters(self.a)
+        # On a CPU short rows have dense attention (models/attention.py), which is faster for them.
+        short = self.kernel == "blocked" and self.longest <= 2 * cpu_attention.BLOCK
+        # Pallas' kernels compute all scores of a row that are not in the future; blocked skips those between sequences.
+        scores = a.layers * a.heads * a.head_dim / n if self.kernel in ("splash", "triton") else 0.0
+        return Packing(
+            sharding.batch_shards(self.mesh),
+            self.most_tokens(limit),
+            pack=self.kernel != "cudnn",  # whose attention takes one sequence a row
+            wide=self.kernel in ("splash", "triton", "blocked") and not short,
+            attention=ATTENTION * scores,
+            compiling=COMPILING[sharding.platform(self.mesh)] * self.mesh.size / (8 * n),
+        )
 
     @property
     def state(self) -> dict[str, float]:
@@ -75,7 +92,7 @@ class Update:
         saved = self.width * a.layers * a.model  # each layer's input, for every token
         saved += (3 * self.width + 4) * a.model  # after the last layer, for its norm and the head
         # Attention's outputs too; kernels also keep their softmax's sums.
-        if self.remat == "attention" and self.kernel != "cudnn":
+        if self.remat == "attention" and self.kernel not in ("cudnn", "triton"):
             saved += a.layers * (self.width * heads + 4 * a.heads * (self.kernel != "xla")) / tensor
         layers = self._pieces([t for t in hf.table(a) if t.letters.startswith("L")])
         # All layers' weights in the compute dtype, and as much for their gradients.

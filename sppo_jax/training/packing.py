@@ -1,31 +1,54 @@
-"""How an update's sequences share rows of tokens: prompts → microbatches of equal shapes, with little padding."""
+"""How an update's sequences share rows of tokens: prompts → microbatches of one shape or two, with little padding."""
 
-from collections.abc import Sequence
+import bisect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-# A row is as long as the longest sequence, rounded up to a multiple of MULTIPLE tokens; above LONG tokens, of LONG_MULTIPLE.
-MULTIPLE, LONG_MULTIPLE = 32, 128
+# A row has a multiple of MULTIPLE tokens; above LONG tokens, of LONG_MULTIPLE.
+MULTIPLE, LONG_MULTIPLE = 32, 64
 LONG = 512
 
 Rows = list[list[tuple[int, int]]]  # the sequences (prompt, response) of each row of a microbatch
 
 
+class Shape(NamedTuple):
+    """The shape of a microbatch's tokens."""
+
+    rows: int
+    width: int  # tokens of a row
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding included."""
+        return self.rows * self.width
+
+
 @dataclass(frozen=True)
 class Packing:
-    """The bounds of a microbatch on a mesh.
+    """The bounds of a microbatch on a mesh, and what its shape costs there.
 
     The number of its rows is divisible by `shards`, and they hold at most `most_tokens` tokens (None: all of an update's),
-    unless one row a shard is more, or one prompt's responses need more. Without `pack`, each row holds one sequence.
+    unless one row a shard is more, or one prompt's responses need more.
     """
 
     shards: int = 1
     most_tokens: int | None = None
+    # Without, each row holds one sequence.
     pack: bool = True
+    # Rows may be wider than the longest sequence, because attention computes no scores between a row's sequences, or few.
+    wide: bool = True
+    # Cost of a token's attention for each token of its row's width, over the cost of the token's products with weights.
+    attention: float = 0.0
+    # Tokens that all devices could compute while a second shape is compiled.
+    compiling: float = 0.0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape that all microbatches of an iteration share."""
+    """The shapes of an iteration's microbatches: each has the larger one (`rows`, `width`) or the smaller one."""
 
     microbatches: int  # most microbatches of an update
     prompts: int  # most prompts of a microbatch
@@ -33,74 +56,177 @@ class Layout:
     width: int  # tokens of a row
     segments: int  # most sequences of a row
     real_token_share: float  # share of the computed tokens that belong to a sequence
+    smaller: Shape | None = None
+    # Share of all microbatches that have the smaller shape.
+    smaller_share: float = 0.0
+
+    def mean(self, of: Callable[[Shape], float]) -> float:
+        """Return the mean over all microbatches of a number that depends on the shape."""
+        larger = of(Shape(self.rows, self.width))
+        return larger if self.smaller is None else larger + self.smaller_share * (of(self.smaller) - larger)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A microbatch's prompts, their sequences in its rows, and its shape."""
+
+    prompts: list[int]
+    rows: Rows
+    shape: Shape
+
+
+Series = Callable[[int], Shape]  # shapes of growing size, from 1 on
 
 
 def arranged(
     order: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], packing: Packing
-) -> tuple[list[list[tuple[list[int], Rows]]], Layout]:
-    """Split each batch of prompts into microbatches (prompts, rows). Returns these and the shape of them all.
+) -> tuple[list[list[Part]], Layout]:
+    """Split each batch of prompts into microbatches. Returns these, and the shapes of them all.
 
     `order`: the prompts of each batch; `lengths`: tokens of each prompt's sequences.
     """
-    shards, most_tokens, pack = packing.shards, packing.most_tokens, packing.pack
-    longest = max(map(max, lengths))
-    multiple = MULTIPLE if longest <= LONG else LONG_MULTIPLE
-    width = -(-longest // multiple) * multiple
-    if most_tokens is None:
-        plans = [[(sorted(batch), _rows(batch, lengths, width, pack))] for batch in order]
-    else:
-        most_rows = max(shards, most_tokens // width // shards * shards)
-        plans = [_parts(batch, lengths, width, most_rows, pack) for batch in order]
-    every = [one for plan in plans for one in plan]
-    rows = -(-max(len(rows) for _, rows in every) // shards) * shards
-    return plans, Layout(
-        microbatches=max(map(len, plans)),
-        prompts=max(len(prompts) for prompts, _ in every),
-        rows=rows,
-        width=width,
-        segments=max(len(row) for _, rows in every for row in rows),
-        real_token_share=sum(sum(lengths[i]) for batch in order for i in batch) / (len(every) * rows * width),
+    totals = [sum(sum(lengths[index]) for index in batch) for batch in order]
+    most, limit = max(totals), packing.most_tokens
+    # As few microbatches as have room: each gathers every weight again. A smaller batch has its share of them.
+    count = 1 if limit is None else -(-most // limit)
+    while True:
+        split = [
+            _split(batch, lengths, -(-total * count // most))
+            for batch, total in zip(order, totals, strict=True)
+        ]
+        found = _cheapest(split, lengths, packing)
+        if found is not None:
+            break
+        count += 1
+    every = [part for plan in found for part in plan]
+    counts = Counter(part.shape for part in every)
+    largest = max(counts, key=lambda shape: shape.tokens)
+    smaller = next((shape for shape in counts if shape != largest), None)
+    return found, Layout(
+        microbatches=max(map(len, found)),
+        prompts=max(len(part.prompts) for part in every),
+        rows=largest.rows,
+        width=largest.width,
+        segments=max(len(row) for part in every for row in part.rows),
+        real_token_share=sum(totals) / sum(part.shape.tokens for part in every),
+        smaller=smaller,
+        smaller_share=0.0 if smaller is None else counts[smaller] / len(every),
     )
 
 
-def _parts(
-    batch: Sequence[int], lengths: Sequence[Sequence[int]], width: int, most_rows: int, pack: bool
-) -> list[tuple[list[int], Rows]]:
-    """Split a batch's prompts, longest first, each into the first microbatch whose rows have room for its sequences."""
-    parts: list[tuple[list[int], Rows]] = []
+def _split(batch: Sequence[int], lengths: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Split a batch's prompts into `count` lists of about as many tokens: longest first, each into the emptiest list."""
+    parts: list[list[int]] = [[] for _ in range(min(count, len(batch)))]
+    tokens = [0] * len(parts)
     for index in sorted(batch, key=lambda i: (-sum(lengths[i]), i)):
-        for prompts, rows in parts:
-            if len(more := _rows([index], lengths, width, pack, rows)) <= most_rows:
-                prompts.append(index)
-                rows[:] = more
-                break
-        else:  # one prompt may need more rows than `most_rows`: then it gets them
-            parts.append(([index], _rows([index], lengths, width, pack)))
-    # All sequences of a microbatch together, and not prompt by prompt, mostly need fewer rows still.
-    again = [(sorted(prompts), _rows(prompts, lengths, width, pack)) for prompts, _ in parts]
-    return [
-        new if len(new[1]) <= len(rows) else (new[0], rows)
-        for new, (_, rows) in zip(again, parts, strict=True)
-    ]
+        at = tokens.index(min(tokens))
+        parts[at].append(index)
+        tokens[at] += sum(lengths[index])
+    return [sorted(part) for part in parts]
 
 
-def _rows(
-    prompts: Sequence[int],
-    lengths: Sequence[Sequence[int]],
-    width: int,
-    pack: bool,
-    begun: Sequence[Sequence[tuple[int, int]]] = (),
-) -> Rows:
-    """Add the prompts' sequences to the rows of `begun`: longest first, each into the first row that has room for it."""
-    rows = [list(row) for row in begun]
-    room = [width - sum(lengths[index][k] for index, k in row) for row in rows]
+def _cheapest(
+    split: Sequence[Sequence[list[int]]], lengths: Sequence[Sequence[int]], packing: Packing
+) -> list[list[Part]] | None:
+    """Lay out the microbatches of each batch by the series of shapes that costs least; None where none has room."""
+    longest = max(map(max, lengths))
+    limit = math.inf if packing.most_tokens is None else packing.most_tokens
+    tokens = max(sum(sum(lengths[index]) for index in prompts) for plan in split for prompts in plan)
+    best, least = None, math.inf
+    for series in _series(packing, longest, tokens):
+        filled = [[_smallest(prompts, lengths, series, packing.pack) for prompts in plan] for plan in split]
+        several = [
+            size
+            for plan, rows in zip(split, filled, strict=True)
+            for prompts, (size, _) in zip(plan, rows, strict=True)
+            if len(prompts) > 1
+        ]
+        if several and series(max(several)).tokens > max(limit, series(1).tokens):
+            continue
+        sizes = Counter(size for plan in filled for size, _ in plan)
+        cost, chosen = _chosen(sizes, series, packing)
+        if cost < least:
+            least = cost
+            best = [
+                [
+                    Part(prompts, rows, series(min(other for other in chosen if other >= size)))
+                    for prompts, (size, rows) in zip(plan, found, strict=True)
+                ]
+                for plan, found in zip(split, filled, strict=True)
+            ]
+    return best
+
+
+def _series(packing: Packing, longest: int, tokens: int) -> Iterator[Series]:
+    """Series of shapes for microbatches of up to `tokens` tokens: of wider and wider rows, or of more and more rows."""
+    least = -(-longest // _multiple(longest)) * _multiple(longest)
+    if not (packing.wide and packing.pack):
+        yield lambda size: Shape(size * packing.shards, least)
+        return
+    # The fewest rows have the least padding; more are worth trying only where attention over wide rows costs something.
+    most = max(1, tokens // packing.shards // least) if packing.attention else 1
+    for rows in range(1, most + 1):
+        yield lambda size, rows=rows: Shape(rows * packing.shards, _width(least, size))  # type: ignore[misc]
+
+
+def _multiple(width: int) -> int:
+    return MULTIPLE if width <= LONG else LONG_MULTIPLE
+
+
+def _width(least: int, size: int) -> int:
+    """The width of that size, from 1 on, where `least` is the first."""
+    short = max(0, (LONG - least) // MULTIPLE)
+    return least + MULTIPLE * min(size - 1, short) + LONG_MULTIPLE * max(0, size - 1 - short)
+
+
+def _smallest(
+    prompts: Sequence[int], lengths: Sequence[Sequence[int]], series: Series, pack: bool
+) -> tuple[int, Rows]:
+    """Return the smallest size whose rows hold the prompts' sequences, and these rows."""
     every = [(index, k) for index in prompts for k in range(len(lengths[index]))]
-    for index, k in sorted(every, key=lambda one: (-lengths[one[0]][one[1]], one)):
+    every.sort(key=lambda one: (-lengths[one[0]][one[1]], one))
+    tokens = sum(sum(lengths[index]) for index in prompts)
+    enough = (tokens, 0 if pack else len(every))  # tokens and rows that they need at least
+
+    def holds(size: int) -> bool:
+        return series(size).tokens >= enough[0] and series(size).rows >= enough[1]
+
+    size = bisect.bisect_left(range(1, tokens + 1), True, key=holds) + 1
+    while (rows := _filled(every, lengths, series(size), pack)) is None:
+        size += 1
+    return size, rows
+
+
+def _filled(
+    every: Sequence[tuple[int, int]], lengths: Sequence[Sequence[int]], shape: Shape, pack: bool
+) -> Rows | None:
+    """Put the sequences, longest first, each into the fullest row that has room for it; None where one has no room."""
+    rows: Rows = [[] for _ in range(shape.rows)]
+    free = [(shape.width, b) for b in range(shape.rows)]  # (tokens, row), in order
+    for index, k in every:
         length = lengths[index][k]
-        b = next((b for b, free in enumerate(room) if pack and free >= length), len(rows))
-        if b == len(rows):
-            rows.append([])
-            room.append(width)
+        at = bisect.bisect_left(free, (length, -1))
+        if at == len(free):
+            return None
+        left, b = free.pop(at)
         rows[b].append((index, k))
-        room[b] -= length
+        if pack:
+            bisect.insort(free, (left - length, b))
     return rows
+
+
+def _chosen(sizes: Counter[int], series: Series, packing: Packing) -> tuple[float, tuple[int, ...]]:
+    """Return the cost in tokens of the cheapest one or two sizes for microbatches of at least `sizes`, and these."""
+
+    def cost(size: int) -> float:
+        shape = series(size)
+        return shape.tokens * (1 + packing.attention * shape.width)
+
+    largest, whole = max(sizes), sum(sizes.values())
+    options: list[tuple[float, tuple[int, ...]]] = [(whole * cost(largest), (largest,))]
+    for size in sizes:
+        below = sum(n for other, n in sizes.items() if other <= size)
+        if size != largest:
+            both = below * cost(size) + (whole - below) * cost(largest)
+            options.append((both + packing.compiling, (size, largest)))
+    return min(options)
