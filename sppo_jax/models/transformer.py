@@ -248,15 +248,15 @@ def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
     if isinstance(w, jax.Array):
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
     if isinstance(w, ByOutput):
-        # The matrix is the left operand, so XLA's kernel for CPUs rearranges `x` and not the matrix, and adds up each number
-        # in the same order whatever the number of rows.
-        outs = sum(letter not in equation.split(",")[0] for letter in equation.split("->")[0].split(",")[1])
-        ins = w.value.ndim - outs
-        contracted = tuple(range(outs, outs + ins)), tuple(range(x.ndim - ins, x.ndim))
-        y = jax.lax.dot_general(
-            w.value.astype(x.dtype), x, (contracted, ((), ())), preferred_element_type=dtype
+        # The matrix is the left operand and both have two dimensions, so XLA's kernel for CPUs rearranges `x` and not the matrix,
+        # and adds up each number in the same order whatever the number of rows.
+        ins = sum(letter in equation.split(",")[0] for letter in equation.split("->")[0].split(",")[1])
+        lead, outs = x.shape[: x.ndim - ins], w.value.shape[: w.value.ndim - ins]
+        w_OI, x_RI = w.value.reshape(math.prod(outs), -1), x.reshape(math.prod(lead), -1)
+        y_OR = jax.lax.dot_general(
+            w_OI.astype(x.dtype), x_RI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
         )
-        return jnp.moveaxis(y, range(outs), range(y.ndim - outs, y.ndim))
+        return y_OR.T.reshape(*lead, *outs)
     # Scaled after the product, so that TPUs and GPUs read int8 in the decode loop and never make a float copy of a matrix.
     # The dimensions that are summed over come first in the matrix, and have length 1 in the scale.
     wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
