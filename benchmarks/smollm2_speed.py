@@ -199,7 +199,7 @@ def measure(name: str, programs: Path, task: dict[str, Any]) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace, programs: Path) -> dict[str, Any]:
     """All measurements, as --json prints them."""
-    count, new, rows = (2, 8, (5, 10)) if args.quick else (args.prompts, NEW, ROWS)
+    count, new, rows = (2, 8, (10,)) if args.quick else (args.prompts, NEW, ROWS)
     task = {"folder": str(args.model), "threads": args.threads, "prompts": count, "new": new}
     task["repetitions"] = args.repetitions
     load = os.getloadavg()
