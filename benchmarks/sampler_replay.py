@@ -161,7 +161,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "programs": programs,
         "new_compilations": len(compiled) - programs,
         "steps": steps,
-        "slot_steps": steps * sampler.stats.slots,
+        "slot_steps": sampler.stats.slot_steps - before.slot_steps,
         "tokens": sampler.stats.tokens - before.tokens,
         "evicted_tokens": sampler.stats.evicted_tokens,
         "peak_bytes": peak_bytes(),
@@ -186,12 +186,11 @@ def steady_steps(sampler: Any, prompts: list[Any], limits: list[list[int]]) -> f
 
     def record(_: int, tokens: int, __: int) -> None:
         if tokens:
-            chunks.append((time.perf_counter(), tokens))
+            chunks.append((time.perf_counter(), sampler.stats.steps))
 
     for _ in sampler.stream(prompts, seed=SEED, limits=limits, on_progress=record):
         pass
-    steps = sum(tokens for _, tokens in chunks[1:]) / sampler.stats.slots
-    return steps / (chunks[-1][0] - chunks[0][0])
+    return (chunks[-1][1] - chunks[0][1]) / (chunks[-1][0] - chunks[0][0])
 
 
 class HuggingFace:

@@ -155,7 +155,8 @@ class Devices:
         elif self._sampled != t:
             self._sampler.set_weights(policy)
         if self._sampled != t:
-            self._sampler.warm_up(self._lengths)
+            prompts = self._config.prompts.per_iteration or len(self._lengths)
+            self._sampler.warm_up(self._lengths, prompts * self._config.sampling.responses)
             self._sampled = t
         return self._sampler
 

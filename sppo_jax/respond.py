@@ -108,7 +108,7 @@ def _figures(found: Sequence[Responses]) -> dict[str, float]:
 
 def _speed(stats: Stats, before: Stats, seconds: float) -> dict[str, float]:
     """Seconds, tokens per second and slot efficiency of the sampling since `before`."""
-    new = {name: getattr(stats, name) - getattr(before, name) for name in ("steps", "tokens")}
+    new = {name: getattr(stats, name) - getattr(before, name) for name in ("steps", "slot_steps", "tokens")}
     efficiency = dataclasses.replace(stats, **new).slot_efficiency
     return dict(zip(SPEED, (seconds, new["tokens"] / max(seconds, 1e-9), efficiency), strict=True))
 

@@ -45,6 +45,7 @@ class Streaming:
             rows = [(i, answer(prompts[i], seed)) for i in order[start : start + 2]]
             tokens = sum(len(ids) for _, row in rows for ids in row.response_ids)
             self.stats.steps += 9
+            self.stats.slot_steps += 9 * self.stats.slots
             self.stats.tokens += tokens
             on_progress(len(rows), tokens, min(6, K * (len(order) - start)))
             yield from rows

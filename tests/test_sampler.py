@@ -145,6 +145,19 @@ def test_T18_the_number_of_slots_changes_no_token(sampled, three_slots):
     same_tokens(three_slots, sampled)
 
 
+def test_a_cpu_decodes_no_more_slots_than_there_is_work_for_and_draws_the_same(policy, tokenizer, asked):
+    """60 responses begin in 64 of 128 slots and end in 32, some of which were beyond the 32nd; 15 of them begin in 32."""
+    sampler = Sampler(policy, tokenizer, dataclasses.replace(TEMPERATE, slots=128, max_new_tokens=80), eos=())
+    limits = [[9, 80, 5]] * 20
+    found = dict(sampler.stream(asked, seed=3, limits=limits))
+    assert sampler.programs.sizes == (64, 32)
+    steps, computed = sampler.stats.steps, sampler.stats.slot_steps
+    assert 32 * steps < computed < 64 * steps
+    few = dict(sampler.stream(asked[:5], seed=3, limits=limits[:5]))
+    assert few == {i: found[i] for i in range(5)}
+    assert sampler.stats.slot_steps - computed == 32 * (sampler.stats.steps - steps)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_T18_four_replicas_of_two_devices_draw_the_same_tokens(
     sampled, asked, tokenizer, policy, eight_devices, temperature
@@ -222,9 +235,9 @@ def test_nothing_is_compiled_after_the_warm_up_and_each_chunk_is_read_once(
     sampler, sampled, asked, monkeypatch, compiled
 ):
     reads, counted = [], []
-    get, chunks = jax.device_get, sampler.programs.decode
+    get, chunks = jax.device_get, sampler.programs.decode[24]
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x.shape) or get(x))
-    monkeypatch.setattr(sampler.programs, "decode", lambda *a: counted.append(0) or chunks(*a))
+    monkeypatch.setitem(sampler.programs.decode, 24, lambda *a: counted.append(0) or chunks(*a))
     sampler.generate(asked[5:], seed=8, iteration=2)
     assert compiled == []
     assert len(reads) == len(counted) > 3

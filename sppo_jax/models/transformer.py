@@ -193,8 +193,8 @@ class Transformer(nnx.Module):
         if f"{name}_bias" in w:
             y += self._cast(w[f"{name}_bias"])
         if f"{name}_lora_a" in w:
-            low_BTR = jnp.einsum(f"BT{ins},{ins}R->BTR", x, self._cast(w[f"{name}_lora_a"]))
-            y += LORA_SCALE * jnp.einsum(f"BTR,R{outs}->BT{outs}", low_BTR, self._cast(w[f"{name}_lora_b"]))
+            low_BTR = product(f"BT{ins},{ins}R->BTR", x, w[f"{name}_lora_a"])
+            y += LORA_SCALE * product(f"BTR,R{outs}->BT{outs}", low_BTR, w[f"{name}_lora_b"])
         return y
 
     def _whole(self, segment_BT: Array, kernel: Kernel) -> Seen:
@@ -228,13 +228,35 @@ class Transformer(nnx.Module):
         return x.astype(self.compute_dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByOutput:
+    """A matrix with its output dimensions first, the order in which CPUs sample (sampler/weights.py)."""
+
+    value: Any
+
+    def __getitem__(self, index: Any) -> "ByOutput":
+        """Return the matrix itself for `...`, as nnx asks of the value of a parameter."""
+        return ByOutput(self.value[index])
+
+
 def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
     """Return the einsum of `x` with a matrix cast to the dtype of `x`, or with a quantised one (sampler/quantized.py).
 
-    The result has `dtype` (default: that of `x`).
+    The result has `dtype` (default: that of `x`). A matrix's inputs are the last dimensions of `x`.
     """
     if isinstance(w, jax.Array):
         return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=dtype)
+    if isinstance(w, ByOutput):
+        # The matrix is the left operand and both have two dimensions, so XLA's kernel for CPUs rearranges `x` and not the matrix,
+        # and adds up each number in the same order whatever the number of rows.
+        ins = sum(letter in equation.split(",")[0] for letter in equation.split("->")[0].split(",")[1])
+        lead, outs = x.shape[: x.ndim - ins], w.value.shape[: w.value.ndim - ins]
+        w_OI, x_RI = w.value.reshape(math.prod(outs), -1), x.reshape(math.prod(lead), -1)
+        y_OR = jax.lax.dot_general(
+            w_OI.astype(x.dtype), x_RI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+        )
+        return y_OR.T.reshape(*lead, *outs)
     # Scaled after the product, so that TPUs and GPUs read int8 in the decode loop and never make a float copy of a matrix.
     # The dimensions that are summed over come first in the matrix, and have length 1 in the scale.
     wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -25,6 +25,9 @@ from sppo_jax.sampler.weights import serving_bytes
 
 FILLED = 0.85  # share of a device's memory that everything resident and the pages may take together
 SMALLEST_BUCKET = 32  # tokens
+# On CPUs a step of fewer slots hardly takes less time. A norm of fewer numbers is summed in another order.
+FEWEST_SLOTS, FEWEST_NUMBERS = 16, 4096
+SIZES = 3  # most numbers of slots that one stream uses on a CPU, each half of the one before
 
 
 @dataclass(frozen=True)
@@ -76,25 +79,39 @@ class Capacity:
         """The longest prompt, in tokens, that programs made for prompts of `length` tokens accept."""
         return min(bucket(length), self.architecture.max_positions)
 
+    def slots_for(self, responses: int | None) -> int:
+        """Slots over all replicas for a stream of so many responses (None: unknown): all of them, but on CPUs only those in use.
+
+        A step costs an accelerator the same for few slots as for many. A CPU computes every slot, full or empty.
+        """
+        found = self.slots // self.replicas
+        # In 8 bits, another number of slots gives other last bits.
+        if responses is not None and sharding.platform(self.mesh) == "cpu" and not self.int8:
+            fewest = fewest_slots(self.architecture)
+            while found // 2 >= max(fewest, wanted(responses, self.replicas, fewest)):
+                found //= 2
+        return found * self.replicas
+
     def shape(
         self,
         *,
         longest: int,
         eos: tuple[int, ...],
         in_use: float,
+        responses: int | None = None,
         agree: Callable[[int], int] = int,
     ) -> Shape:
         """The sizes of the programs for prompts of up to `longest` tokens.
 
-        `in_use`: bytes of each device that are taken already, the serving weights included; `agree`: turns the page count
-        that fits this process into one that fits every process. Raises BadInput where one whole response does not fit.
+        `in_use`: bytes of each device that are taken already, the serving weights included; `responses`: their number, if
+        known; `agree`: turns the page count that fits this process into one that fits every process. Raises BadInput where one whole response does not fit.
         """
         sampling, replicas = self.sampling, self.replicas
         longest += sampling.max_new_tokens
-        own, cache_tokens = self.slots // replicas, _processes(self.mesh) * sampling.cache_tokens
+        slots, cache_tokens = self.slots_for(responses), _processes(self.mesh) * sampling.cache_tokens
         # The TPU's kernel cannot read int8 keys with a scale each; with it, only matrices are in 8 bits.
         quantize = self.int8 and self.kernel == "xla"
-        pages, least = (schedule.pages_needed(n, longest, PAGE) for n in (own, 1))
+        pages, least = (schedule.pages_needed(n, longest, PAGE) for n in (slots // replicas, 1))
         if cache_tokens:
             pages = min(pages, cache_tokens // PAGE // replicas)
             if pages < least:
@@ -111,7 +128,7 @@ class Capacity:
                     f"values, and {max(0, free) / 1e9:.1f} GB are left on each device: lower sampling.max_new_tokens"
                 )
         return Shape(
-            slots=self.slots,
+            slots=slots,
             pages=pages * replicas,
             width=-(-longest // PAGE),
             eos=eos,
@@ -173,6 +190,28 @@ def fewest(pages: int) -> int:
 def memory_in_use(mesh: Mesh) -> int:
     """Bytes in use on this process's first device of `mesh`; 0 on CPUs, which do not report it."""
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_in_use", 0)
+
+
+def fewest_slots(a: Architecture) -> int:
+    """The least number of slots of a replica to which a CPU comes down."""
+    return max(FEWEST_SLOTS, -(-FEWEST_NUMBERS // a.model))
+
+
+def wanted(responses: int, replicas: int, fewest: int) -> int:
+    """The number of slots of each replica for so many responses on CPUs: a slot for two of them, or for each if they are few.
+
+    When a response ends early its slot has another one to take, and products with more rows are hardly faster per row.
+    """
+    each = -(-responses // replicas)
+    return min(each, max(-(-each // 2), 2 * fewest))
+
+
+def sizes(slots: int, replicas: int, fewest: int) -> tuple[int, ...]:
+    """The numbers of slots, over all replicas, to which a CPU comes down as responses end: `slots`, its half, and so on."""
+    found = [slots // replicas]
+    while len(found) < SIZES and found[-1] // 2 >= fewest:
+        found.append(found[-1] // 2)
+    return tuple(each * replicas for each in found)
 
 
 def bucket(length: int) -> int:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
+from sppo_jax import sharding
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.sampler import paged_attention, paging
 from sppo_jax.sampler.capacity import Shape
@@ -131,6 +132,16 @@ class Decoder:
         target_B = jnp.where(starts_B, order.target, -1)
         return slots, [paging.copy(layer, order.source, target_B, self.mesh) for layer in pages]
 
+    def resize(self, slots: Slots, source_B: Int[Array, " B"]) -> Slots:
+        """Return the slots `source_B`, in that order, which count within each replica; -1 stands for a free slot."""
+
+        def local(slots: Slots, source_B: Array) -> Slots:
+            found = jax.tree.map(lambda x: x.at[jnp.maximum(source_B, 0)].get(mode="clip"), slots)
+            return dataclasses.replace(found, active=found.active & (source_B >= 0))
+
+        rows = sharding.spec("B", self.mesh)
+        return paging.on_each_device(local, self.mesh, (rows, rows), rows)(slots, source_B)
+
     def decode(
         self,
         weights: Any,
@@ -144,7 +155,7 @@ class Decoder:
         The third result is all that the host reads, and `read` takes it apart. It holds per slot the tokens, the bits of
         their float32 log-probs, their number, whether the slot is still active, and the steps run.
         """
-        model, b = nnx.merge(self.graph, weights), self.shape.slots
+        model, b = nnx.merge(self.graph, weights), table_BW.shape[0]
         began = jnp.sum(slots.active)
 
         def unfinished(chunk: Chunk) -> Array:

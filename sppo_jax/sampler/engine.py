@@ -140,21 +140,28 @@ class Sampler:
         asked = [{k: min(limit, most) for k, limit in enumerate(row)} for row in rows]
         if not records:
             return iter(())
-        self.warm_up([len(record.ids) for record in records])
+        self.warm_up([len(record.ids) for record in records], sum(map(len, asked)))
         return self._stream(records, asked, np.asarray([seed, iteration], np.uint32), on_progress)
 
-    def warm_up(self, lengths: Sequence[int]) -> int:
-        """Compile the programs for prompts of these lengths in tokens. Returns the number of programs compiled."""
+    def warm_up(self, lengths: Sequence[int], responses: int | None = None) -> int:
+        """Compile the programs for prompts of these lengths in tokens. Returns the number of programs compiled.
+
+        `responses`: the number of responses of the largest stream to come, if known. On a CPU it decides how many slots there
+        are: no more than it takes, and at most sampling.slots.
+        """
         self._check_idle()
         buckets = {capacity.bucket(length - 1) for length in lengths}
         longest = max(*lengths, self._longest)
-        if self.programs is None or longest > self._longest or self.graph != self.programs.graph:
+        # Slots that are a little too few cost less than compiling anew.
+        few = self.programs is not None and 2 * self.programs.shape.slots < self.capacity.slots_for(responses)
+        if self.programs is None or longest > self._longest or few or self.graph != self.programs.graph:
             self._longest = self.capacity.longest_prompt(longest)
             self.programs, self.pages = None, None
             shape = self.capacity.shape(
                 longest=self._longest,
                 eos=self.eos,
                 in_use=capacity.memory_in_use(self.mesh),
+                responses=responses,
                 agree=int if self.alone else capacity.fewest,
             )
             self.programs = Programs(self.graph, self.weights, self.mesh, shape)

@@ -100,6 +100,15 @@ class Replica:
                 self._take(response, self._missing(response))
         return preempted, unprefilled
 
+    def shrink(self, slots: int) -> list[int]:
+        """Go on with fewer slots, at least as many as are in use. Returns the old slot of each, -1 for a free one."""
+        moved = sorted(self.running.items())
+        for new, (_, response) in enumerate(moved):
+            response.slot = new
+        self.running = {response.slot: response for _, response in moved}
+        self.slots, self.free_slots = slots, list(range(len(moved), slots))[::-1]
+        return [old for old, _ in moved] + [-1] * (slots - len(moved))
+
     def finish(self, response: Response) -> None:
         """Free the slot and pages of a complete response, and its prompt's pages after the last response to it."""
         self._leave(response)

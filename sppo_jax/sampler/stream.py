@@ -30,15 +30,16 @@ AHEAD = 2 * STEPS
 class Stats:
     """Counts of a sampler's work so far."""
 
-    slots: int
-    steps: int = 0  # decode steps; each computes all slots
+    slots: int  # the largest number of slots
+    steps: int = 0  # decode steps
+    slot_steps: int = 0  # slots computed, full or empty, summed over all steps
     tokens: int = 0  # kept in responses
     evicted_tokens: int = 0  # drawn, then lost because their response was preempted
 
     @property
     def slot_efficiency(self) -> float:
         """The share of slot steps whose token was kept in a response."""
-        return self.tokens / max(1, self.steps * self.slots)
+        return self.tokens / max(1, self.slot_steps)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Step:
-    """What the devices do in one chunk: prefills, then orders to slots, then decoding."""
+    """What the devices do in one chunk: prefills, moves, orders to slots, decoding."""
 
     prefills: list[Prefill]
+    moves: list[
+        np.ndarray
+    ]  # int32 [B] each: the slots that go on, where there are fewer from now on; before the orders
     orders: np.ndarray  # int32 [B, 9]: an `Order` for each slot
     table: np.ndarray  # int32 [B, W]: the pages of each slot
     running: dict[int, Response]  # by slot, counted over all replicas
@@ -86,15 +90,16 @@ class Stream:
         self.finished: list[tuple[int, dict[int, Response]]] = []
         self.new_tokens = self.running = 0  # tokens of the last round; slots in use after it
         shape, count = programs.shape, programs.replicas
-        self._per_replica = shape.slots // count
+        self.slots = programs.slots(sum(self.asked))  # at present
+        self._per_replica = self.slots // count
         self._replicas = [Replica(self._per_replica, shape.pages // count, PAGE, AHEAD) for _ in range(count)]
         self._in_flight: tuple[Any, dict[int, Response]] | None = None
         self._done: dict[int, dict[int, Response]] = {}  # ended responses, by k, of unfinished prompts
         self._rows, self._whole = sharding.named("B", programs.mesh), sharding.replicated(programs.mesh)
-        like = programs.slots_like()
+        like = programs.slots_like(self.slots)
         self._slots = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
         self._seeds = self._put(seeds, self._whole)
-        self._quota = self._put(np.int32(max(1, shape.slots // 32)), self._whole)
+        self._quota = {size: self._put(np.int32(max(1, size // 32)), self._whole) for size in programs.sizes}
         self._no_quota = self._put(np.int32(shape.slots + 1), self._whole)
 
     def advance(self) -> bool:
@@ -109,16 +114,20 @@ class Stream:
 
     def schedule(self) -> Step:
         """Decide the next chunk: preempt, queue prefills, fill free slots. Touches no device."""
-        orders = np.zeros((self.programs.shape.slots, len(Order._fields)), np.int32)
+        stopped: list[int] = []
         for r, replica in enumerate(self._replicas):
             slots = {response: slot for slot, response in replica.running.items()}
             preempted, unprefilled = replica.grow()
             for response in preempted:
-                orders[r * self._per_replica + slots[response]] = Order(STOP)
+                stopped.append(r * self._per_replica + slots[response])
                 self.stats.tokens -= len(response.tokens)
                 self.stats.evicted_tokens += len(response.tokens)
             for prompt, group in itertools.groupby(unprefilled, key=lambda response: response.prefix.prompt):
                 self.waiting.appendleft((prompt, {response.k: response.limit for response in group}))
+        moves = self._shrink()
+        orders = np.zeros((self.slots, len(Order._fields)), np.int32)
+        if not moves:  # which leave stopped responses behind
+            orders[stopped] = Order(STOP)
         prefills = []
         while (prefill := self._prefill()) is not None:
             prefills.append(prefill)
@@ -131,7 +140,20 @@ class Stream:
             for i, response in replica.running.items()
         }
         more = bool(self.waiting) or any(replica.ready for replica in self._replicas)
-        return Step(prefills, orders, self._table(), running, more)
+        return Step(prefills, moves, orders, self._table(), running, more)
+
+    def _shrink(self) -> list[np.ndarray]:
+        """Go on with fewer slots once they are enough for all responses that have not ended."""
+        moves = []
+        waiting = sum(len(limits) for _, limits in self.waiting)
+        each = [len(replica.running) + len(replica.ready) for replica in self._replicas]
+        need = max(max(each), -(-(waiting + sum(each)) // len(each)))
+        for size in self.programs.sizes:
+            if need * len(each) <= size < self.slots:
+                self.slots, self._per_replica = size, size // len(each)
+                found = [replica.shrink(self._per_replica) for replica in self._replicas]
+                moves.append(np.asarray(found, np.int32).reshape(-1))
+        return moves
 
     def launch(self, step: Step) -> tuple[Any, dict[int, Response]] | None:
         """Start a step on the devices. Returns decode's third result and {slot: response}; None if all slots are free."""
@@ -139,14 +161,18 @@ class Stream:
         for prefill in step.prefills:
             inputs = [self._put(x, self._rows) for x in (prefill.tokens, prefill.lengths, prefill.table)]
             self.pages = programs.prefill[prefill.bucket](self.weights, self.pages, *inputs)
+        for move in step.moves:
+            self._slots = programs.resize[len(move)](self._slots, self._put(move, self._rows))
         if step.orders.any():
             orders = self._put(step.orders, self._rows)
-            self._slots, self.pages = programs.admit(self._slots, self.pages, self._seeds, orders)
+            self._slots, self.pages = programs.admit[len(orders)](
+                self._slots, self.pages, self._seeds, orders
+            )
         if not step.running:
             return None
         # A chunk ends early for freed slots only if there are responses to fill them with.
-        quota = self._quota if step.more else self._no_quota
-        self._slots, self.pages, found = programs.decode(
+        quota = self._quota[len(step.table)] if step.more else self._no_quota
+        self._slots, self.pages, found = programs.decode[len(step.table)](
             self.weights, self._slots, self.pages, self._put(step.table, self._rows), quota
         )
         return found, step.running
@@ -154,7 +180,9 @@ class Stream:
     def collect(self, found: Any, running: dict[int, Response]) -> None:
         """Read a chunk's tokens, the one transfer from the devices, and finish the responses that ended."""
         drawn, stats = read(jax.device_get(found)), self.stats
+        each = len(drawn.counts) // len(self._replicas)  # slots of a replica in that chunk
         stats.steps += drawn.steps
+        stats.slot_steps += drawn.steps * len(drawn.counts)
         for slot, response in running.items():
             count = int(drawn.counts[slot])
             if response.slot < 0:  # preempted while the chunk ran
@@ -164,7 +192,7 @@ class Stream:
             response.logprobs += drawn.logprobs[slot, :count].tolist()
             self.new_tokens += count
             if not drawn.active[slot]:
-                self._replicas[slot // self._per_replica].finish(response)
+                self._replicas[slot // each].finish(response)
                 self._complete(response)
         stats.tokens += self.new_tokens
 
@@ -235,7 +263,7 @@ class Stream:
 
     def _table(self) -> np.ndarray:
         """int32 [B, W]: the pages of each slot."""
-        table = np.zeros((self.programs.shape.slots, self.programs.shape.width), np.int32)
+        table = np.zeros((self.slots, self.programs.shape.width), np.int32)
         for r, replica in enumerate(self._replicas):
             for i, response in replica.running.items():
                 pages = replica.page_table(response)

@@ -12,18 +12,46 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sppo_jax import sharding
 from sppo_jax.errors import BadInput
 from sppo_jax.models import hf, lora
-from sppo_jax.models.transformer import Transformer
+from sppo_jax.models.lora import MATRICES
+from sppo_jax.models.transformer import ByOutput, Transformer
 from sppo_jax.sampler.quantized import Int8, quantized
 
 
-def serving_model(model: Transformer, int8: bool) -> Transformer:
-    """A copy of `model` for decoding: an array per layer, its matrices in 8 bits or in the compute dtype."""
+def serving_model(model: Transformer, int8: bool, by_output: bool = False) -> Transformer:
+    """A copy of `model` for decoding: an array per layer, its matrices in 8 bits or in the compute dtype.
+
+    `by_output`: matrices that are not in 8 bits have their output dimensions first.
+    """
     model = quantized(model.unstacked()) if int8 else model.unstacked()
+    if by_output and not int8:
+        _turn(model)
     graph, *states = nnx.split(model, Int8, ...)
     rounded, rest = states
     dtype = model.compute_dtype
     # Norm scales and biases keep training's dtype: Gemma adds 1 to them in float32.
     return nnx.merge(graph, rounded, jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, rest))
+
+
+def _turn(model: Transformer) -> None:
+    """Put the output dimensions of an unstacked model's matrices and adapters first, in place."""
+    for layer in model.layers:
+        for name, param in layer.items():
+            if (ins := _inputs(name)) is not None:
+                w = param[...]
+                layer[name] = type(param)(ByOutput(jnp.transpose(w, [*range(ins, w.ndim), *range(ins)])))
+    if model.head is not None:
+        model.head = nnx.Param(ByOutput(model.head[...].T))
+
+
+def _inputs(name: str) -> int | None:
+    """The number of input dimensions of a layer's matrix or adapter; None for a norm or a bias."""
+    matrix = name.removesuffix("_lora_a")
+    return len(MATRICES[matrix][0]) if matrix in MATRICES else 1 if name.endswith("_lora_b") else None
+
+
+def _by_output(mesh: Mesh) -> bool:
+    """Whether the matrices of a model that decodes on `mesh` have their output dimensions first: on CPUs."""
+    return sharding.platform(mesh) == "cpu"
 
 
 def serving_bytes(model: Transformer, int8: bool = False) -> int:
@@ -37,8 +65,9 @@ def abstract(model: Transformer, mesh: Mesh, int8: bool = False) -> tuple[Any, A
 
     Allocates nothing; `model` may itself consist of shapes.
     """
-    serving, shapes = nnx.split(nnx.eval_shape(lambda model: serving_model(model, int8), model))
-    placed = _shardings(model, shapes, mesh)
+    turned = _by_output(mesh) and not int8
+    serving, shapes = nnx.split(nnx.eval_shape(lambda model: serving_model(model, int8, turned), model))
+    placed = _shardings(model, shapes, mesh, turned)
     return serving, jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
     )
@@ -52,7 +81,7 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
     graph, weights = nnx.split(model)
     serving, shapes = abstract(model, whole, int8)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    converted, finite = _converted(weights, graph=graph, int8=int8)
+    converted, finite = _converted(weights, graph=graph, int8=int8, by_output=_by_output(whole))
     if bad := [name for name, ok in jax.device_get(finite).items() if not ok]:
         raise BadInput(
             f"the policy's weights are damaged: {bad[0]} is not finite in {model.compute_dtype}, in which it is sampled"
@@ -73,10 +102,10 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
     return serving, jax.tree.map(local, found)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "int8"))
-def _converted(weights: Any, *, graph: Any, int8: bool) -> tuple[Any, dict[str, jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("graph", "int8", "by_output"))
+def _converted(weights: Any, *, graph: Any, int8: bool, by_output: bool) -> tuple[Any, dict[str, jax.Array]]:
     """The serving model's weights, placed as the compiler chooses, and whether each of them is finite."""
-    serving = nnx.split(serving_model(nnx.merge(graph, weights), int8))[1]
+    serving = nnx.split(serving_model(nnx.merge(graph, weights), int8, by_output))[1]
     floats = (
         (jax.tree_util.keystr(path, simple=True, separator="."), x)
         for path, x in jax.tree_util.tree_leaves_with_path(serving)
@@ -85,10 +114,10 @@ def _converted(weights: Any, *, graph: Any, int8: bool) -> tuple[Any, dict[str, 
     return serving, {name: jnp.isfinite(x).all() for name, x in floats}
 
 
-def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
+def _shardings(model: Transformer, unstacked: Any, mesh: Mesh, turned: bool) -> Any:
     """The placement of each array of an unstacked model: the stacked one's, less its first dimension.
 
-    The scales of a matrix in 8 bits are placed like the matrix, but a dimension of length 1 stays whole.
+    `turned`: the matrices have their output dimensions first. The scales of a matrix in 8 bits are placed like the matrix, but a dimension of length 1 stays whole.
     """
     a = dataclasses.replace(model.architecture, tied=False)  # in 8 bits a tied head is a matrix of its own
     stacked = hf.abstract(a, mesh) | (lora.abstract(a, mesh) if a.lora_rank else {})
@@ -97,6 +126,8 @@ def _shardings(model: Transformer, unstacked: Any, mesh: Mesh) -> Any:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         found = next(name for name in stacked if name.removeprefix("layers.") in names)
         spec = stacked[found].sharding.spec[1 if "layers" in names else 0 :]
+        ins = (1 if found == "head" else _inputs(found.removeprefix("layers."))) if turned else None
+        spec = spec if ins is None else (*spec[ins:], *spec[:ins])
         axes = [axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True)]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
