@@ -1,6 +1,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
+# Tests start hundreds of processes, each of which would compile all that it imports again: five seconds of jax and torch.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test lint venv dev tiny config-docs files-docs plan
 
 quickstart: venv
