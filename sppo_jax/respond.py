@@ -68,8 +68,8 @@ def respond(
     speed = _over_all(pod.gathered("speed", speed), together)
     found = [row for i in range(len(shards.ranges)) for row in writer.read(i)]
     # Where all was on disk already, its speed is the one of the start that has drawn it.
-    before = {name: x for name, x in stage.earlier("respond").items() if name in SPEED}
-    stage.scalars("respond", _figures(found) | (speed or before))
+    earlier = {name: x for name, x in stage.earlier("respond").items() if name in SPEED}
+    stage.scalars("respond", _figures(found) | (speed or earlier))
     return found
 
 
