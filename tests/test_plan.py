@@ -246,8 +246,10 @@ def by_formula(*words: str, count: int = 8) -> dict[str, Any]:
     return json.loads(shown.getvalue().splitlines()[-1])
 
 
-def test_an_update_of_adapters_computes_two_thirds():
-    whole, adapters = by_formula(), by_formula("--model.lora_rank", "16")
+def test_an_update_of_adapters_computes_two_thirds_and_an_anchor_asks_the_base_in_two_iterations_of_three():
+    whole, adapters = by_formula(), by_formula("--model.lora_rank", "16", "--fit.anchor", "0.5")
+    passes = [plan["stages"]["reference"]["count"] for plan in (whole, adapters)]
+    assert passes[1] == pytest.approx(passes[0] * (1 + 2 / 3))
     share = adapters["stages"]["fit"]["flops"] / whole["stages"]["fit"]["flops"]
     assert share == pytest.approx(4 / 6, rel=0.02)
     assert adapters["checkpoint_gb"] < 0.02 * whole["checkpoint_gb"]

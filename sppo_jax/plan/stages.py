@@ -113,15 +113,16 @@ def fit_stages(target: Target) -> dict[str, UnitCost]:
     | term | bytes between memory and cores | why |
     |---|---|---|
     | a pass over one microbatch | the chip's weights + 2 w N / tensor | its weights are read; gathered ones written and read |
-    | reference | M passes | forward |
+    | reference | M passes | forward; with fit.anchor the base's, too, but in the first iteration |
     | update | 2 M passes + 7 optimiser states | forward and backward; OPTIMISER_ARRAYS |
     """
     counts, work, chip = update_counts(target), target.work, target.chip
-    m = counts.microbatches
+    m, game = counts.microbatches, target.config
+    models = 2 - 1 / game.iterations if game.fit.anchor else 1.0
     one_pass = counts.resident + 2 * counts.gathered
     reference = UnitCost(
         unit=f"an update's {m:.1f} forward passes",
-        count=work.trained_pairs / target.config.fit.global_batch,
+        count=models * work.trained_pairs / game.fit.global_batch,
         chip=chip,
         flops=counts.forward * counts.real,
         bytes=m * one_pass,

@@ -125,36 +125,74 @@ def _split(batch: Sequence[int], lengths: Sequence[Sequence[int]], count: int) -
     return [sorted(part) for part in parts]
 
 
+@dataclass(frozen=True)
+class _Need:
+    """A microbatch's prompts, their sequences (prompt, response) from the longest on, and what these need at least."""
+
+    prompts: list[int]
+    sequences: list[tuple[int, int]]
+    tokens: int
+    rows: int
+
+
+def _need(prompts: list[int], lengths: Sequence[Sequence[int]], pack: bool) -> _Need:
+    every = [(index, k) for index in prompts for k in range(len(lengths[index]))]
+    every.sort(key=lambda one: (-lengths[one[0]][one[1]], one))
+    return _Need(prompts, every, sum(sum(lengths[index]) for index in prompts), 0 if pack else len(every))
+
+
 def _cheapest(
     split: Sequence[Sequence[list[int]]], lengths: Sequence[Sequence[int]], packing: Packing
 ) -> list[list[Part]] | None:
     """Lay out the microbatches of each batch by the series of shapes that costs least; None where none has room."""
     longest = max(map(max, lengths))
     limit = math.inf if packing.most_tokens is None else packing.most_tokens
-    tokens = max(sum(sum(lengths[index]) for index in prompts) for plan in split for prompts in plan)
-    best, least = None, math.inf
-    for series in _series(packing, longest, tokens):
-        filled = [[_smallest(prompts, lengths, series, packing.pack) for prompts in plan] for plan in split]
-        several = [
-            size
-            for plan, rows in zip(split, filled, strict=True)
-            for prompts, (size, _) in zip(plan, rows, strict=True)
-            if len(prompts) > 1
-        ]
-        if several and series(max(several)).tokens > max(limit, series(1).tokens):
+    every = [_need(prompts, lengths, packing.pack) for plan in split for prompts in plan]
+
+    def fits(sizes: Sequence[int], series: Series) -> bool:
+        several = [size for need, size in zip(every, sizes, strict=True) if len(need.prompts) > 1]
+        return not several or series(max(several)).tokens <= max(limit, series(1).tokens)
+
+    # Of each series a bound from below, without a look at single sequences: most need no closer one.
+    bounded = []
+    for number, series in enumerate(_series(packing, longest, max(need.tokens for need in every))):
+        least = _least_sizes(every, series)
+        if fits(least, series):
+            bounded.append((_chosen(Counter(least), series, packing)[0], number, series, least))
+    best: list[list[Part]] | None = None
+    lowest: tuple[float, int] = (math.inf, 0)
+    for bound, number, series, least in sorted(bounded, key=lambda one: one[:2]):
+        if (bound, number) >= lowest:
             continue
-        sizes = Counter(size for plan in filled for size, _ in plan)
-        cost, chosen = _chosen(sizes, series, packing)
-        if cost < least:
-            least = cost
-            best = [
-                [
-                    Part(prompts, rows, series(min(other for other in chosen if other >= size)))
-                    for prompts, (size, rows) in zip(plan, found, strict=True)
-                ]
-                for plan, found in zip(split, filled, strict=True)
-            ]
+        found = [
+            _smallest(need, size, lengths, series, packing.pack)
+            for need, size in zip(every, least, strict=True)
+        ]
+        sizes = [size for size, _ in found]
+        if not fits(sizes, series):
+            continue
+        cost, chosen = _chosen(Counter(sizes), series, packing)
+        if (cost, number) < lowest:
+            lowest = cost, number
+            parts = iter(
+                Part(need.prompts, rows, series(min(other for other in chosen if other >= size)))
+                for need, (size, rows) in zip(every, found, strict=True)
+            )
+            best = [[next(parts) for _ in plan] for plan in split]
     return best
+
+
+def _least_sizes(every: Sequence[_Need], series: Series) -> list[int]:
+    """The smallest size for each microbatch that has as many tokens and rows as it needs at least."""
+    tokens, rows = max(need.tokens for need in every), max(need.rows for need in every)
+    shapes = [series(1)]
+    while shapes[-1].tokens < tokens or shapes[-1].rows < rows:
+        shapes.append(series(len(shapes) + 1))
+    by_tokens, by_rows = [shape.tokens for shape in shapes], [shape.rows for shape in shapes]
+    return [
+        1 + max(bisect.bisect_left(by_tokens, need.tokens), bisect.bisect_left(by_rows, need.rows))
+        for need in every
+    ]
 
 
 def _series(packing: Packing, longest: int, tokens: int) -> Iterator[Series]:
@@ -180,19 +218,10 @@ def _width(least: int, size: int) -> int:
 
 
 def _smallest(
-    prompts: Sequence[int], lengths: Sequence[Sequence[int]], series: Series, pack: bool
+    need: _Need, size: int, lengths: Sequence[Sequence[int]], series: Series, pack: bool
 ) -> tuple[int, Rows]:
-    """Return the smallest size whose rows hold the prompts' sequences, and these rows."""
-    every = [(index, k) for index in prompts for k in range(len(lengths[index]))]
-    every.sort(key=lambda one: (-lengths[one[0]][one[1]], one))
-    tokens = sum(sum(lengths[index]) for index in prompts)
-    enough = (tokens, 0 if pack else len(every))  # tokens and rows that they need at least
-
-    def holds(size: int) -> bool:
-        return series(size).tokens >= enough[0] and series(size).rows >= enough[1]
-
-    size = bisect.bisect_left(range(1, tokens + 1), True, key=holds) + 1
-    while (rows := _filled(every, lengths, series(size), pack)) is None:
+    """Return the smallest size, from `size` on, whose rows hold a microbatch's sequences, and these rows."""
+    while (rows := _filled(need.sequences, lengths, series(size), pack)) is None:
         size += 1
     return size, rows
 
