@@ -4,13 +4,18 @@ RUN := .venv/bin/python
 # Tests start hundreds of processes, each of which would compile all that it imports again: five seconds of jax and torch.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint venv dev tiny config-docs files-docs plan
+.PHONY: quickstart test test-long lint venv dev tiny config-docs files-docs plan
 
 quickstart: venv
 	$(RUN) -m sppo_jax.main --config configs/quickstart.yaml
 
+TESTS := $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: dev
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m "not long"
+
+test-long: dev
+	$(TESTS) -m long
 
 lint: dev
 	.venv/bin/ruff format --check .

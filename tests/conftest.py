@@ -83,7 +83,28 @@ LONGEST = [
 ]
 
 
+# Whole games that are stopped, killed or played in several processes, and what needs another environment: `make test-long`.
+LONG = [
+    "hosts",
+    "processes",
+    "gpu_benchmark",
+    "compare_play",
+    "families_play",
+    "faults",
+    "kills",
+    "package",
+    "resume",
+    "talk",
+    "anchor",
+    "example",
+]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in {f"test_{name}.py" for name in LONG}:
+            item.add_marker(pytest.mark.long)
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

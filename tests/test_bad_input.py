@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize(
     ("words_", "said"),
     [
-        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--fit.learning_rat", "1"], "did you mean '--fit.learning_rate'?"),
         (["--judge.backend", "borda"], "judge.backend=borda is not known"),
         (["--judge.path", "nowhere"], "nowhere"),

@@ -209,7 +209,7 @@ def test_a_module_that_is_not_a_command_says_so_in_one_line(words, capsys):
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "is not a command" in line
-    assert "commands are main, plan, evaluate, judge, chat" in line
+    assert "commands are main, plan, evaluate, compare, judge, chat" in line
     assert ("did you mean sppo_jax.main?" in line) == ("man" in words[-1])
 
 

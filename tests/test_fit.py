@@ -190,7 +190,7 @@ def test_T26_every_loss_trains_from_its_own_predicted_start(loss, one_device):
 
 @pytest.mark.parametrize("loss", ["sppo", "ipo"])
 def test_an_anchor_moves_the_initial_loss_and_leaves_the_log_ratio_at_zero(loss, one_device):
-    settings = dataclasses.replace(SETTINGS, loss=loss, anchor=0.25)
+    settings = dataclasses.replace(SETTINGS, loss=loss, anchor=0.25, global_batch=8, epochs=1)
     model, filled, plain, programs = prepare(pairs_of(8), settings, one_device)
     ref = np.array([pair.ref_logprob for pair in filled])
     moved = np.random.default_rng(0).normal(size=ref.shape) * 8

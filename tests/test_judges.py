@@ -188,7 +188,8 @@ def test_a_judge_of_the_hub_keeps_its_commit_though_main_moves_on(backend, tmp_p
     assert json.loads((tmp_path / "run/manifest.json").read_text())["judge"]["sources"] == {
         "owner/judge": "c" * 40
     }
-    main.main(words(tmp_path / "run", **flags))
+    main.main(words(tmp_path / "run", **flags))  # finished: nobody is asked
+    main.main(words(tmp_path / "run", **flags | {"iterations": 2}))
     assert asked == [("owner/judge", {}), ("owner/judge", {"owner/judge": "c" * 40})]
 
 

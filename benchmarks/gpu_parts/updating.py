@@ -95,7 +95,7 @@ def _measured(at: At, a: Architecture, plan: UnitCost, name: str) -> Figure:
     prompts, width = _sizes(at)
     packing = memory.Update.of(c, a, mesh, width).packing(sharding.memory_limit(mesh))
     plans, layout = arranged([[*range(prompts)]], [[width, width]] * prompts, packing)
-    batches = [_microbatch(a, layout, len(taken), prompts).placed(mesh) for taken, _ in plans[0]]
+    batches = [_microbatch(a, layout, len(part.prompts), prompts).placed(mesh) for part in plans[0]]
     key = jax.random.key(SEED)
     if a.lora_rank:
         model = lora.attach(random_model(dataclasses.replace(a, lora_rank=0)), a.lora_rank, key, mesh)
