@@ -123,7 +123,7 @@ def test_a_figure_that_is_null_is_shown_as_a_dash_in_page_table_and_card(run, se
     page.write(run)
     whole = len(cells(run)[1]) == 7 and "-" not in cells(run)[1]
     assert whole == (section.get("prompts", 0) is None)
-    assert len(page.table(run).splitlines()) == 4
+    assert len(page.table(run).splitlines()) == 5  # with the footnote
     required = section.get("win_rate", 0) is None
     if not required:
         assert notes(run) == []

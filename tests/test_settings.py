@@ -179,9 +179,9 @@ def test_whatever_the_parser_meets_is_one_line_at_once(tmp_path, text, said):
         (["\N{EM DASH}out", "x"], "did you mean --out?"),
         (["--", "x"], "unknown flag --"),
         ([""], "unexpected argument ''"),
-        (["--out="], "out is empty"),
+        (["--config", "quickstart", "--out="], "out is empty"),
         (["--model.path", ""], "model.path is empty"),
-        (["--out", "a\0b"], "--out has a NUL character in it"),
+        (["--config", "quickstart", "--out", "a\0b"], "--out has a NUL character in it"),
         (["--prompts.source", "jsonl:\udcff"], "--prompts.source is not UTF-8 text"),
     ],
 )
