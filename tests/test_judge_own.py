@@ -368,3 +368,11 @@ def test_a_judge_that_makes_numpy_strict_makes_only_itself_strict(own):
     row = Responses(1, "Who?", [1], [[2], [2]], ["a", "b"], ["stop"] * 2, [-1.0] * 2)
     [found] = judges.prefer([row], own(compare), config.Judge(), lambda prompt, texts: (prompt, texts))
     assert found.win_rate == [0.75, 0.25]
+
+
+def test_a_path_beside_a_judge_of_ones_own_is_told_not_to_be_read(own, capsys):
+    own([LOGITS])
+    judges.open_judge(config.Judge(backend="mine:judge", path="owner/PairRM"))
+    assert "judge.path=owner/PairRM is not read" in capsys.readouterr().err
+    judges.open_judge(config.Judge(backend="mine:judge", path="embedded:pairrm"))
+    assert capsys.readouterr().err == ""

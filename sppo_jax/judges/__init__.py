@@ -8,6 +8,7 @@ import numpy as np
 
 from sppo_jax import config as configuration
 from sppo_jax import pairrm, preferences
+from sppo_jax.command import say
 from sppo_jax.errors import BadInput, about
 from sppo_jax.judges.own import MEND, Progress, made
 from sppo_jax.records import Preferences, Responses
@@ -119,6 +120,11 @@ def open_judge(judge: configuration.Judge, pinned: Mapping[str, str] | None = No
     A PairRM in its own process is started and loads in the background; for one on the mesh only its files are checked.
     """
     if ":" in judge.backend:
+        if judge.path and not judge.path.startswith("embedded:"):
+            say(
+                f"warning: judge.path={judge.path} is not read: judge.backend={judge.backend} is the judge; for PairRM give "
+                "--judge.backend torch or jax"
+            )
         return from_attribute("judge.backend", judge.backend)
     with about("judge.path="):
         opened = pairrm.load(
