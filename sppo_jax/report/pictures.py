@@ -174,7 +174,7 @@ PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
     ("Training loss", "Starts at the mean squared target, by construction.", _loss, "update"),
     ("Cycles and ties", "Shares of the judge's K × K matrices.", _cycles, "iteration"),
     ("What the judge leans to", "0: neither to long responses nor to the one shown first.", _leanings, "iteration"),
-    ("Where the time goes", "Seconds of each iteration; of one that was resumed, since its last start.", _seconds, "iteration"),
+    ("Where the time goes", "Seconds of each iteration, over all its starts.", _seconds, "iteration"),
     ("Sampling speed", "Tokens per second.", _speed, "iteration"),
 ]  # fmt: skip
 
