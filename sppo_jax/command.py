@@ -187,7 +187,7 @@ def version() -> str:
 
 
 def check_module(words: Sequence[str]) -> None:
-    """Exit with 2 and one line where `python -m` runs a module of the package that is not a
+    """Exit with 2 and one line where `python -m` runs a module of the package that is not a command.
 
     `words`: the process's own command line, with the interpreter and its options. Such a module would run, print nothing
     and exit with 0. Modules of rooms are left alone: the embedded default and the judge's process have theirs. Where a

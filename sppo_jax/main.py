@@ -46,7 +46,7 @@ HEADINGS = {
     "eval": "Evaluation on held-out prompts",
     "log": "What is written down",
 }
-# Beginnings of the knobs that make a game of one's own, which needs no file; the others leave the defaults as they are.
+# Sections that describe a game: where the command line has one of their knobs, no file is asked for.
 GAME = ("model.", "prompts.", "sampling.", "judge.", "pairs.", "responses.", "fit.", "eval.")
 COLUMNS = 100  # of the text of a knob
 # Variables in which a launcher gives a process its number: SLURM, Open MPI, indexed jobs of Kubernetes, TPUs on GKE.

@@ -1,5 +1,6 @@
 """The pictures of the report, one function each, as inline SVG whose colours follow the page's."""
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -61,7 +62,7 @@ def pictures(
         {
             "title": title,
             "caption": caption + one * (draw in BY_ITERATION),
-            "svg": _svg(title, draw, facts, xlabel),
+            "svg": svg(title, functools.partial(draw, facts=facts), xlabel),
         }
         for title, caption, draw, xlabel in PANELS
     ]
@@ -73,7 +74,7 @@ def _win_rates(axes: Any, facts: Facts) -> None:
         rates = [(e.iteration, rate) for e in facts.evaluations if (rate := e.against(name, "base"))]
         drawn = [(t, rate.mean, rate.interval or _around(rate.mean, None)) for t, rate in rates]
         _errorbars(axes, drawn, INK[name], name, form)
-    _line_at(axes, 0.5)
+    line_at(axes, 0.5)
 
 
 def _win_probabilities(axes: Any, facts: Facts) -> None:
@@ -90,11 +91,11 @@ def _log_ratios(axes: Any, facts: Facts) -> None:
     losers = [(e.iteration, e.losers, _around(e.losers, e.losers_stderr)) for e in facts.trained]
     _errorbars(axes, winners, INK["oracle"], "winners")
     _errorbars(axes, losers, INK["down"], "losers")
-    _line_at(axes, 0)
+    line_at(axes, 0)
 
 
 def _lengths(axes: Any, facts: Facts) -> None:
-    t, tokens = _points((e.iteration, e.tokens) for e in facts.evaluations)
+    t, tokens = points((e.iteration, e.tokens) for e in facts.evaluations)
     _curve(axes, t, tokens, "o-", INK["plain"])
     if highest := max(tokens, default=0):
         axes.set_ylim(0, 1.2 * highest)
@@ -112,8 +113,8 @@ def _length_distributions(axes: Any, facts: Facts) -> None:
 
 
 def _divergence(axes: Any, facts: Facts) -> None:
-    _curve(axes, *_points((e.iteration, e.kl_per_token) for e in facts.trained), "o-", INK["plain"])
-    _line_at(axes, 0)
+    _curve(axes, *points((e.iteration, e.kl_per_token) for e in facts.trained), "o-", INK["plain"])
+    line_at(axes, 0)
 
 
 def _cycles(axes: Any, facts: Facts) -> None:
@@ -131,14 +132,14 @@ def _leanings(axes: Any, facts: Facts) -> None:
         ("position_bias", "position bias, nats", "s-", INK["plain"]),
     ):
         _curve(axes, *_by_iteration(facts.of("judge"), key), form, ink, label)
-    _line_at(axes, 0)
+    line_at(axes, 0)
 
 
 def _loss(axes: Any, facts: Facts) -> None:
     for n, e in enumerate(facts.trained):
         mine = [line for line in facts.of("fit") if line["iteration"] == e.iteration]
-        points = _points((line["step"], line.get("loss")) for line in mine)
-        _curve(axes, *points, "-", SERIES[n % len(SERIES)], f"iteration {e.iteration}")
+        losses = points((line["step"], line.get("loss")) for line in mine)
+        _curve(axes, *losses, "-", SERIES[n % len(SERIES)], f"iteration {e.iteration}")
 
 
 def _seconds(axes: Any, facts: Facts) -> None:
@@ -182,14 +183,14 @@ PANELS: list[tuple[str, str, Callable[[Any, Facts], None], str]] = [
 BY_ITERATION = (_log_ratios, _divergence, _cycles, _leanings, _speed)
 
 
-def _points(found: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
+def points(found: Iterable[tuple[int, float | None]]) -> tuple[list[int], list[float]]:
     """Coordinates x and y of the points that have a y that can be drawn."""
     drawn = [(x, y) for x, y in found if y is not None and abs(y) <= LARGEST]
     return [x for x, _ in drawn], [y for _, y in drawn]
 
 
 def _by_iteration(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    return _points((line["iteration"], line.get(key)) for line in lines)
+    return points((line["iteration"], line.get(key)) for line in lines)
 
 
 def _curve(axes: Any, x: Sequence[int], y: Sequence[float], form: str, ink: str, label: str = "") -> None:
@@ -252,12 +253,13 @@ def _legend(axes: Any) -> None:
         )  # fmt: skip
 
 
-def _line_at(axes: Any, y: float) -> None:
+def line_at(axes: Any, y: float) -> None:
+    """Draw a faint level line, which alone is no picture."""
     axes.axhline(y, color=INK["faint"], linewidth=1, label=LEVEL)
 
 
-def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: str) -> str:
-    """One picture as inline SVG, the same bytes for the same numbers; empty where nothing is drawn."""
+def svg(title: str, draw: Callable[[Any], None], xlabel: str) -> str:
+    """What `draw` draws on matplotlib's axes as inline SVG, the same bytes for the same numbers; empty where it draws nothing."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -272,7 +274,7 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.9))
         axes = figure.add_subplot()
-        draw(axes, facts)
+        draw(axes)
         drawn: list[Any] = [*axes.lines, *axes.patches, *axes.containers]
         if all(artist.get_label() == LEVEL for artist in drawn):
             return ""
@@ -290,9 +292,9 @@ def _svg(title: str, draw: Callable[[Any, Facts], None], facts: Facts, xlabel: s
         ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    svg = "<svg" + out.getvalue().partition("<svg")[2]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, and that all pictures share
+    text = "<svg" + out.getvalue().partition("<svg")[2]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # names that nothing refers to, and that all pictures share
     for name, ink in INK.items():
-        svg = svg.replace(ink, f"var(--{name})")
-    return svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+        text = text.replace(ink, f"var(--{name})")
+    return text.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
