@@ -1,6 +1,5 @@
 """The pictures of the report, one function each, as inline SVG whose colours follow the page's."""
 
-import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -62,11 +61,15 @@ def pictures(
         {
             "title": title,
             "caption": caption + one * (draw in BY_ITERATION),
-            "svg": svg(title, functools.partial(draw, facts=facts), xlabel),
+            "svg": svg(title, _of(facts, draw), xlabel),
         }
         for title, caption, draw, xlabel in PANELS
     ]
     return [picture for picture in drawn if picture["svg"]]
+
+
+def _of(facts: Facts, draw: Callable[[Any, Facts], None]) -> Callable[[Any], None]:
+    return lambda axes: draw(axes, facts)
 
 
 def _win_rates(axes: Any, facts: Facts) -> None:
