@@ -131,3 +131,30 @@ def test_a_batch_that_needs_several_microbatches_is_split_evenly():
     assert ((at.rows, at.width), at.smaller) == ((1, 832), Shape(1, 640))
     alone = arranged([list(range(12))], lengths, Packing(1, 100))[0]  # a prompt gets the row that it needs
     assert [part.prompts for part in alone[0]] == [[i] for i in range(12)]
+
+
+def cost_of(found, of):
+    """Tokens that an arrangement costs, attention included; None where there is none."""
+    parts = [part for plan in found for part in plan]
+    second = of.compiling if len({part.shape for part in parts}) > 1 else 0.0
+    return sum(p.shape.tokens * (1 + of.attention * p.shape.width) for p in parts) + second
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_series_of_shapes_costs_less_than_the_one_that_is_taken(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(150, 300, (24, 2)).tolist()
+    order, of = (
+        [list(range(0, 12)), list(range(12, 24))],
+        Packing(attention=10.0 ** -rng.integers(2, 5), compiling=500.0),
+    )
+    taken, every = rules.arranged(order, lengths, of)[0], rules._series
+    series = list(
+        every(of, max(map(max, lengths)), max(sum(map(sum, lengths[:12])), sum(map(sum, lengths[12:]))))
+    )
+    costs = []
+    for one in series:
+        monkeypatch.setattr(rules, "_series", lambda *_, one=one: iter([one]))
+        costs.append(cost_of(rules.arranged(order, lengths, of)[0], of))
+    assert len(costs) > 5
+    assert cost_of(taken, of) == min(costs)
