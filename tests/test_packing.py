@@ -13,6 +13,7 @@ from sppo_jax.plan import target, workload
 from sppo_jax.plan.chips import GPUS, TPUS, stand_ins
 from sppo_jax.plan.lengths import Lengths
 from sppo_jax.training import memory
+from sppo_jax.training import packing as rules
 from sppo_jax.training.packing import Packing, Shape, arranged
 
 CONFIG = config_file.load([Path(__file__).parent.parent / "configs" / "mistral_7b.yaml"])
