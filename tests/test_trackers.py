@@ -207,6 +207,14 @@ def test_a_package_that_is_missing_is_refused_with_the_command_that_installs_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_tensorboard_that_is_missing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"pip install tensorboard, or take it out of log.to \(--log.to"):
+        Metrics(RunDir(tmp_path), configured(tmp_path, "tensorboard"))
+    assert not list(tmp_path.iterdir())
+    Metrics(RunDir(tmp_path), configured(tmp_path, "[]")).close()
+
+
 def test_wandb_without_an_account_is_refused_at_the_start_unless_it_is_offline(tmp_path, stub, monkeypatch):
     stub("wandb", "login")
     with pytest.raises(

@@ -1,6 +1,6 @@
 """Where curves and sample texts go beside metrics.jsonl: TensorBoard's file in OUT, wandb, trackio (log.to)."""
 
-import importlib
+import importlib.util
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +56,12 @@ class Tracking:
         Raises BadInput where a package is missing or needs an account.
         """
         names = ["tensorboard"] if config is None else config.log.to
+        # Looked for and not imported, which takes a while.
+        if "tensorboard" in names and not importlib.util.find_spec("tensorboard"):
+            raise BadInput(
+                "log.to=tensorboard: the package tensorboard is not installed; pip install tensorboard, or take it out of log.to "
+                "(--log.to '[]')"
+            )
         self._events = Events(run.tensorboard) if "tensorboard" in names else None
         self._trackers: list[Tracker] = [
             _Guarded(name, OTHERS[name](run), say) for name in names if name in OTHERS
