@@ -1,6 +1,7 @@
 """Instructions whose following can be checked: prompts, a rule as the judge, and the same rule without noise as the oracle.
 
     python examples/ifollow.py --to ifollow        # writes train_1.jsonl, train_2.jsonl, train_3.jsonl and heldout.jsonl
+    python examples/ifollow.py --to ifollow --hard # with kinds that a small model keeps so rarely that it cannot learn them
 
 A prompt is a task about a topic with one or two constraints, such as "Describe a rainy day. Use exactly 2 sentences. Use
 the word 'grey'." Held-out prompts have topics, and pairs of kinds of constraints, that no training prompt has; their
@@ -25,7 +26,7 @@ import numpy as np
 
 SHARPNESS = 6.0  # log-odds of a response that does all against one that does nothing
 NOISE = 0.1  # share of the comparisons that the judge gets the wrong way round
-PER_ITERATION, HELD_OUT = 240, 160
+PER_ITERATION, HELD_OUT = 160, 160
 COMBINATIONS_HELD_OUT = 0.25  # share of the pairs of kinds
 
 TASKS = (
@@ -66,6 +67,7 @@ class Kind:
     values: Sequence[Any]
     kept: Callable[[str, str], float]  # of the value's text and the response
     group: str = ""  # two kinds of one group contradict each other
+    hard: bool = False  # SmolLM2-135M-Instruct keeps it in fewer than one response of ten, with next to no partial credit
 
     def found(self, prompt: str) -> str | None:
         """The value's text where the prompt has this constraint, "" for a kind without a value, else None."""
@@ -108,14 +110,14 @@ def json_object(value: str, text: str) -> float:
 
 KINDS: dict[str, Kind] = {
     "sentences": Kind("Use exactly {} sentences.", (2, 3, 4), lambda v, t: near(sentences(t), int(v)), "form"),
-    "bullet points": Kind("Answer with exactly {} lines that each begin with '- '.", (2, 3, 4), bullets, "form"),
-    "JSON": Kind("Answer with nothing but a JSON object that has the keys {}.", ("title and text", "name and reason"), json_object, "form"),
+    "bullet points": Kind("Answer with exactly {} lines that each begin with '- '.", (2, 3, 4), bullets, "form", hard=True),
+    "JSON": Kind("Answer with nothing but a JSON object that has the keys {}.", ("title and text", "name and reason"), json_object, "form", hard=True),
     "a word": Kind("Use the word '{}'.", WORDS, lambda v, t: float(v in words(t))),
     "not a word": Kind("Do not use the word '{}'.", COMMON, lambda v, t: 1.0 if v not in words(t) else max(0.0, 0.5 - words(t).count(v) / 10)),
     "lower case": Kind("Write in lower case letters only.", ("",), lambda v, t: 1.0 if t == t.lower() else max(0.0, 0.5 - sum(c.isupper() for c in t) / 20), "letters"),
     "no commas": Kind("Do not use commas.", ("",), lambda v, t: 1.0 if "," not in t else max(0.0, 0.5 - t.count(",") / 10)),
     "first words": Kind("Begin with the words '{}'.", OPENINGS, lambda v, t: 1.0 if t.strip().startswith(v) else 0.3 * (v.lower() in t.lower()), "letters"),
-    "last words": Kind("End with the words '{}'", CLOSINGS, lambda v, t: 1.0 if t.strip().endswith(v) else 0.3 * (v.lower() in t.lower()), "letters"),
+    "last words": Kind("End with the words '{}'", CLOSINGS, lambda v, t: 1.0 if t.strip().endswith(v) else 0.3 * (v.lower() in t.lower()), "letters", hard=True),
     "at most": Kind("Use at most {} words.", (15, 25, 40), lambda v, t: 1.0 if len(words(t)) <= int(v) else max(0.0, 0.5 - len(words(t)) / int(v) / 10), "length"),
     "at least": Kind("Use at least {} words.", (30, 40), lambda v, t: 1.0 if len(words(t)) >= int(v) else 0.5 * len(words(t)) / int(v), "length"),
 }  # fmt: skip
@@ -187,16 +189,17 @@ def oracle() -> Rule:
     return Rule(0.0)
 
 
-def combinations() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Return (sets of one or two kinds to train on, sets of two that are held out)."""
+def combinations(hard: bool = False) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return (sets of one or two kinds to train on, sets of two that are held out); `hard`: of hard kinds, too."""
+    kinds = [name for name, kind in KINDS.items() if hard or not kind.hard]
     pairs = [
         (a, b)
-        for a, b in itertools.combinations(KINDS, 2)
+        for a, b in itertools.combinations(kinds, 2)
         if not (KINDS[a].group and KINDS[a].group == KINDS[b].group)
     ]
     random.Random(0).shuffle(pairs)
     held_out = round(COMBINATIONS_HELD_OUT * len(pairs))
-    return [(name,) for name in KINDS] + sorted(pairs[held_out:]), sorted(pairs[:held_out])
+    return [(name,) for name in kinds] + sorted(pairs[held_out:]), sorted(pairs[:held_out])
 
 
 def prompts(seed: int, topics: Sequence[str], kinds: Sequence[tuple[str, ...]], count: int) -> list[str]:
@@ -211,9 +214,9 @@ def prompts(seed: int, topics: Sequence[str], kinds: Sequence[tuple[str, ...]], 
     raise ValueError("no kinds of constraints are given")
 
 
-def write(folder: Path, iterations: int = 3, count: int = PER_ITERATION) -> None:
+def write(folder: Path, iterations: int = 3, count: int = PER_ITERATION, hard: bool = False) -> None:
     """Write the training prompts of each iteration and the held-out ones into a new folder."""
-    known, new = combinations()
+    known, new = combinations(hard)
     folder.mkdir(parents=True)
     train = prompts(0, TOPICS, known, iterations * count)
     random.Random(1).shuffle(train)
@@ -235,10 +238,12 @@ def main(given: Sequence[str] | None = None) -> None:
     """Write the prompts into the folder that --to names."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     flags.add_argument("--to", required=True, metavar="DIR", help="a new folder")
-    folder = Path(flags.parse_args(given).to)
+    flags.add_argument("--hard", action="store_true", help="with kinds that a small model hardly ever keeps")
+    asked = flags.parse_args(given)
+    folder = Path(asked.to)
     if folder.exists():
         flags.error(f"--to {folder} exists; give a new folder")
-    write(folder)
+    write(folder, hard=asked.hard)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_topics_and_combinations_are_held_out(tmp_path):
         for path in sorted((tmp_path / "a").glob("*.jsonl"))
     }
     assert {name: len(found) for name, found in rows.items()} == {
-        "heldout": 160, "train_1": 240, "train_2": 240, "train_3": 240,
+        "heldout": 160, "train_1": 160, "train_2": 160, "train_3": 160,
     }  # fmt: skip
     kinds = {
         name: {tuple(ifollow.checked(row["prompt"], "x")) for row in found} for name, found in rows.items()
@@ -73,6 +73,10 @@ def test_topics_and_combinations_are_held_out(tmp_path):
         for row in rows[f"train_{t}"]
         for topic in ifollow.NEW_TOPICS
     )
+    hard = {name for name, kind in ifollow.KINDS.items() if kind.hard}
+    assert hard
+    assert not hard & {name for found in kinds.values() for names in found for name in names}
+    assert hard <= {name for found in ifollow.combinations(hard=True) for names in found for name in names}
     with pytest.raises(SystemExit):
         ifollow.main(["--to", str(tmp_path / "a")])  # nothing is overwritten
     again = tmp_path / "b"
