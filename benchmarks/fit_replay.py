@@ -91,12 +91,12 @@ class Data:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
+def batches_of(pairs: list[Any], global_batch: int, packing: Any = None) -> Any:
     """The pairs' updates as sppo_jax makes them."""
     from sppo_jax.training.batches import Batches
     from sppo_jax.training.packing import Packing
 
-    packing = Packing(most_tokens=most_tokens, pack=pack)
+    packing = Packing() if packing is None else packing
     return Batches(pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, packing=packing)
 
 
@@ -169,10 +169,11 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     with Watch() as warm:
         model = models.load(Path(task["folder"]) / "model")
-        longest = max(max(data.lengths(i)) for i in range(len(rows)))
+        longest = max(len(p.prompt_ids) + sum(map(len, p.response_ids)) for p in rows)
         update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
-        most = update.most_tokens(sharding.memory_limit(mesh))
-        batches = batches_of(rows, task["global_batch"], most, task["pack"])
+        packing = update.packing(sharding.memory_limit(mesh))
+        packing = dataclasses.replace(packing, pack=task["pack"], shared=packing.shared and task["pack"])
+        batches = batches_of(rows, task["global_batch"], packing)
         programs = make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
         )
@@ -187,7 +188,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     count = len(compiled)
     with Work() as reference:
         values = trainer.logprobs(model, batches, len(rows), programs, mesh)
-    filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], most, task["pack"])
+    filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], packing)
     if task["gradients"]:
         save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
     with Work() as training:
