@@ -60,11 +60,11 @@ class Data:
 
     @staticmethod
     def read(task: dict[str, Any]) -> "Data":
-        """The task's data: all pairs, or those of the first update alone."""
+        """The task's data: all pairs, or the `first` ones of the first update."""
         found = Data(**json.loads((Path(task["folder"]) / "pairs.json").read_text()))
-        if not task["first_only"]:
+        if not task["first"]:
             return found
-        kept = found.order[0]
+        kept = found.order[0][: task["first"]]
         return Data(
             [found.prompts[i] for i in kept], [found.responses[i] for i in kept], [list(range(len(kept)))]
         )
@@ -145,11 +145,15 @@ def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Pat
     hf.save(nnx.merge(programs.graph, grads, frozen), folder)
 
 
-def computed_tokens(batches: Any, data: Data) -> int:
-    """Tokens of all updates' rows, padding included. Fails if an update's pairs are not those of `data`."""
+def tokens_of(batches: Any, data: Data) -> dict[str, int]:
+    """Tokens of all updates' rows, without padding and with it. Fails if an update's pairs are not those of `data`."""
     for step, expected in enumerate(data.order):
         assert sorted(pairs_of(batches[step])) == sorted(expected)
-    return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
+    parts = [part for step in range(len(data.order)) for part in batches[step].microbatches]
+    return {
+        "real_tokens": sum(int((part.segment > 0).sum()) for part in parts),
+        "computed_tokens": sum(part.tokens.size for part in parts),
+    }
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         longest = max(len(p.prompt_ids) + sum(map(len, p.response_ids)) for p in rows)
         update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
         packing = update.packing(sharding.memory_limit(mesh))
-        packing = dataclasses.replace(packing, pack=task["pack"], shared=packing.shared and task["pack"])
+        packing = dataclasses.replace(packing, pack=task["pack"], shared=task["shared"])
         batches = batches_of(rows, task["global_batch"], packing)
         programs = make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
@@ -203,7 +207,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, reference.others),
         "pairs": len(rows),
         "tokens": data.tokens,
-        "computed_tokens": computed_tokens(filled, data),
+        **tokens_of(filled, data),
         "losses": [one["loss"] for one in found],
         "margins": [one["margin"] for one in found],
         "reference": values.tolist(),
@@ -335,6 +339,7 @@ def trl(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, trainer.reference.others),
         "pairs": len(in_order),
         "tokens": data.tokens,
+        "real_tokens": sizes["real"],
         "computed_tokens": sizes["computed"],
         "losses": [one["loss"] for one in logged],
         "margins": [one["rewards/margins"] * ETA for one in logged],

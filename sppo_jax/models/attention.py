@@ -129,7 +129,7 @@ def whole(
         of = functools.partial(_triton, scale=scale, interpret=kernel.interpret)
     if kernel.name == "blocked":
         of = functools.partial(cpu_attention.attend, scale=scale, softcap=softcap)
-    kinds: list[Seen] = [functools.partial(of, window=window) for window in windows]
+    kinds: list[Callable[..., Array]] = [functools.partial(of, window=window) for window in windows]
     if kernel.mesh is not None:
         kinds = [_sharded(one, kernel.mesh) for one in kinds]
 
