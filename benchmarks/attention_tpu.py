@@ -31,6 +31,7 @@ from jaxtyping import Array
 from sppo_jax import sharding
 from sppo_jax.models import Architecture, Transformer, attention, hf
 from sppo_jax.models.architecture import Rope
+from sppo_jax.models.trees import Trees
 
 TOKENS = 16_384
 # Without it products with sharded matrices become loops of permutes, which take minutes to compile and longer to run.
@@ -71,7 +72,7 @@ def measured(a: Architecture, mesh: Mesh, length: int, forced: str) -> dict[str,
 
     def gradient(weights: Any, tokens: Array, valid: Array) -> Any:
         def loss(weights: Any) -> Array:
-            hidden = nnx.merge(graph, weights).hidden(tokens, valid.astype(jnp.int32))
+            hidden = nnx.merge(graph, weights).hidden(tokens, Trees.of(valid.astype(jnp.int32)))
             return jnp.sum(jnp.square(hidden.astype(jnp.float32)), where=valid[..., None])
 
         return jax.grad(loss)(weights)

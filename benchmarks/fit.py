@@ -1,12 +1,14 @@
 """Pairs per second and peak memory of training, ours and TRL's DPOTrainer, on recorded lengths.
 
-python benchmarks/fit.py --trl-python TRL [--pairs 64] [--global-batch 16] [--repetitions 3] [--threads 2] [--quick] [--json]
+python benchmarks/fit.py --trl-python TRL [--pairs 64] [--global-batch 16] [--repetitions 3] [--search 8] [--threads 2]
+    [--model DIR] [--lengths lognormal] [--quick] [--json]
 
-One run: the same random Mistral of 25M parameters in float32, the same pairs of random tokens with lengths from
+One run: the same model in float32, a random Mistral of 25M parameters or the one in DIR (SmolLM2-135M-Instruct, which
+benchmarks/smollm2.py --to DIR makes, has --lengths smollm2), the same pairs of random tokens with lengths from
 benchmarks/traces, sppo_hard and RMSProp with the same numbers and no clipping, the same pairs in each update, each
 contender in a process of its own, taking turns. Nothing is truncated. Both compute the reference's log-probs once, before
-the first update, and that time counts. TRL is the setting of SETTINGS that needs the least time for the first update's
-pairs; its loss is twice ours, which is halved where the two are compared. TRL has an environment of its own
+the first update, and that time counts. TRL is the setting of SETTINGS that needs the least time for --search of the first
+update's pairs; its padding_free is disabled in this version. Its loss is twice ours, which is halved where the two are compared. TRL has an environment of its own
 (requirements-trl.txt); TRL_PYTHON may name its interpreter too. Imports, loading and compilation are timed apart.
 """
 
@@ -14,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 import fit_replay
 import numpy as np
 import sampler
+from fit_figures import errors, merged, ratios, useful
 from fit_replay import ETA, GRADIENTS, RATE, Data
 from sampler_replay import SEED, Trace, say
 
@@ -32,30 +34,18 @@ from sampler_replay import SEED, Trace, say
 # group_by_length would over several updates.
 DEFAULT = (8, True, False)
 SETTINGS = (
-    (1, False, False), (2, False, False), (2, False, True), (4, False, True), (8, False, True), (1, True, False), DEFAULT,
+    (1, False, False), (2, False, True), (4, False, True), (8, False, True),
+    (1, True, False), (2, True, True), (4, True, True), (8, True, True), DEFAULT,
 )  # fmt: skip
-OURS, AS_OURS = {"pack": True, "remat": "attention"}, "packed, remat attention"
-# Variants of ours, each over the first update alone.
+OURS, AS_OURS = {"pack": True, "shared": True, "remat": "attention"}, "as it is"
+# Variants of ours, each over the pairs of TRL's search; of a --model the first alone.
 ABLATIONS = {
     AS_OURS: OURS,
-    "one sequence a row, remat layer": {"pack": False, "remat": "layer"},
-    "packed, remat layer": {"pack": True, "remat": "layer"},
-    "one sequence a row, remat attention": {"pack": False, "remat": "attention"},
+    "a copy of the prompt for each response": OURS | {"shared": False},
+    "one sequence a row": OURS | {"shared": False, "pack": False},
+    "remat layer": OURS | {"remat": "layer"},
 }
 TOLERANCE = 1e-3  # of gradients, and of the losses relative to their own
-
-
-def useful(sizes: dict[str, int], data: Data) -> float:
-    """FLOPs that reference and training need at least: a forward pass, then a forward and backward pass of the whole
-    sequences, with the head at the responses alone."""
-    d, h, n, c = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
-    layers = sizes["num_hidden_layers"]
-    body = layers * (2 * d * c * (h + n) + 3 * d * sizes["intermediate_size"])
-    every = np.array([data.lengths(i) for i in range(len(data.prompts))], float)
-    said = sum(len(ids) for row in data.responses for ids in row)
-    forward = 2 * body * every.sum() + 2 * d * sizes["vocab_size"] * said
-    forward += 2 * layers * h * c * (every**2).sum()
-    return 4 * forward
 
 
 @dataclass(frozen=True)
@@ -69,16 +59,24 @@ class Run:
     pairs: int
     global_batch: int
     quick: bool
+    search: int  # pairs of the first update for TRL's settings, and for variants of ours
+    model: Path | None
+    lengths: str
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the model; one layer with --quick."""
+        """The sizes of the model; of the random one with --quick, one layer."""
+        if self.model:
+            return json.loads((self.model / "config.json").read_text())
         return sampler.MODEL | {"num_hidden_layers": 1} if self.quick else sampler.MODEL
 
     def prepare(self) -> Data:
         """Write the model and pairs.json, with the pairs of each update as our batches have them."""
-        sampler.make(self.folder / "model", self.sizes)
-        trace = Trace.of("lognormal", self.pairs, 16 if self.quick else 1)
+        if self.model:
+            (self.folder / "model").symlink_to(self.model.resolve())
+        else:
+            sampler.make(self.folder / "model", self.sizes)
+        trace = Trace.of(self.lengths, self.pairs, 16 if self.quick else 1)
         data = Data.of(trace, self.sizes["vocab_size"])
         batches = fit_replay.batches_of(data.pairs(), self.global_batch)
         order = [fit_replay.pairs_of(batches[step]) for step in range(len(batches))]
@@ -110,11 +108,15 @@ class Run:
         done = subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    def train(self, name: str, said: str, first_only: bool = False, **task: Any) -> dict[str, Any]:
-        """Measure one contender over all updates, or over the first."""
+    def train(self, name: str, said: str, first: int = 0, **task: Any) -> dict[str, Any]:
+        """Measure one contender over all updates, or over the `first` pairs of the first."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
-            shared = {"folder": str(self.folder), "output": output, "global_batch": self.global_batch}
-            found = self.measure(name, **({"first_only": first_only, "gradients": ""} | shared | task))
+            shared = {
+                "folder": str(self.folder),
+                "output": output,
+                "global_batch": first or self.global_batch,
+            }
+            found = self.measure(name, **({"first": first, "gradients": ""} | shared | task))
         all_seconds = found["seconds"] + found["reference_seconds"]
         say(
             f"  {said}: {found['pairs']} pairs in {found['seconds']:.1f} s, reference {found['reference_seconds']:.1f} s; "
@@ -124,19 +126,19 @@ class Run:
         return found
 
     def calibrated(self) -> list[dict[str, Any]]:
-        """TRL's settings, the fastest first, with the measurements of the first update."""
+        """TRL's settings, the fastest first, with their measurements."""
         say("TRL: which setting")
-        chosen = (SETTINGS[2], DEFAULT) if self.quick else SETTINGS
+        chosen = (SETTINGS[1], DEFAULT) if self.quick else SETTINGS
         estimates = []
         for per_device, checkpointing, by_length in chosen:
             setting = {"per_device": per_device, "checkpointing": checkpointing, "by_length": by_length}
-            found = self.train("trl", named(setting), first_only=True, **setting)
+            found = self.train("trl", named(setting), first=self.search, **setting)
             seconds = found["seconds"] + found["reference_seconds"]
             estimates.append(
                 {
                     "setting": setting,
                     "pairs_per_s": found["pairs"] / seconds,
-                    "real_token_share": found["tokens"] / found["computed_tokens"],
+                    "real_token_share": found["real_tokens"] / found["computed_tokens"],
                     "peak_bytes": found["peak_bytes"],
                 }
             )
@@ -146,9 +148,8 @@ class Run:
         """The first update's gradients, ours against half of TRL's."""
         say("gradients of the first update")
         for name, setting in (("ours", OURS), ("trl", best)):
-            self.train(
-                name, name, first_only=True, gradients=str(self.folder / f"gradients_{name}"), **setting
-            )
+            folder = str(self.folder / f"gradients_{name}")
+            self.train(name, name, first=self.global_batch, gradients=folder, **setting)
         return errors(*(self.folder / f"gradients_{name}" / GRADIENTS for name in ("ours", "trl")))
 
 
@@ -158,72 +159,6 @@ def named(setting: dict[str, Any]) -> str:
         f"TRL, {setting['per_device']} pairs a forward{', by length' * setting['by_length']}"
         f"{', checkpointing' * setting['checkpointing']}"
     )
-
-
-def errors(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Each parameter's error is the largest |ours - TRL's / 2| over the largest |TRL's / 2|. Return the largest error, its
-    parameter, and the error of all parameters together in norms."""
-    from safetensors.numpy import load_file
-
-    mine, other = load_file(ours), load_file(theirs)
-    assert mine.keys() == other.keys(), sorted(mine.keys() ^ other.keys())
-    found, square, whole = {}, 0.0, 0.0
-    for name, x in mine.items():
-        half = other[name].astype(np.float64) / 2
-        difference = np.abs(x - half)
-        found[name] = float(difference.max() / np.abs(half).max())
-        square, whole = square + float((difference**2).sum()), whole + float((half**2).sum())
-    worst = max(found, key=lambda name: found[name])
-    return {
-        "max_grad_error": found[worst],
-        "of": worst,
-        "norm_error": (square / whole) ** 0.5,
-        "norm": whole**0.5,
-        "parameters": len(found),
-    }
-
-
-def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge repetitions into one result: medians, but maxima of the figures that must stay small."""
-    middle = (
-        "seconds",
-        "reference_seconds",
-        "import_seconds",
-        "load_seconds",
-        "warm_seconds",
-        "cpu_seconds",
-        "peak_bytes",
-    )
-    one = runs[-1] | {key: statistics.median(run[key] for run in runs) for key in middle}
-    one |= {
-        f"every_{key}": [run[key] for run in runs] for key in ("seconds", "reference_seconds", "peak_bytes")
-    }
-    # The first process compiles; later ones find its programs.
-    one["warm_seconds"] = max(run["warm_seconds"] for run in runs)
-    one["others"] = max(run["others"] for run in runs)
-    seconds = one["seconds"] + one["reference_seconds"]
-    return one | {
-        "pairs_per_s": one["pairs"] / seconds,
-        "pairs_per_s_without_reference": one["pairs"] / one["seconds"],
-        "tokens_per_s": one["tokens"] / seconds,
-        "real_token_share": one["tokens"] / one["computed_tokens"],
-    }
-
-
-def ratios(
-    mine: dict[str, Any], theirs: dict[str, Any], alone: dict[str, Any], default: dict[str, Any]
-) -> dict[str, float]:
-    """Ours over TRL's. `alone` and `default` are ours and TRL's default over the first update alone."""
-    return {
-        "vs_trl_pairs_per_s": mine["pairs_per_s"] / theirs["pairs_per_s"],
-        "vs_trl_peak_memory": mine["peak_bytes"] / theirs["peak_bytes"],
-        "vs_trl_pairs_per_s_without_reference": mine["pairs_per_s_without_reference"]
-        / theirs["pairs_per_s_without_reference"],
-        # The first process compiles; later ones find its programs on disk.
-        "vs_trl_peak_memory_compiled_before": min(mine["every_peak_bytes"]) / theirs["peak_bytes"],
-        "vs_trl_default_pairs_per_s": alone["pairs_per_s"] / default["pairs_per_s"],
-        "vs_trl_default_peak_memory": alone["peak_bytes"] / default["peak_bytes"],
-    }
 
 
 def compare(run: Run) -> dict[str, Any]:
@@ -243,8 +178,9 @@ def compare(run: Run) -> dict[str, Any]:
         runs["trl"].append(run.train("trl", named(best), **best))
     say("ours, otherwise")
     ablations = {
-        name: merged([run.train("ours", name, first_only=True, **setting)])
+        name: merged([run.train("ours", name, first=run.search, **setting)])
         for name, setting in ABLATIONS.items()
+        if name == AS_OURS or not run.model
     }
     found = {name: merged(each) for name, each in runs.items()}
     mine, theirs = found["ours"], found["trl"]
@@ -273,6 +209,8 @@ def compare(run: Run) -> dict[str, Any]:
         "trl_estimates": estimates,
         "peak": peak,
         "pairs": run.pairs,
+        "search_pairs": run.search,
+        "lengths": run.lengths,
         "global_batch": run.global_batch,
         "updates": len(data.order),
         "tokens": data.tokens,
@@ -307,7 +245,7 @@ def report(s: dict[str, Any]) -> None:
             f"{one['peak_bytes'] / 2**30:.2f} | {one['import_seconds']:.1f} | {one['load_seconds']:.1f} | "
             f"{one['warm_seconds']:.1f} | {one['others']:.0%} |"
         )
-    print("\n| first update alone | pairs/s | real tokens | peak GiB |\n|---|---|---|---|")
+    print(f"\n| {s['search_pairs']} pairs | pairs/s | real tokens | peak GiB |\n|---|---|---|---|")
     alone = {f"ours, {name}": one for name, one in s["ablations"].items()}
     for name, one in (alone | {named(one["setting"]): one for one in s["trl_estimates"]}).items():
         print(
@@ -343,6 +281,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=64, help="of the trace")
     parser.add_argument("--global-batch", type=int, default=16, help="pairs of an update, a multiple of 8")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=8,
+        help="pairs of the first update for each of TRL's settings, a multiple of 8",
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model instead of the random one")
+    parser.add_argument("--lengths", default="lognormal", help="a trace of benchmarks/traces")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores")
     parser.add_argument("--quick", action="store_true", help="everything once and short: does it run?")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -351,8 +297,8 @@ def arguments() -> argparse.Namespace:
         parser.error(
             "--trl-python is needed: an interpreter of an environment made as requirements-trl.txt says"
         )
-    if args.global_batch % 8 or args.pairs % args.global_batch:
-        parser.error("--global-batch must be a multiple of 8, and --pairs a multiple of it")
+    if args.global_batch % 8 or args.search % 8 or args.pairs % args.global_batch:
+        parser.error("--global-batch and --search must be multiples of 8, and --pairs one of --global-batch")
     return args
 
 
@@ -365,7 +311,18 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="fit-") as folder:
         summary = compare(
-            Run(Path(folder), args.trl_python, args.threads, repetitions, pairs, batch, args.quick)
+            Run(
+                Path(folder),
+                args.trl_python,
+                args.threads,
+                repetitions,
+                pairs,
+                batch,
+                args.quick,
+                min(args.search, batch),
+                args.model,
+                args.lengths,
+            )
         )
     report(summary)
     if args.json:

@@ -60,11 +60,11 @@ class Data:
 
     @staticmethod
     def read(task: dict[str, Any]) -> "Data":
-        """The task's data: all pairs, or those of the first update alone."""
+        """The task's data: all pairs, or the `first` ones of the first update."""
         found = Data(**json.loads((Path(task["folder"]) / "pairs.json").read_text()))
-        if not task["first_only"]:
+        if not task["first"]:
             return found
-        kept = found.order[0]
+        kept = found.order[0][: task["first"]]
         return Data(
             [found.prompts[i] for i in kept], [found.responses[i] for i in kept], [list(range(len(kept)))]
         )
@@ -91,12 +91,12 @@ class Data:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def batches_of(pairs: list[Any], global_batch: int, most_tokens: int | None = None, pack: bool = True) -> Any:
+def batches_of(pairs: list[Any], global_batch: int, packing: Any = None) -> Any:
     """The pairs' updates as sppo_jax makes them."""
     from sppo_jax.training.batches import Batches
     from sppo_jax.training.packing import Packing
 
-    packing = Packing(most_tokens=most_tokens, pack=pack)
+    packing = Packing() if packing is None else packing
     return Batches(pairs, global_batch=global_batch, epochs=1, seed=SEED, iteration=1, packing=packing)
 
 
@@ -145,11 +145,15 @@ def save_gradients(batch: Any, model: Any, programs: Any, mesh: Any, folder: Pat
     hf.save(nnx.merge(programs.graph, grads, frozen), folder)
 
 
-def computed_tokens(batches: Any, data: Data) -> int:
-    """Tokens of all updates' rows, padding included. Fails if an update's pairs are not those of `data`."""
+def tokens_of(batches: Any, data: Data) -> dict[str, int]:
+    """Tokens of all updates' rows, without padding and with it. Fails if an update's pairs are not those of `data`."""
     for step, expected in enumerate(data.order):
         assert sorted(pairs_of(batches[step])) == sorted(expected)
-    return sum(part.tokens.size for step in range(len(data.order)) for part in batches[step].microbatches)
+    parts = [part for step in range(len(data.order)) for part in batches[step].microbatches]
+    return {
+        "real_tokens": sum(int((part.segment > 0).sum()) for part in parts),
+        "computed_tokens": sum(part.tokens.size for part in parts),
+    }
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +173,11 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     with Watch() as warm:
         model = models.load(Path(task["folder"]) / "model")
-        longest = max(max(data.lengths(i)) for i in range(len(rows)))
+        longest = max(len(p.prompt_ids) + sum(map(len, p.response_ids)) for p in rows)
         update = memory.Update(model.architecture, mesh, 4, model.kernel.name, settings.remat, longest)
-        most = update.most_tokens(sharding.memory_limit(mesh))
-        batches = batches_of(rows, task["global_batch"], most, task["pack"])
+        packing = update.packing(sharding.memory_limit(mesh))
+        packing = dataclasses.replace(packing, pack=task["pack"], shared=task["shared"])
+        batches = batches_of(rows, task["global_batch"], packing)
         programs = make_programs(
             model.architecture, model.compute_dtype, mesh, settings, batches.steps_per_epoch
         )
@@ -187,7 +192,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     count = len(compiled)
     with Work() as reference:
         values = trainer.logprobs(model, batches, len(rows), programs, mesh)
-    filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], most, task["pack"])
+    filled = batches_of(pairs.with_reference(rows, values), task["global_batch"], packing)
     if task["gradients"]:
         save_gradients(filled[0], model, programs, mesh, Path(task["gradients"]))
     with Work() as training:
@@ -202,7 +207,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, reference.others),
         "pairs": len(rows),
         "tokens": data.tokens,
-        "computed_tokens": computed_tokens(filled, data),
+        **tokens_of(filled, data),
         "losses": [one["loss"] for one in found],
         "margins": [one["margin"] for one in found],
         "reference": values.tolist(),
@@ -334,6 +339,7 @@ def trl(task: dict[str, Any]) -> dict[str, Any]:
         "others": max(training.others, trainer.reference.others),
         "pairs": len(in_order),
         "tokens": data.tokens,
+        "real_tokens": sizes["real"],
         "computed_tokens": sizes["computed"],
         "losses": [one["loss"] for one in logged],
         "margins": [one["rewards/margins"] * ETA for one in logged],

@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 
 import sppo_jax
-from sppo_jax.models import transformer
+from sppo_jax.models import trees
 from tests.typechecker import CHECKED
 
 PACKAGE = Path(sppo_jax.__file__).parent
@@ -42,6 +42,6 @@ def test_every_name_that_is_checked_exists(name):
 
 def test_a_wrong_dtype_and_a_wrong_shape_are_refused():
     with pytest.raises(jaxtyping.TypeCheckError):
-        transformer.positions(jnp.zeros((2, 3)))
+        trees.positions(jnp.zeros((2, 3)))
     with pytest.raises(jaxtyping.TypeCheckError):
-        transformer.positions(jnp.zeros(3, jnp.int32))
+        trees.positions(jnp.zeros(3, jnp.int32))

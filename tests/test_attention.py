@@ -14,6 +14,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.models import attention, hf, lora
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.transformer import Adapter, Transformer
+from sppo_jax.models.trees import Trees
 from sppo_jax.training import update
 from sppo_jax.training.trainer import Trainer
 from tests.conftest import ODD
@@ -32,8 +33,15 @@ def padded(lengths, width, side="right"):
     return jnp.asarray(np.stack([np.roll(row, int(turn * (width - n))) for row, n in rows]))
 
 
+def rows_as_trees(valid):
+    """Return trees for a mask of real tokens, or for numbers of segments; trees as they are."""
+    return valid if isinstance(valid, Trees) else Trees.of(jnp.asarray(valid, jnp.int32))
+
+
 def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softcap=None, scale=None):
-    """Return the outputs of real queries and the gradients of q, k, v; `valid` may number a row's segments from 1."""
+    """Return the outputs of real queries and the gradients of q, k, v; `valid` may number a row's segments from 1, or be trees."""
+    trees = rows_as_trees(valid)
+    valid = trees.segment
     rng = np.random.default_rng(0)
     shapes = [(*valid.shape, n, 16) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -41,9 +49,7 @@ def seen_and_gradients(kernel, valid, *, heads=4, kv_heads=2, window=None, softc
     @jax.jit
     def run(q, k, v):
         def real(q, k, v):
-            seen = attention.whole(
-                jnp.asarray(valid, jnp.int32), [window], kernel, scale=scale, softcap=softcap
-            )(0, q, k, v)
+            seen = attention.whole(trees, [window], kernel, scale=scale, softcap=softcap)(0, q, k, v)
             return jnp.where((valid > 0)[..., None, None], seen, 0)
 
         out, pullback = jax.vjp(real, q, k, v)
@@ -195,7 +201,7 @@ def test_each_device_calls_the_kernel_for_its_own_row_and_heads(
     mesh = sharding.make_mesh(2, 2, 2)
 
     def gradients(q, k, v, valid):
-        seen = attention.whole(jnp.asarray(valid, jnp.int32), [window], Kernel(kernel, mesh), scale=0.2)
+        seen = attention.whole(rows_as_trees(valid), [window], Kernel(kernel, mesh), scale=0.2)
         return jax.grad(lambda *qkv: jnp.sum(seen(0, *qkv).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
     like = [jax.ShapeDtypeStruct((4, 40, n, 64), jnp.bfloat16) for n in (8, 2, 2)]

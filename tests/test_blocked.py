@@ -10,6 +10,7 @@ import pytest
 from sppo_jax import sharding
 from sppo_jax.models import attention, cpu_attention
 from sppo_jax.models.attention import Kernel
+from sppo_jax.models.trees import Trees
 from tests.test_attention import assert_close, padded, seen_and_gradients
 
 
@@ -24,6 +25,27 @@ def rows_of(*rows, width):
     return jnp.asarray(found)
 
 
+def trees_of(*rows, width):
+    """Return trees for rows of (tokens of the prompt, of each response...); a number alone is padding, as is the rest."""
+    found = np.zeros((3, len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        begin = 0
+        for s, tree in enumerate(row):
+            if isinstance(tree, int):
+                begin += tree
+                continue
+            for branch, n in enumerate(tree):
+                place = np.arange(n) + (tree[0] if branch else 0)
+                found[0, b, begin : begin + n] = s + 1
+                found[1, b, begin : begin + n], found[2, b, begin : begin + n] = branch, place
+                begin += n
+    return Trees(*map(jnp.asarray, found))
+
+
+TREES = trees_of(
+    ((90, 80, 130, 40), (20, 5, 5)), ((3, 200, 20), (60, 1, 70)), (30, (70, 64, 64), (5, 40, 30)),
+    ((1, 1, 1, 1),), (), ((300, 60),), width=400,
+)  # fmt: skip
 PACKED = rows_of((300,), (100, 3, 61, 64, 70), (-70, 130), (1,), (), (-150, 20, 100), width=300)
 
 
@@ -36,6 +58,28 @@ def test_blocks_equal_dense_masks(one_device, options):
     for mesh in (one_device, None):
         found = seen_and_gradients(Kernel("blocked", mesh), PACKED, **options)
         assert_close(found, seen_and_gradients(Kernel(), PACKED, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 70}, {"window": 100}, {"window": 1}, {"window": 5, "softcap": 3.0}], ids=str
+)
+def test_blocks_of_trees_equal_dense_masks(one_device, options):
+    found = seen_and_gradients(Kernel("blocked", one_device), TREES, **options)
+    assert_close(found, seen_and_gradients(Kernel(), TREES, **options))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_response_of_a_tree_sees_what_it_sees_in_a_row_of_its_own(window):
+    """Outputs of each branch are those of the prompt and the branch alone."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 60, n, 16)), jnp.float32) for n in (4, 2, 2))
+    tree = trees_of(((20, 25, 15),), width=60)
+    together = attention.whole(tree, [window], Kernel())(0, q, k, v)
+    for branch in (1, 2):
+        own = np.flatnonzero(np.isin(np.asarray(tree.branch[0]), (0, branch)))
+        alone = Trees.of(jnp.ones((1, len(own)), jnp.int32))
+        found = attention.whole(alone, [window], Kernel())(0, q[:, own], k[:, own], v[:, own])
+        np.testing.assert_allclose(together[:, own], found, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sizes", "heads"), [((2, 2, 2), 4), ((1, 2, 4), 4), ((1, 2, 4), 6)])
@@ -54,7 +98,7 @@ def test_a_row_does_not_depend_on_its_neighbours(one_device):
 
     @jax.jit
     def run(q, k, v, rows):
-        return attention.whole(rows, [None], of)(0, q, k, v)
+        return attention.whole(Trees.of(rows), [None], of)(0, q, k, v)
 
     together = run(q, k, v, PACKED)
     for b in range(6):
@@ -69,7 +113,7 @@ def test_bfloat16_is_as_good_as_dense(one_device):
 
     def run(kernel, dtype):
         def loss(q, k, v):
-            seen = attention.whole(PACKED, [None], kernel)(0, q, k, v)
+            seen = attention.whole(Trees.of(PACKED), [None], kernel)(0, q, k, v)
             return jnp.sum(jnp.where(real, seen.astype(jnp.float32), 0) ** 2)
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*(x.astype(dtype) for x in exact))
@@ -83,18 +127,26 @@ def test_bfloat16_is_as_good_as_dense(one_device):
 
 
 @pytest.mark.parametrize("window", [None, 1, 65, 130])
-def test_only_blocks_that_share_a_sequence_are_computed(window):
-    size, (rows, length) = cpu_attention.BLOCK, PACKED.shape
-    wide = jnp.pad(PACKED, ((0, 0), (0, -length % size)))
-    first = np.asarray(cpu_attention.first_blocks(wide, window))
-    seen = np.asarray(attention.causal_mask(wide, window))
-    cut = seen.reshape(rows, first.shape[1], size, first.shape[1], size).any(axis=(2, 4))
+@pytest.mark.parametrize("trees", [Trees.of(PACKED), TREES], ids=["sequences", "trees"])
+def test_only_blocks_that_share_a_sequence_are_computed(trees, window):
+    size, (rows, length) = cpu_attention.BLOCK, trees.segment.shape
+    wide = Trees(*(jnp.pad(x, ((0, 0), (0, -length % size))) for x in trees))
+    visits = cpu_attention.visits(wide, window)
+    seen = np.asarray(wide.mask(window))
+    blocks = seen.shape[1] // size
+    cut = seen.reshape(rows, blocks, size, blocks, size).any(axis=(2, 4))
+    # Padding before a sequence counts as its own, and a later sequence's window may begin where nothing is seen.
+    exact = (0, 1, 3, 4) if window is None else ()
     for b in range(rows):
-        for i in range(first.shape[1]):
-            needed = np.flatnonzero(cut[b, i])
-            assert (first[b, i] <= needed).all()
-            if b in (0, 1, 3, 4):  # no padding before a sequence: its blocks would begin with it
-                assert first[b, i] == (needed[0] if len(needed) else i + 1)
+        for i in range(blocks):
+            own, last, every = (int(x[b, i]) for x in visits)
+            found = [i - step if step < own else last - (step - own) for step in range(every)]
+            needed = set(np.flatnonzero(cut[b, i]))
+            assert len(set(found)) == len(found)
+            assert needed <= set(found) <= set(range(i + 1))
+            assert not found or found[0] == i
+            if b in exact:
+                assert set(found) == needed
 
 
 @pytest.mark.parametrize("kernel", ["blocked", "xla"])
@@ -105,7 +157,7 @@ def test_scores_of_whole_rows_do_not_exist(one_device, kernel):
     rows = jnp.ones((1, length), jnp.int32)
 
     def loss(*args):
-        return jnp.sum(attention.whole(rows, [None], Kernel(kernel, one_device))(0, *args))
+        return jnp.sum(attention.whole(Trees.of(rows), [None], Kernel(kernel, one_device))(0, *args))
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
     taken, scores = compiled.memory_analysis().temp_size_in_bytes, 4 * heads * length**2
@@ -118,7 +170,7 @@ def test_short_rows_are_computed_at_once(one_device):
     def loops(length):
         rows = jnp.ones((1, length), jnp.int32)
         heads = jnp.ones((1, length, 2, 16))
-        of = attention.whole(rows, [None], Kernel("blocked", one_device))
+        of = attention.whole(Trees.of(rows), [None], Kernel("blocked", one_device))
         return "while" in str(jax.make_jaxpr(lambda x: of(0, x, x, x))(heads))
 
     assert (loops(2 * cpu_attention.BLOCK), loops(2 * cpu_attention.BLOCK + 1)) == (False, True)
@@ -127,7 +179,7 @@ def test_short_rows_are_computed_at_once(one_device):
 def test_padding_is_finite(one_device):
     valid = padded((0, 130, 200), 200, "middle").astype(jnp.int32)
     heads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 200, 2, 16)), jnp.float32)
-    of = attention.whole(valid, [None], Kernel("blocked", one_device))
+    of = attention.whole(Trees.of(valid), [None], Kernel("blocked", one_device))
     out, pullback = jax.vjp(lambda q, k, v: of(0, q, k, v), heads, heads, heads)
     for x in (out, *pullback(jnp.ones_like(out))):
         assert np.isfinite(x).all()

@@ -14,6 +14,7 @@ from sppo_jax.hub import names
 from sppo_jax.models import Transformer, hf, logprob
 from sppo_jax.models.attention import Kernel
 from sppo_jax.models.logprob import response_logprob
+from sppo_jax.models.trees import Trees
 
 PROMPTS = [[1, 30, 40, 50], [1, 9, 8, 7, 6, 5, 4], [1, 99]]
 ANSWERS = [[60, 70, 2], [60, 71, 72, 73, 80, 2], [500, 501, 502, 503]]
@@ -187,19 +188,20 @@ def test_a_label_beyond_the_vocabulary_has_no_logprob(policy, eight_devices):
 
 def test_packed_sequences_have_the_logprobs_that_they_have_alone(theirs, policy):
     """Three sequences in one row of 32, and the third again in a row of its own, padded on the left."""
-    rows = np.zeros((2, 32), np.int32)
-    segment, scored = np.zeros((2, 32), np.int32), np.zeros((2, 32), bool)
+    rows, segment, slot = np.zeros((3, 2, 32), np.int32)
     expected = [brute_force(theirs, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     begin = 0
     for s, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True), 1):
         end = begin + len(prompt) + len(answer)
         rows[0, begin:end], segment[0, begin:end] = prompt + answer, s
-        scored[0, begin + len(prompt) : end] = True
+        slot[0, begin + len(prompt) : end] = s
         begin = end
     last = PROMPTS[2] + ANSWERS[2]
-    rows[1, -len(last) :], segment[1, -len(last) :], scored[1, -len(ANSWERS[2]) :] = last, 1, True
+    rows[1, -len(last) :], segment[1, -len(last) :], slot[1, -len(ANSWERS[2]) :] = last, 1, 1
+    before = np.broadcast_to(np.arange(31), (2, 31))
+    scored = logprob.Scored(*map(jnp.asarray, (before, rows[:, 1:], slot[:, 1:])))
     found = jax.jit(logprob.packed_logprob)(
-        policy, *map(jnp.asarray, (rows, segment, scored)), jnp.arange(1, 4)
+        policy, jnp.asarray(rows), Trees.of(jnp.asarray(segment)), scored, jnp.arange(1, 4)
     )
     np.testing.assert_allclose(found, [expected, [expected[2], 0, 0]], atol=2e-4)
 

@@ -76,12 +76,16 @@ def test_peft_and_the_merged_export_compute_the_same(name, tmp_path, eight_devic
 
 def batch(mesh, groups=2, width=16):
     """Return a microbatch in which each response has a row of its own."""
-    rng = np.random.default_rng(0)
+    tokens = np.random.default_rng(0).integers(3, 102, (2 * groups, width)).astype(np.int32)
     rows = Microbatch(
-        tokens=rng.integers(3, 102, (2 * groups, width)).astype(np.int32),
+        tokens=tokens,
         segment=np.ones((2 * groups, width), np.int32),
-        scored=np.tile(np.arange(width) >= 4, (2 * groups, 1)),
-        segments=np.ones(1, np.int32),
+        branch=np.zeros((2 * groups, width), np.int32),
+        position=np.tile(np.arange(width, dtype=np.int32), (2 * groups, 1)),
+        before=np.tile(np.arange(3, width - 1, dtype=np.int32), (2 * groups, 1)),
+        label=tokens[:, 4:],
+        slot=np.ones((2 * groups, width - 4), np.int32),
+        slots=np.ones(1, np.int32),
         place=np.arange(2 * groups, dtype=np.int32).reshape(groups, 2),
         ref_logprob=np.zeros((groups, 2), np.float32),
         base_logprob=np.full((groups, 2), np.nan, np.float32),

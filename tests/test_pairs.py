@@ -54,28 +54,37 @@ def test_all_k_are_kept_best_first():
     assert sum(pair.target) == pytest.approx(0, abs=1e-9)
 
 
-def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_counted():
+@pytest.mark.parametrize("shared", [False, True])
+def test_T07_a_response_is_whole_whatever_its_partners_length_and_truncation_is_counted(shared):
     (pair,), counts = select(judged(ladder(1, 0), reasons=["length", "stop"]))
     assert [len(ids) for ids in pair.response_ids] == [4, 8]
     assert counts["truncated_responses"] == 1
     for pack in (True, False):
-        batches = Batches([pair], global_batch=1, epochs=1, seed=0, iteration=1, packing=Packing(pack=pack))
+        batches = Batches(
+            [pair], global_batch=1, epochs=1, seed=0, iteration=1, packing=Packing(pack=pack, shared=shared)
+        )
         assert sequences(batches, batches[0]) == {
             (0, k): (pair.prompt_ids + ids, len(ids)) for k, ids in enumerate(pair.response_ids)
         }
 
 
 def sequences(batches, batch):
-    """(pair, response) -> (its tokens, how many are scored), from where the batch says that it lies."""
+    """(pair, response) -> (its tokens, how many are scored), from where the batch says that they lie."""
     found = {}
     for part, pair_G in zip(batch.microbatches, batch.pairs, strict=True):
         for g in np.flatnonzero(part.real):
             for k, place in enumerate(part.place[g]):
-                row, slot = divmod(place, batches.layout.segments)
-                own = part.segment[row] == part.segments[slot]
-                scored = part.scored[row][own]
-                assert scored[-scored.sum() :].all()  # the response comes last
-                found[int(pair_G[g]), k] = part.tokens[row][own].tolist(), int(scored.sum())
+                row, slot = divmod(place, batches.layout.slots)
+                scored = np.flatnonzero(part.slot[row] == part.slots[slot])
+                tree_U = part.segment[row][part.before[row]]
+                tree = tree_U[scored[0]]
+                # A tree's responses have their slots in the order of their branches.
+                branch = 1 + part.slots[slot] - part.slot[row][(tree_U == tree) & (part.slot[row] > 0)].min()
+                own = np.flatnonzero((part.segment[row] == tree) & np.isin(part.branch[row], (0, branch)))
+                assert part.position[row][own].tolist() == list(range(len(own)))
+                assert part.before[row][scored].tolist() == own[-len(scored) - 1 : -1].tolist()
+                assert part.label[row][scored].tolist() == part.tokens[row][own[-len(scored) :]].tolist()
+                found[int(pair_G[g]), k] = part.tokens[row][own].tolist(), len(scored)
     return found
 
 
@@ -179,9 +188,12 @@ def uneven(n, seed=0):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("most", [None, 800, 1])
-def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, most):
+@pytest.mark.parametrize("shared", [False, True])
+def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, most, shared):
     rows = uneven(30)
-    batches = Batches(rows, global_batch=10, epochs=1, seed=0, iteration=1, packing=Packing(2, most, pack))
+    batches = Batches(
+        rows, global_batch=10, epochs=1, seed=0, iteration=1, packing=Packing(2, most, pack, shared=shared)
+    )
     at, found = batches.layout, {}
     for step in range(3):
         batch = batches[step]
@@ -193,16 +205,18 @@ def test_packed_rows_hold_every_sequence_whole_once_and_as_many_as_fit(pack, mos
         for i, row in enumerate(rows)
         for k, ids in enumerate(row.response_ids)
     }
-    tokens = sum(len(ids) for ids, _ in found.values())
+    tokens = sum(len(ids) for ids, _ in found.values()) - shared * sum(len(row.prompt_ids) for row in rows)
     computed = sum(part.tokens.size for step in range(3) for part in batches[step].microbatches)
     assert at.real_token_share == pytest.approx(tokens / computed)
     if most is None:
         assert at.microbatches == 1
         assert (at.real_token_share > 0.65) == pack
-        assert (at.segments > 1) == pack
+        assert (at.slots > 1 + shared) == pack
     else:
         assert at.microbatches > 1
-        assert at.rows * at.width <= max(most, 2 * 96)  # or one row a shard, as wide as the longest sequence
+        assert at.rows * at.width <= max(
+            most, 2 * 96 * (1 + shared)
+        )  # or one row a shard, as wide as the longest tree
 
 
 def test_scores_take_the_place_of_win_rates_in_order_and_targets_with_a_baseline_of_zero(tmp_path):

@@ -125,13 +125,25 @@ def test_gradients_of_other_losses_and_of_all_k_equal_a_plain_reference(plain, h
     check_gradients(settings, rows, expected, eight_devices, 256, True)
 
 
-def check_gradients(settings, rows, expected, mesh, most, pack):
+@pytest.mark.parametrize("mesh", ["one_device", "eight_devices"])
+@pytest.mark.parametrize(("how", "most"), [("best_worst", None), ("best_worst", 256), ("all", 256)])
+@pytest.mark.parametrize("attention", ["auto", "xla"])
+def test_gradients_with_a_prompt_shared_by_its_responses_equal_a_plain_reference(
+    plain, how, most, attention, mesh, request, monkeypatch
+):
+    settings, rows, expected = plain(how, "sppo")
+    monkeypatch.setattr(cpu_attention, "BLOCK", 16)
+    mesh = request.getfixturevalue(mesh)
+    check_gradients(settings, rows, expected, mesh, most, True, shared=True, attention=attention)
+
+
+def check_gradients(settings, rows, expected, mesh, most, pack, shared=False, attention="auto"):
     model = models.load(names.path("policy"), mesh=mesh)
-    programs = make_programs(model.architecture, model.compute_dtype, mesh, settings, 1)
-    packing = Packing(sharding.batch_shards(mesh), most, pack)
+    programs = make_programs(model.architecture, model.compute_dtype, mesh, settings, 1, attention)
+    packing = Packing(sharding.batch_shards(mesh), most, pack, shared=shared)
     batches = Batches(rows, global_batch=6, epochs=1, seed=0, iteration=1, packing=packing)
     assert (batches.layout.microbatches > 1) == (most is not None)
-    assert (batches.layout.segments > 1) == pack
+    assert (batches.layout.slots > 1) == pack
     _, params, frozen = split(model)
     grads, scalars = programs.gradients(params, frozen, batches[0].placed(mesh))
     loss, plain_grads = expected

@@ -16,6 +16,7 @@ from gpu_parts.card import architecture, one_device, sheet
 from sppo_jax.config import Config
 from sppo_jax.models import attention
 from sppo_jax.models.attention import Kernel
+from sppo_jax.models.trees import Trees
 from sppo_jax.training import memory
 
 # A kernel in bfloat16 may be this many times as far from float32 as XLA's attention in bfloat16 is.
@@ -105,7 +106,7 @@ def _results(
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
         def seen(*qkv: jax.Array) -> jax.Array:
-            return attention.whole(segment, (window,), kernel)(0, *qkv)
+            return attention.whole(Trees.of(segment), (window,), kernel)(0, *qkv)
 
         out, pullback = jax.vjp(seen, q, k, v)
         return jnp.where(real, out, 0), *pullback(jnp.where(real, cotangent, 0).astype(out.dtype))
@@ -137,7 +138,7 @@ def _timed(at: At, mesh: Any) -> Figure:
     values: dict[str, float] = {}
     chosen = attention.choose("auto", mesh, a, jnp.bfloat16)
     for kernel in (chosen, Kernel("xla", mesh)):
-        seen = attention.whole(segment, (None,), kernel)
+        seen = attention.whole(Trees.of(segment), (None,), kernel)
         both = jax.jit(jax.grad(lambda qkv, seen=seen: seen(0, *qkv).astype(jnp.float32).sum()))
         values[kernel.name] = 1e3 * best_seconds(both, qkv)
     share = flops / chip.flops / (values[chosen.name] / 1e3)

@@ -94,7 +94,9 @@ def _measured(at: At, a: Architecture, plan: UnitCost, name: str) -> Figure:
     c, mesh, chip = _config(at, a), one_device(), sheet(at)
     prompts, width = _sizes(at)
     packing = memory.Update.of(c, a, mesh, width).packing(sharding.memory_limit(mesh))
-    plans, layout = arranged([[*range(prompts)]], [[width, width]] * prompts, packing)
+    plans, layout = arranged(
+        [[*range(prompts)]], [[width, width]] * prompts, packing
+    )  # any token may be scored
     batches = [_microbatch(a, layout, len(part.prompts), prompts).placed(mesh) for part in plans[0]]
     key = jax.random.key(SEED)
     if a.lora_rank:
@@ -133,9 +135,11 @@ def _microbatch(a: Architecture, layout: Layout, prompts: int, total: int) -> Mi
     """Random tokens: row 2 g + r is response r of prompt g, half of its tokens the prompt."""
     rng = np.random.default_rng(SEED)
     shape = (layout.rows, layout.width)
+    tokens = rng.integers(5, a.vocab, shape).astype(np.int32)
+    place_BT = np.broadcast_to(np.arange(layout.width, dtype=np.int32), shape)
     real = np.arange(layout.rows) < 2 * prompts
     place = np.zeros((layout.prompts, 2), np.int32)
-    place[:prompts] = np.arange(2 * prompts).reshape(-1, 2) * layout.segments
+    place[:prompts] = np.arange(2 * prompts).reshape(-1, 2) * layout.slots
 
     def per_prompt(value: Any, *more: int) -> np.ndarray:
         x = np.zeros((layout.prompts, *more), np.float32)
@@ -143,10 +147,16 @@ def _microbatch(a: Architecture, layout: Layout, prompts: int, total: int) -> Mi
         return x
 
     return Microbatch(
-        tokens=rng.integers(5, a.vocab, shape).astype(np.int32),
+        tokens=tokens,
         segment=np.broadcast_to(real[:, None], shape).astype(np.int32),
-        scored=np.broadcast_to(np.arange(layout.width) >= layout.width // 2, shape) & real[:, None],
-        segments=np.arange(1, layout.segments + 1, dtype=np.int32),
+        branch=np.zeros(shape, np.int32),
+        position=place_BT,
+        before=place_BT,
+        label=np.roll(tokens, -1, axis=1),
+        slot=((place_BT >= layout.width // 2 - 1) & (place_BT < layout.width - 1) & real[:, None]).astype(
+            np.int32
+        ),
+        slots=np.arange(1, layout.slots + 1, dtype=np.int32),
         place=place,
         ref_logprob=per_prompt(0.0, 2),
         base_logprob=per_prompt(np.nan, 2),

@@ -1,6 +1,9 @@
-"""Make the length traces that benchmarks/sampler.py replays: lognormal.json is drawn, quickstart.json is taken from a run.
+"""Make the length traces that benchmarks/sampler.py and fit.py replay: lognormal.json is drawn, quickstart.json is taken
+from a run, and smollm2.json is sampled from SmolLM2-135M-Instruct.
 
-python benchmarks/traces/record.py [--quickstart runs/quickstart]
+python benchmarks/traces/record.py [--quickstart runs/quickstart] [--smollm2 DIR]
+
+DIR is what `benchmarks/smollm2.py --to DIR` makes; its prompts are the first of examples/ifollow.py.
 
 A trace holds the tokens of each prompt, `prompts`, and of its K responses, `responses`, in the order in which they
 were asked. The files are committed, and new ones would make old results incomparable.
@@ -50,6 +53,31 @@ def quickstart(run: Path) -> dict[str, Any]:
     }
 
 
+def smollm2(folder: Path, count: int = 128, new: int = 128) -> dict[str, Any]:
+    """Two responses to each of the first prompts of examples/ifollow.py, at temperature 1, to their end or `new` tokens."""
+    import sys
+
+    sys.path.append(str(HERE.parent.parent / "examples"))
+    import ifollow
+
+    from sppo_jax import models
+    from sppo_jax.config import Sampling
+    from sppo_jax.sampler import Sampler
+    from sppo_jax.text import chat_template
+
+    tokenizer, model = chat_template.load_tokenizer(folder), models.load(folder)
+    texts = ifollow.prompts(SEED, ifollow.TOPICS, ifollow.combinations()[0], count)
+    prompts = [chat_template.chat_prompt(tokenizer, text) for text in texts]
+    eos = chat_template.eos_ids(folder, tokenizer, model.architecture.vocab)
+    sampling = Sampling(responses=2, max_new_tokens=new, slots=64)
+    found = Sampler(model, tokenizer, sampling, eos=eos).generate(prompts, seed=SEED)
+    return {
+        "source": f"SmolLM2-135M-Instruct, examples/ifollow.py, at most {new} new tokens, seed {SEED}",
+        "prompts": [len(prompt.ids) for prompt in prompts],
+        "responses": [[len(ids) for ids in row.response_ids] for row in found],
+    }
+
+
 def write(path: Path, trace: dict[str, Any]) -> None:
     """Write the trace as JSON, with one line per array of K responses, and one for all prompts."""
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in trace["responses"])
@@ -67,10 +95,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quickstart", type=Path, help="a run of configs/quickstart.yaml")
+    parser.add_argument("--smollm2", type=Path, metavar="DIR", help="the model's directory")
     args = parser.parse_args()
     write(HERE / "lognormal.json", lognormal())
     if args.quickstart:
         write(HERE / "quickstart.json", quickstart(args.quickstart))
+    if args.smollm2:
+        write(HERE / "smollm2.json", smollm2(args.smollm2))
 
 
 if __name__ == "__main__":

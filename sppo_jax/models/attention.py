@@ -20,6 +20,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.models import cpu_attention
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.cpu_attention import MASKED, SAVED
+from sppo_jax.models.trees import Trees
 
 PLATFORMS = {
     "splash": "tpu",
@@ -44,6 +45,14 @@ class Kernel:
     name: str = "xla"
     mesh: Mesh | None = None  # xla needs none, nor does blocked on one device
     interpret: bool = False  # Pallas' kernels on any device, slowly: for tests
+
+
+def branches(kernel: str) -> bool:
+    """Return whether prompts share their tokens among their responses under the kernel of this name.
+
+    xla could, too, but its scores are of whole rows, which would be as long as a prompt with all of its responses.
+    """
+    return kernel == "blocked"
 
 
 def choose(forced: str, mesh: Mesh, a: Architecture, dtype: Any) -> Kernel:
@@ -86,22 +95,22 @@ def obstacle(name: str, mesh: Mesh, a: Architecture, dtype: Any) -> str | None:
 
 
 def whole(
-    segment_BT: Int[Array, "B T"],
+    trees: Trees,
     windows: Sequence[int | None],
     kernel: Kernel,
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Seen:
-    """Return causal attention among the tokens of each segment of a row, for layers of each kind.
+    """Return causal attention among the tokens of each tree of a row, for layers of each kind.
 
     `windows` holds the window of each kind of layer. The returned function takes a kind (an int, or traced), q [B, T, H,
-    C], and k, v [B, T, N, C]. Segment 0 is padding, on either side; its outputs are finite and have no meaning. With
-    cudnn a row has one segment, and padding is on the right.
+    C], and k, v [B, T, N, C]. The outputs of padding are finite and have no meaning. Only xla and blocked tell branches
+    apart (`branches`): for the others a tree has one response. With cudnn a row has one tree, and padding is on the right.
     """
-    length = segment_BT.shape[1]
+    length = trees.segment.shape[1]
     if kernel.name == "xla" or (kernel.name == "blocked" and length <= 2 * cpu_attention.BLOCK):
-        masks = [causal_mask(segment_BT, window) for window in windows]
+        masks = [trees.mask(window) for window in windows]
 
         def dense(kind: Any, q: Array, k: Array, v: Array) -> Array:
             if isinstance(kind, int) or len(masks) == 1:
@@ -120,7 +129,7 @@ def whole(
         of = functools.partial(_triton, scale=scale, interpret=kernel.interpret)
     if kernel.name == "blocked":
         of = functools.partial(cpu_attention.attend, scale=scale, softcap=softcap)
-    kinds: list[Seen] = [functools.partial(of, window=window) for window in windows]
+    kinds: list[Callable[..., Array]] = [functools.partial(of, window=window) for window in windows]
     if kernel.mesh is not None:
         kinds = [_sharded(one, kernel.mesh) for one in kinds]
 
@@ -128,8 +137,8 @@ def whole(
         if len(set(windows)) == 1:  # also if no sequence is longer than the window
             kind = 0
         if isinstance(kind, int):
-            return kinds[kind](q, k, v, segment_BT)
-        return jax.lax.switch(kind, kinds, q, k, v, segment_BT)
+            return kinds[kind](q, k, v, trees)
+        return jax.lax.switch(kind, kinds, q, k, v, trees)
 
     return fused
 
@@ -145,7 +154,7 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
         q_BTHC: Float[Array, "B T H C"],
         k_BTNC: Float[Array, "B T N C"],
         v_BTNC: Float[Array, "B T N C"],
-        segment_BT: Int[Array, "B T"],
+        trees: Trees,
     ) -> Float[Array, "B T H C"]:
         heads, kv_heads = q_BTHC.shape[2], k_BTNC.shape[2]
         cut = math.lcm(kv_heads, sharding.shards(mesh, sharding.TABLE["N"]))
@@ -153,10 +162,10 @@ def _sharded(of: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
         if n == "N" and cut != kv_heads:
             k_BTNC, v_BTNC = (jnp.repeat(x, cut // kv_heads, axis=2) for x in (k_BTNC, v_BTNC))
         q, kv = sharding.spec(f"BT{h}C", mesh, q_BTHC.shape), sharding.spec(f"BT{n}C", mesh, k_BTNC.shape)
-        rows = sharding.spec("BT", mesh, segment_BT.shape)
+        rows = sharding.spec("BT", mesh, trees.segment.shape)
         # check_vma requires the axes over which the kernel's result varies, which the kernel does not declare.
         local = jax.shard_map(of, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
-        return local(q_BTHC, k_BTNC, v_BTNC, segment_BT)
+        return local(q_BTHC, k_BTNC, v_BTNC, trees)
 
     return call
 
@@ -165,7 +174,7 @@ def _splash(
     q_BTHC: Float[Array, "B T H C"],
     k_BTNC: Float[Array, "B T N C"],
     v_BTNC: Float[Array, "B T N C"],
-    segment_BT: Int[Array, "B T"],
+    trees: Trees,
     *,
     window: int | None,
     scale: float | None,
@@ -190,7 +199,7 @@ def _splash(
     def rows(x: Array) -> Array:
         return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, size - length), (0, 0), (0, 0))), 2, 1)
 
-    segment_BT = jnp.pad(segment_BT, ((0, 0), (0, size - length)))
+    segment_BT = jnp.pad(trees.segment, ((0, 0), (0, size - length)))
     q_BTHC *= jnp.asarray(channels**-0.5 if scale is None else scale, q_BTHC.dtype)
     seen_BHTC = jax.vmap(kernel)(
         rows(q_BTHC), rows(k_BTNC), rows(v_BTNC), splash.SegmentIds(segment_BT, segment_BT)
@@ -223,14 +232,14 @@ def _cudnn(
     q_BTHC: Float[Array, "B T H C"],
     k_BTNC: Float[Array, "B T N C"],
     v_BTNC: Float[Array, "B T N C"],
-    segment_BT: Int[Array, "B T"],
+    trees: Trees,
     *,
     window: int | None,
     scale: float | None,
 ) -> Float[Array, "B T H C"]:
     """Return cuDNN's flash attention, with lengths instead of a mask [T, T]: padding is on the right."""
     # A length of 0 is undefined.
-    length_B = jnp.maximum(jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32), 1)
+    length_B = jnp.maximum(jnp.sum(trees.segment > 0, axis=1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BTNC,
@@ -248,7 +257,7 @@ def _triton(
     q_BTHC: Float[Array, "B T H C"],
     k_BTNC: Float[Array, "B T N C"],
     v_BTNC: Float[Array, "B T N C"],
-    segment_BT: Int[Array, "B T"],
+    trees: Trees,
     *,
     window: None,
     scale: float | None,
@@ -267,7 +276,7 @@ def _triton(
         q_BTHC,
         k_BTHC,
         v_BTHC,
-        jnp.pad(segment_BT, padded),
+        jnp.pad(trees.segment, padded),
         sm_scale=q_BTHC.shape[3] ** -0.5 if scale is None else scale,
         causal=True,
         block_sizes=blocks,
@@ -301,17 +310,6 @@ def attend(
     score_BNGTS = jnp.where(mask_BTS[:, None, None], softcap * jnp.tanh(score_BNGTS / softcap), MASKED)
     weight_BNGTS = jax.nn.softmax(score_BNGTS, axis=-1).astype(v_BSNC.dtype)
     return jnp.einsum("BNGTS,BSNC->BTNGC", weight_BNGTS, v_BSNC).reshape(q_BTHC.shape)
-
-
-def causal_mask(segment_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
-    """Return whether query t sees key s: s is real, in t's segment, not later than t, and within `window` tokens."""
-    place = jnp.arange(segment_BT.shape[1])
-    distance_TS = place[:, None] - place[None, :]
-    seen_TS = distance_TS >= 0
-    if window is not None:
-        seen_TS &= distance_TS < window
-    key_BTS = segment_BT[:, None, :]
-    return seen_TS[None] & (key_BTS > 0) & (key_BTS == segment_BT[:, :, None])
 
 
 def cache_mask(position_B: Int[Array, " B"], size: int, window: int | None) -> Bool[Array, "B 1 S"]:

@@ -1,14 +1,15 @@
 """Log-probabilities of responses under a policy: the quantity that training, reference and probes share."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sppo_jax import sharding
 from sppo_jax.models.transformer import Remat, Transformer
+from sppo_jax.models.trees import Trees
 
 CHUNK = 1024  # most tokens whose logits one device computes at once
 LOGITS = 2**26  # most logits held at once by the devices that share tokens and split the vocabulary
@@ -26,30 +27,42 @@ def response_logprob(
     the padding id may equal the end of sequence.
     """
     place_T = jnp.arange(tokens_BT.shape[1])
-    segment_BT = (place_T < length_B[:, None]).astype(jnp.int32)
+    trees = Trees.of((place_T < length_B[:, None]).astype(jnp.int32))
     scored_BT = (place_T >= prompt_length_B[:, None]) & (place_T < length_B[:, None])
-    return packed_logprob(model, tokens_BT, segment_BT, scored_BT, jnp.ones(1, jnp.int32))[:, 0]
+    before_BU = jnp.broadcast_to(place_T[:-1], (len(tokens_BT), len(place_T) - 1))
+    scored = Scored(before_BU, tokens_BT[:, 1:], scored_BT[:, 1:].astype(jnp.int32))
+    return packed_logprob(model, tokens_BT, trees, scored, jnp.ones(1, jnp.int32))[:, 0]
+
+
+class Scored(NamedTuple):
+    """The tokens of a row whose log-probabilities are asked for, at most U."""
+
+    before: Int[
+        Array, "B U"
+    ]  # the place in the row of the token before it: the prompt's last, for a response's first
+    label: Int[Array, "B U"]  # its id
+    slot: Int[Array, "B U"]  # its response, from 1 on in each row; 0: filler
 
 
 def packed_logprob(
     model: Transformer,
     tokens_BT: Int[Array, "B T"],
-    segment_BT: Int[Array, "B T"],
-    scored_BT: Bool[Array, "B T"],
-    segments_S: Int[Array, " S"],
+    trees: Trees,
+    scored: Scored,
+    slots_S: Int[Array, " S"],
     remat: Remat = "layer",
 ) -> Float[Array, "B S"]:
-    """Return the sum of log p(token | earlier tokens of its segment) over the scored tokens of each segment, in nats.
+    """Return the sum of log p(token | what it sees) over the scored tokens of each of a row's responses `slots_S`, in nats.
 
-    `segments_S` are the segments of a row to sum over. The first token of a segment has no earlier ones and must not be
-    scored. Logits and logsumexp are float32, at most LOGITS numbers at once: [B, T, V] never exists.
+    Logits are computed for scored tokens alone. They and logsumexp are float32, at most LOGITS numbers at once: [B, U, V]
+    never exists.
     """
-    hidden_BTD = model.hidden(tokens_BT, segment_BT, remat)
-    # Position t predicts token t+1; the last position predicts nothing and is dropped, not wrapped around.
-    logprob_BT = _token_logprob(model, hidden_BTD, jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1))))
-    logprob_BT = jnp.where(scored_BT[:, 1:], logprob_BT[:, :-1], 0.0)
-    own_BTS = segment_BT[:, 1:, None] == segments_S
-    return jnp.sum(jnp.where(own_BTS, logprob_BT[..., None], 0.0), axis=1)
+    hidden_BTD = model.hidden(tokens_BT, trees, remat)
+    hidden_BUD = jnp.take_along_axis(hidden_BTD, scored.before[..., None], axis=1, mode="clip")
+    logprob_BU = _token_logprob(model, hidden_BUD, scored.label)
+    # Not multiplied: filler may be infinite.
+    own_BUS = scored.slot[..., None] == slots_S
+    return jnp.sum(jnp.where(own_BUS, logprob_BU[..., None], 0.0), axis=1)
 
 
 def _token_logprob(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sppo_jax.models.architecture import Architecture, Rope
 from sppo_jax.models.attention import SAVED, Kernel, Seen, whole
+from sppo_jax.models.trees import Trees
 
 Weights = dict[str, Array]  # the arrays of one layer, by their name in models/hf.py
 Attention = Callable[[int, Array, Array, Array], Array]  # (layer, q, k, v) -> output of attention
@@ -66,31 +67,27 @@ class Transformer(nnx.Module):
         self, tokens_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
         """Return the logits of the next token at every position. `valid_BT` is False on padding, on either side."""
-        segment_BT = None if valid_BT is None else valid_BT.astype(jnp.int32)
-        return self.logits(self.hidden(tokens_BT, segment_BT))
+        trees = None if valid_BT is None else Trees.of(valid_BT.astype(jnp.int32))
+        return self.logits(self.hidden(tokens_BT, trees))
 
     def hidden(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        segment_BT: Int[Array, "B T"] | None = None,
-        remat: Remat = "layer",
+        self, tokens_BT: Int[Array, "B T"], trees: Trees | None = None, remat: Remat = "layer"
     ) -> Float[Array, "B T D"]:
         """Return the normalised last hidden states, by a scan over the layers; the backward pass recomputes `remat`.
 
-        Tokens see only earlier ones of their segment; segment 0 is padding, on either side. The tokens of a segment are
-        contiguous, and its positions begin at 0. With cudnn a row has one segment.
+        Tokens see only what `trees` lets them see (None: all earlier ones). Prompts with several responses need the kernels
+        xla or blocked. With cudnn a row has one tree.
         """
-        segment_BT = jnp.ones(tokens_BT.shape, jnp.int32) if segment_BT is None else segment_BT
+        trees = Trees.of(jnp.ones(tokens_BT.shape, jnp.int32)) if trees is None else trees
         if self.kernel.name != "cudnn":
-            return self._hidden(tokens_BT, segment_BT, remat)
-        start_B = jnp.argmax(segment_BT > 0, axis=1)  # cuDNN supports padding on the right only
-        return _turn(self._hidden(_turn(tokens_BT, -start_B), _turn(segment_BT, -start_B), remat), start_B)
+            return self._hidden(tokens_BT, trees, remat)
+        start_B = jnp.argmax(trees.segment > 0, axis=1)  # cuDNN supports padding on the right only
+        turned = Trees(*(_turn(x, -start_B) for x in trees))
+        return _turn(self._hidden(_turn(tokens_BT, -start_B), turned, remat), start_B)
 
-    def _hidden(
-        self, tokens_BT: Int[Array, "B T"], segment_BT: Int[Array, "B T"], remat: Remat
-    ) -> Float[Array, "B T D"]:
-        rope = self._rope(positions(segment_BT))
-        seen = self._whole(segment_BT, self.kernel)
+    def _hidden(self, tokens_BT: Int[Array, "B T"], trees: Trees, remat: Remat) -> Float[Array, "B T D"]:
+        rope = self._rope(trees.position)
+        seen = self._whole(trees, self.kernel)
 
         def layer(x_BTD: Array, xs: tuple[Weights, Array]) -> tuple[Array, None]:
             w, kind = xs
@@ -143,7 +140,7 @@ class Transformer(nnx.Module):
         Padding is on the right. `mesh` is that of the sequences (default: the model's own).
         """
         kernel = self.kernel if mesh is None else dataclasses.replace(self.kernel, mesh=mesh)
-        seen = self._whole(valid_BT.astype(jnp.int32), kernel)
+        seen = self._whole(Trees.of(valid_BT.astype(jnp.int32)), kernel)
         return lambda i, q, k, v: seen(self._kind(i), q, k, v)
 
     def unstacked(self) -> "Transformer":
@@ -197,10 +194,10 @@ class Transformer(nnx.Module):
             y += LORA_SCALE * product(f"BTR,R{outs}->BT{outs}", low_BTR, w[f"{name}_lora_b"])
         return y
 
-    def _whole(self, segment_BT: Array, kernel: Kernel) -> Seen:
+    def _whole(self, trees: Trees, kernel: Kernel) -> Seen:
         """Return attention over whole rows, for layers of each kind."""
         a = self.architecture
-        return whole(segment_BT, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
+        return whole(trees, self._windows(), kernel, scale=a.query_scale, softcap=a.attention_softcap)
 
     def _windows(self) -> tuple[int | None, ...]:
         """Return the window of each kind of layer."""
@@ -261,13 +258,6 @@ def product(equation: str, x: Array, w: Any, dtype: Any = None) -> Array:
     # The dimensions that are summed over come first in the matrix, and have length 1 in the scale.
     wide = jnp.einsum(equation, x, w.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     return (wide * w.scale).astype(dtype or x.dtype)
-
-
-def positions(segment_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return each token's position in its segment, from 0 (for padding: unspecified but finite)."""
-    place_T = jnp.arange(segment_BT.shape[1])
-    begins_BT = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1]) != 0
-    return place_T - jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -50,7 +50,9 @@ class Batches:
     ):
         """Lay out `steps_per_epoch * epochs` batches of `global_batch` prompts; every epoch is shuffled anew."""
         self._pairs = pairs
-        lengths = [[len(p.prompt_ids) + len(ids) for ids in p.response_ids] for p in pairs]
+        self._trees = packing.trees(len(pairs[0].response_ids))
+        scored = [[sum(len(p.response_ids[k]) for k in tree) for tree in self._trees] for p in pairs]
+        lengths = [[len(p.prompt_ids) + n for n in row] for p, row in zip(pairs, scored, strict=True)]
         # Not seed + iteration: grain adds 1 to its seed with every epoch.
         mixed = int(np.random.SeedSequence((seed, iteration)).generate_state(1)[0])
         order = (
@@ -60,7 +62,7 @@ class Batches:
             .repeat(epochs)
         )
         self.steps_per_epoch = steps_per_epoch(pairs, global_batch)
-        self._plans, self.layout = arranged(list(order), lengths, packing)
+        self._plans, self.layout = arranged(list(order), lengths, packing, scored, len(self._trees[0]))
         steps = grain.MapDataset.source(range(len(order)))
         self._dataset: grain.MapDataset[Batch] = steps.map(self._batch)
 
@@ -90,26 +92,37 @@ class Batches:
 
     def _microbatch(self, part: Part, total: int) -> Microbatch:
         at, responses = self.layout, len(self._pairs[0].response_ids)
-        tokens, segment = np.zeros((2, *part.shape), np.int32)
-        scored = np.zeros(part.shape, bool)
+        tokens, segment, branch, position = np.zeros((4, *part.shape), np.int32)
+        before, label, slot = np.zeros((3, part.shape.rows, at.most_scored(part.shape)), np.int32)
         place = np.zeros((at.prompts, responses), np.int32)
-        slot = {index: g for g, index in enumerate(part.prompts)}
+        prompt_slot = {index: g for g, index in enumerate(part.prompts)}
         for b, row in enumerate(part.rows):
-            begin = 0
-            for s, (index, k) in enumerate(row):
+            begin = count = said = 0
+            for s, (index, t) in enumerate(row):
                 pair = self._pairs[index]
-                ids = [*pair.prompt_ids, *pair.response_ids[k]]
-                end = begin + len(ids)
-                tokens[b, begin:end], segment[b, begin:end] = ids, s + 1
-                scored[b, begin + len(pair.prompt_ids) : end] = True
-                place[slot[index], k] = b * at.segments + s
+                size = len(pair.prompt_ids)
+                end = begin + size
+                tokens[b, begin:end], position[b, begin:end] = pair.prompt_ids, np.arange(size)
+                for n, k in enumerate(self._trees[t], 1):
+                    ids, count = pair.response_ids[k], count + 1
+                    own, to = slice(end, end + len(ids)), slice(said, said + len(ids))
+                    tokens[b, own], branch[b, own], position[b, own] = ids, n, size + np.arange(len(ids))
+                    before[b, to] = [begin + size - 1, *range(end, own.stop)][: len(ids)]
+                    label[b, to], slot[b, to] = ids, count
+                    place[prompt_slot[index], k] = b * at.slots + count - 1
+                    end, said = own.stop, to.stop
+                segment[b, begin:end] = s + 1
                 begin = end
         chosen = [self._pairs[index] for index in part.prompts]
         return Microbatch(
             tokens=tokens,
             segment=segment,
-            scored=scored,
-            segments=np.arange(1, at.segments + 1, dtype=np.int32),
+            branch=branch,
+            position=position,
+            before=before,
+            label=label,
+            slot=slot,
+            slots=np.arange(1, at.slots + 1, dtype=np.int32),
             place=place,
             ref_logprob=self._filled([p.ref_logprob for p in chosen], np.float32),
             base_logprob=self._filled([p.base_logprob or [np.nan] * responses for p in chosen], np.float32),

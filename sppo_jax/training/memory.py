@@ -42,31 +42,35 @@ class Update:
     width: int  # bytes of the compute dtype
     kernel: str  # name of the attention kernel
     remat: Remat
-    # Tokens of the longest sequence: XLA's attention holds every query's scores with a whole row.
+    # Tokens of the longest sequence: XLA's attention holds every query's scores with a whole row. Where the kernel lets
+    # prompts be shared, of the longest prompt with all of its responses.
     longest: int
 
     @staticmethod
-    def of(config: Config, a: Architecture, mesh: Any, longest: int) -> "Update":
+    def of(config: Config, a: Architecture, mesh: Any, longest: int, tree: int | None = None) -> "Update":
         """The update that a run of `config` does on `mesh`, and that a plan assumes.
 
+        `longest`: tokens of the longest sequence; `tree`: of the longest prompt with all of its responses (None: as many).
         Raises BadInput where the attention kernel that `config` names does not support the model.
         """
         dtype = sharding.compute_dtype(config.model.compute_dtype, mesh)
         kernel = attention.choose(config.model.attention, mesh, a, dtype).name
-        return Update(a, mesh, dtype.itemsize, kernel, config.fit.remat, longest)
+        row = tree if tree is not None and attention.branches(kernel) else longest
+        return Update(a, mesh, dtype.itemsize, kernel, config.fit.remat, row)
 
     def packing(self, limit: float | None) -> Packing:
         """The packing of its sequences into rows, with `limit` bytes on each device (None: a CPU)."""
         a, n = self.a, parameters(self.a)
         # On a CPU short rows have dense attention (models/attention.py), which is faster for them.
         short = self.kernel == "blocked" and self.longest <= 2 * cpu_attention.BLOCK
-        # Pallas' kernels compute all scores of a row that are not in the future; blocked skips those between sequences.
+        # Pallas' kernels compute all scores of a row that are not in the future; blocked skips those between trees.
         scores = a.layers * a.heads * a.head_dim / n if self.kernel in ("splash", "triton") else 0.0
         return Packing(
             sharding.batch_shards(self.mesh),
             self.most_tokens(limit),
             pack=self.kernel != "cudnn",  # whose attention takes one sequence a row
             wide=self.kernel in ("splash", "triton", "blocked") and not short,
+            shared=attention.branches(self.kernel),
             attention=ATTENTION * scores,
             compiling=COMPILING[sharding.platform(self.mesh)] * self.mesh.size / (8 * n),
         )

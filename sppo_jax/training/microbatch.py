@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
 from sppo_jax import sharding
-from sppo_jax.training.packing import Layout
+from sppo_jax.training.packing import Layout, Shape
 
 if TYPE_CHECKING:
     Leaf = Any  # all leaves of one microbatch are of one kind
@@ -21,17 +21,21 @@ else:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """B rows of T tokens with S segments at most, that hold G prompts of R responses each (best first, worst last).
+    """B rows of T tokens with S responses at most, that hold G prompts of R responses each (best first, worst last).
 
-    Several sequences (a prompt and one of its responses) share a row. Where `real` is False, the other fields of that
-    prompt are filler.
+    Several trees (a prompt and its responses, or one of them) share a row. U tokens of a row are scored at most. Where
+    `real` is False, the other fields of that prompt are filler.
     """
 
     tokens: Int32[Leaf, "B T"]
-    segment: Int32[Leaf, "B T"]  # the segment of each token, from 1 on in each row; 0: padding
-    scored: Bool[Leaf, "B T"]  # whether the token is part of a response
-    segments: Int32[Leaf, " S"]  # 1 to S
-    place: Int32[Leaf, "G R"]  # where each response is: row * S + segment - 1
+    segment: Int32[Leaf, "B T"]  # this and the next two: models.trees.Trees
+    branch: Int32[Leaf, "B T"]
+    position: Int32[Leaf, "B T"]
+    before: Int32[Leaf, "B U"]  # this and the next two: models.logprob.Scored, all responses' tokens
+    label: Int32[Leaf, "B U"]
+    slot: Int32[Leaf, "B U"]
+    slots: Int32[Leaf, " S"]  # 1 to S
+    place: Int32[Leaf, "G R"]  # where each response is: row * S + slot - 1
     ref_logprob: Float32[Leaf, "G R"]
     base_logprob: Float32[Leaf, "G R"]  # NaN without fit.anchor
     payoff: Float32[Leaf, "G R"]
@@ -52,7 +56,8 @@ class Microbatch:
         sizes = {
             "B": layout.rows,
             "T": layout.width,
-            "S": layout.segments,
+            "U": layout.most_scored(Shape(layout.rows, layout.width)),
+            "S": layout.slots,
             "G": layout.prompts,
             "R": responses,
         }

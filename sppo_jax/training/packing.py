@@ -1,4 +1,7 @@
-"""How an update's sequences share rows of tokens: prompts → microbatches of one shape or two, with little padding."""
+"""How an update's trees of tokens share rows: prompts → microbatches of one shape or two, with little padding.
+
+A tree is a prompt with all of its responses, or with one of them, by the attention kernel (`Packing.shared`).
+"""
 
 import bisect
 import math
@@ -11,7 +14,7 @@ from typing import NamedTuple
 MULTIPLE, LONG_MULTIPLE = 32, 64
 LONG = 512
 
-Rows = list[list[tuple[int, int]]]  # the sequences (prompt, response) of each row of a microbatch
+Rows = list[list[tuple[int, int]]]  # the trees (prompt, which of its trees) of each row of a microbatch
 
 
 class Shape(NamedTuple):
@@ -36,14 +39,21 @@ class Packing:
 
     shards: int = 1
     most_tokens: int | None = None
-    # Without, each row holds one sequence.
+    # Without, each row holds one tree.
     pack: bool = True
-    # Rows may be wider than the longest sequence, because attention computes no scores between a row's sequences, or few.
+    # Rows may be wider than the longest tree, because attention computes no scores between a row's trees, or few.
     wide: bool = True
+    # A prompt's responses share its tokens: they are one tree.
+    shared: bool = False
     # Cost of a token's attention for each token of its row's width, over the cost of the token's products with weights.
     attention: float = 0.0
     # Tokens that all devices could compute while a second shape is compiled.
     compiling: float = 0.0
+
+    def trees(self, responses: int) -> list[list[int]]:
+        """Return the responses of each tree of a prompt with so many."""
+        every = list(range(responses))
+        return [every] if self.shared else [[k] for k in every]
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,17 @@ class Layout:
     prompts: int  # most prompts of a microbatch
     rows: int
     width: int  # tokens of a row
-    segments: int  # most sequences of a row
-    real_token_share: float  # share of the computed tokens that belong to a sequence
+    slots: int  # most responses of a row
+    real_token_share: float  # share of the computed tokens that belong to a tree
     smaller: Shape | None = None
     # Share of all microbatches that have the smaller shape.
     smaller_share: float = 0.0
+    # Most scored tokens of a row, of the larger shape and of the smaller one, rounded up; None: all may be.
+    scored: tuple[int, int] | None = None
+
+    def most_scored(self, shape: Shape) -> int:
+        """Return the most scored tokens of a row of that shape."""
+        return shape.width if self.scored is None else self.scored[shape == self.smaller]
 
     def mean(self, of: Callable[[Shape], float]) -> float:
         """Return the mean over all microbatches of a number that depends on the shape."""
@@ -68,7 +84,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """A microbatch's prompts, their sequences in its rows, and its shape."""
+    """A microbatch's prompts, their trees in its rows, and its shape."""
 
     prompts: list[int]
     rows: Rows
@@ -79,11 +95,16 @@ Series = Callable[[int], Shape]  # shapes of growing size, from 1 on
 
 
 def arranged(
-    order: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], packing: Packing
+    order: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int]],
+    packing: Packing,
+    scored: Sequence[Sequence[int]] | None = None,
+    responses: int = 1,
 ) -> tuple[list[list[Part]], Layout]:
     """Split each batch of prompts into microbatches. Returns these, and the shapes of them all.
 
-    `order`: the prompts of each batch; `lengths`: tokens of each prompt's sequences.
+    `order`: the prompts of each batch; `lengths`: tokens of each prompt's trees; `scored`: how many of these are responses'
+    (None: all may be); `responses`: those of a tree.
     """
     totals = [sum(sum(lengths[index]) for index in batch) for batch in order]
     most, limit = max(totals), packing.most_tokens
@@ -102,16 +123,27 @@ def arranged(
     counts = Counter(part.shape for part in every)
     largest = max(counts, key=lambda shape: shape.tokens)
     smaller = next((shape for shape in counts if shape != largest), None)
+    shapes = (largest, smaller or largest)
     return found, Layout(
         microbatches=max(map(len, found)),
         prompts=max(len(part.prompts) for part in every),
         rows=largest.rows,
         width=largest.width,
-        segments=max(len(row) for part in every for row in part.rows),
+        slots=responses * max(len(row) for part in every for row in part.rows),
         real_token_share=sum(totals) / sum(part.shape.tokens for part in every),
         smaller=smaller,
         smaller_share=0.0 if smaller is None else counts[smaller] / len(every),
+        scored=None
+        if scored is None
+        else (_scored(every, shapes[0], scored), _scored(every, shapes[1], scored)),
     )
+
+
+def _scored(every: Sequence[Part], shape: Shape, scored: Sequence[Sequence[int]]) -> int:
+    """Return the most scored tokens of a row in microbatches of that shape, rounded up as a width is."""
+    rows = (row for part in every if part.shape == shape for row in part.rows)
+    most = max(1, max(sum(scored[index][k] for index, k in row) for row in rows))
+    return min(shape.width, -(-most // _multiple(most)) * _multiple(most))
 
 
 def _split(batch: Sequence[int], lengths: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -127,10 +159,10 @@ def _split(batch: Sequence[int], lengths: Sequence[Sequence[int]], count: int) -
 
 @dataclass(frozen=True)
 class _Need:
-    """A microbatch's prompts, their sequences (prompt, response) from the longest on, and what these need at least."""
+    """A microbatch's prompts, their trees from the longest on, and what these need at least."""
 
     prompts: list[int]
-    sequences: list[tuple[int, int]]
+    trees: list[tuple[int, int]]
     tokens: int
     rows: int
 
@@ -153,7 +185,7 @@ def _cheapest(
         several = [size for need, size in zip(every, sizes, strict=True) if len(need.prompts) > 1]
         return not several or series(max(several)).tokens <= max(limit, series(1).tokens)
 
-    # Of each series a bound from below, without a look at single sequences: most need no closer one.
+    # Of each series a bound from below, without a look at single trees: most need no closer one.
     bounded = []
     for number, series in enumerate(_series(packing, longest, max(need.tokens for need in every))):
         least = _least_sizes(every, series)
@@ -220,8 +252,8 @@ def _width(least: int, size: int) -> int:
 def _smallest(
     need: _Need, size: int, lengths: Sequence[Sequence[int]], series: Series, pack: bool
 ) -> tuple[int, Rows]:
-    """Return the smallest size, from `size` on, whose rows hold a microbatch's sequences, and these rows."""
-    while (rows := _filled(need.sequences, lengths, series(size), pack)) is None:
+    """Return the smallest size, from `size` on, whose rows hold a microbatch's trees, and these rows."""
+    while (rows := _filled(need.trees, lengths, series(size), pack)) is None:
         size += 1
     return size, rows
 
@@ -229,7 +261,7 @@ def _smallest(
 def _filled(
     every: Sequence[tuple[int, int]], lengths: Sequence[Sequence[int]], shape: Shape, pack: bool
 ) -> Rows | None:
-    """Put the sequences, longest first, each into the fullest row that has room for it; None where one has no room."""
+    """Put the trees, longest first, each into the fullest row that has room for it; None where one has no room."""
     rows: Rows = [[] for _ in range(shape.rows)]
     free = [(shape.width, b) for b in range(shape.rows)]  # (tokens, row), in order
     for index, k in every:

@@ -40,8 +40,9 @@ class Trainer:
     def batches(self, pairs: Sequence[Pair], iteration: int) -> Batches:
         """The batches of an iteration, packed as the devices' memory allows."""
         c = self.config
-        longest = max(len(p.prompt_ids) + len(ids) for p in pairs for ids in p.response_ids)
-        needs = memory.Update.of(c, self.architecture, self.mesh, longest)
+        longest = max(len(p.prompt_ids) + max(map(len, p.response_ids)) for p in pairs)
+        tree = max(len(p.prompt_ids) + sum(map(len, p.response_ids)) for p in pairs)
+        needs = memory.Update.of(c, self.architecture, self.mesh, longest, tree)
         return Batches(
             pairs,
             global_batch=c.fit.global_batch,

@@ -26,8 +26,9 @@ from sppo_jax.config import Fit
 from sppo_jax.models import hf, lora
 from sppo_jax.models.architecture import Architecture
 from sppo_jax.models.attention import choose
-from sppo_jax.models.logprob import packed_logprob
+from sppo_jax.models.logprob import Scored, packed_logprob
 from sppo_jax.models.transformer import Adapter, Remat, Transformer
+from sppo_jax.models.trees import Trees
 from sppo_jax.training.checkpoint import TrainState
 from sppo_jax.training.microbatch import Microbatch
 from sppo_jax.training.optimizer import make_optimizer
@@ -93,7 +94,9 @@ def forward(
 
     def logprob(params: Params) -> Array:
         model = nnx.merge(graph, params, frozen)
-        logprob_BS = packed_logprob(model, batch.tokens, batch.segment, batch.scored, batch.segments, remat)
+        trees = Trees(batch.segment, batch.branch, batch.position)
+        scored = Scored(batch.before, batch.label, batch.slot)
+        logprob_BS = packed_logprob(model, batch.tokens, trees, scored, batch.slots, remat)
         return logprob_BS.reshape(-1)[batch.place]
 
     dtype = nnx.merge(graph, params, frozen).compute_dtype
