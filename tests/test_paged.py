@@ -283,3 +283,9 @@ def test_the_tpu_kernel_is_given_what_it_should_see(one_device, monkeypatch, opt
 def test_the_tpu_kernel_refuses_int8_pages(one_device):
     with pytest.raises(ValueError, match="int8"):
         attend(one_device, random_batch(0), quantize=True, kernel="ragged")
+
+
+@pytest.mark.parametrize(("heads", "channels", "pages"), [(3, 64, 8), (2, 32, 24), (1, 16, 32), (32, 256, 1)])
+def test_the_pages_that_a_cpu_reads_at_a_time_fit_its_cache(heads, channels, pages):
+    like = jax.ShapeDtypeStruct((9, PAGE, 2 * heads, channels), jnp.float32)
+    assert paged_attention._group_of_cpu(paging.Pages(like, None)) == pages

@@ -15,7 +15,7 @@ from sppo_jax.errors import BadInput
 from sppo_jax.hub import names
 from sppo_jax.models.logprob import response_logprob
 from sppo_jax.records import Prompt
-from sppo_jax.sampler import Sampler, engine
+from sppo_jax.sampler import Sampler, capacity, engine
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.sampler.stream import Stream
 from sppo_jax.text import chat_template
@@ -146,16 +146,27 @@ def test_T18_the_number_of_slots_changes_no_token(sampled, three_slots):
 
 
 def test_a_cpu_decodes_no_more_slots_than_there_is_work_for_and_draws_the_same(policy, tokenizer, asked):
-    """60 responses begin in 64 of 128 slots and end in 32, some of which were beyond the 32nd; 15 of them begin in 32."""
+    """60 responses begin in 64 of 128 slots. Chunks end when 48 slots are enough for the rest, after 5 steps, and when 32 are.
+
+    Some of the last 20 were beyond the 32nd slot. 15 responses begin in 32.
+    """
     sampler = Sampler(policy, tokenizer, dataclasses.replace(TEMPERATE, slots=128, max_new_tokens=80), eos=())
     limits = [[9, 80, 5]] * 20
     found = dict(sampler.stream(asked, seed=3, limits=limits))
-    assert sampler.programs.sizes == (64, 32)
-    steps, computed = sampler.stats.steps, sampler.stats.slot_steps
-    assert 32 * steps < computed < 64 * steps
+    assert sampler.programs.sizes == (64, 48, 32)
+    computed = sampler.stats.slot_steps
+    assert (sampler.stats.steps, computed) == (80, 5 * 64 + 4 * 48 + 71 * 32)
     few = dict(sampler.stream(asked[:5], seed=3, limits=limits[:5]))
     assert few == {i: found[i] for i in range(5)}
-    assert sampler.stats.slot_steps - computed == 32 * (sampler.stats.steps - steps)
+    assert sampler.stats.slot_steps - computed == 32 * (sampler.stats.steps - 80)
+
+
+@pytest.mark.parametrize(("width", "slots"), [(128, 80), (576, 40), (4096, 40)])
+def test_a_wide_model_has_no_more_slots_on_a_cpu_than_make_it_faster(policy, one_device, width, slots):
+    """160 responses: 80 slots of 320 for the embedded policy, 40 for SmolLM2."""
+    a = dataclasses.replace(policy.architecture, model=width)
+    found = capacity.Capacity(one_device, Sampling(), a, jnp.float32, "xla", None)
+    assert found.slots_for(160) == slots
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

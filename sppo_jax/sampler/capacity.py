@@ -27,7 +27,9 @@ FILLED = 0.85  # share of a device's memory that everything resident and the pag
 SMALLEST_BUCKET = 32  # tokens
 # On CPUs a step of fewer slots hardly takes less time. A norm of fewer numbers is summed in another order.
 FEWEST_SLOTS, FEWEST_NUMBERS = 16, 4096
-SIZES = 3  # most numbers of slots that one stream uses on a CPU, each half of the one before
+SHARES = (1, 0.75, 0.5, 0.25)  # of its slots with which a stream on a CPU goes on as its responses end
+# Multiplications with a square matrix of the model's width from which more rows are hardly faster per row on CPUs.
+ENOUGH = 12_000_000
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class Capacity:
         found = self.slots // self.replicas
         # In 8 bits, another number of slots gives other last bits.
         if responses is not None and sharding.platform(self.mesh) == "cpu" and not self.int8:
-            fewest = fewest_slots(self.architecture)
-            while found // 2 >= max(fewest, wanted(responses, self.replicas, fewest)):
+            a = self.architecture
+            least = max(fewest_slots(a), min(wanted(responses, self.replicas, a), enough_slots(a)))
+            while found // 2 >= least:
                 found //= 2
         return found * self.replicas
 
@@ -197,21 +200,24 @@ def fewest_slots(a: Architecture) -> int:
     return max(FEWEST_SLOTS, -(-FEWEST_NUMBERS // a.model))
 
 
-def wanted(responses: int, replicas: int, fewest: int) -> int:
+def enough_slots(a: Architecture) -> int:
+    """The number of slots of a replica beyond which a CPU is hardly faster per slot, and keys and values only take memory."""
+    return max(2 * fewest_slots(a), ENOUGH // a.model**2)
+
+
+def wanted(responses: int, replicas: int, a: Architecture) -> int:
     """The number of slots of each replica for so many responses on CPUs: a slot for two of them, or for each if they are few.
 
     When a response ends early its slot has another one to take, and products with more rows are hardly faster per row.
     """
     each = -(-responses // replicas)
-    return min(each, max(-(-each // 2), 2 * fewest))
+    return min(each, max(-(-each // 2), 2 * fewest_slots(a)))
 
 
 def sizes(slots: int, replicas: int, fewest: int) -> tuple[int, ...]:
-    """The numbers of slots, over all replicas, to which a CPU comes down as responses end: `slots`, its half, and so on."""
-    found = [slots // replicas]
-    while len(found) < SIZES and found[-1] // 2 >= fewest:
-        found.append(found[-1] // 2)
-    return tuple(each * replicas for each in found)
+    """The numbers of slots, over all replicas, to which a CPU comes down as responses end: SHARES of `slots`, or fewer of them."""
+    found = [int(share * slots) // replicas for share in SHARES]
+    return tuple(each * replicas for each in (found[0], *(n for n in found[1:] if n >= fewest)))
 
 
 def bucket(length: int) -> int:

@@ -149,8 +149,9 @@ class Decoder:
         pages: list[Pages],
         table_BW: Int[Array, "B W"],
         quota: Int[Array, ""],
+        keep: Int[Array, ""],
     ) -> tuple[Slots, list[Pages], Int[Array, "B F"]]:
-        """Draw at most STEPS tokens in every active slot; stop earlier once `quota` responses, or all, have ended.
+        """Draw at most STEPS tokens in every active slot; stop earlier once `quota` responses, or all but `keep`, have ended.
 
         The third result is all that the host reads, and `read` takes it apart. It holds per slot the tokens, the bits of
         their float32 log-probs, their number, whether the slot is still active, and the steps run.
@@ -160,7 +161,7 @@ class Decoder:
 
         def unfinished(chunk: Chunk) -> Array:
             left = jnp.sum(chunk.slots.active)
-            return (chunk.step < STEPS) & (left > 0) & (began - left < quota)
+            return (chunk.step < STEPS) & (left > keep) & (began - left < quota)
 
         empty = jnp.zeros((b, STEPS), jnp.int32), jnp.zeros((b, STEPS), jnp.float32)
         chunk = jax.lax.while_loop(

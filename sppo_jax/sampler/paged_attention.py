@@ -1,6 +1,7 @@
 """Attention of one query per slot over its pages of keys and values: by the TPU's kernel, or in plain XLA."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +29,8 @@ from sppo_jax.sampler.paging import (
     write,
 )
 
-GROUP, GROUP_OF_CPU = 256, 32  # pages that the XLA kernel reads at a time; few fit a CPU's cache
+# Pages that the XLA kernel reads at a time, on CPUs at most so many bytes of them: they and their copies fit a core's cache.
+GROUP, GROUP_OF_CPU, BYTES_OF_CPU = 256, 32, 3 * 2**18
 # Block sizes of the TPU kernel. Each slot is computed for all queries of a block: with 32 queries that takes longer
 # (1302 bundles) than reading 512 tokens of two heads (960 cycles of v5e), with 8 it does not (644). Blocks are read
 # whole, dead pages included.
@@ -170,7 +172,7 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
 
     The loop stores each page's max, sum and weighted values, which are joined at the end.
     """
-    size, join = (GROUP_OF_CPU, _join_in_order) if cpu else (GROUP, _join)
+    size, join = (_group_of_cpu(pages), _join_in_order) if cpu else (GROUP, _join)
     slots, heads, channels = q_BHC.shape[0], pages.values.shape[2] // 2, pages.values.shape[3]
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
 
@@ -216,6 +218,12 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
     with jax.named_scope("live_pages"):
         parts = jax.lax.fori_loop(0, -(-work.items_R[0] // size), group, parts)
     return join(parts, work).astype(q_BHC.dtype).reshape(q_BHC.shape)
+
+
+def _group_of_cpu(pages: Pages) -> int:
+    """The number of pages that the XLA kernel reads at a time on a CPU."""
+    each = math.prod(pages.values.shape[1:]) * pages.values.dtype.itemsize
+    return min(GROUP_OF_CPU, max(1, BYTES_OF_CPU // each))
 
 
 def _join(parts: tuple[Array, ...], work: Work) -> Array:

@@ -56,8 +56,7 @@ class Programs:
 
     def slots(self, responses: int) -> int:
         """The number of slots, one of `sizes`, with which a stream of so many responses begins."""
-        fewest = capacity.fewest_slots(self.model.architecture)
-        need = self.replicas * capacity.wanted(responses, self.replicas, fewest)
+        need = self.replicas * capacity.wanted(responses, self.replicas, self.model.architecture)
         return min([size for size in self.sizes if size >= need], default=self.shape.slots)
 
     def compile(self, buckets: set[int]) -> int:
@@ -108,7 +107,7 @@ class Programs:
         table = self._ints(*slots.token.shape, self.shape.width)
         outs = (*_placed((slots, self.pages)), sharding.replicated(self.mesh))
         decode = jax.jit(self._decoder.decode, donate_argnums=(1, 2), out_shardings=outs)
-        return decode.lower(self.weights, slots, self.pages, table, self._ints())
+        return decode.lower(self.weights, slots, self.pages, table, self._ints(), self._ints())
 
     def lower_prefill(self, bucket: int) -> Any:
         """Lower the prefill of prompts padded to `bucket` tokens, without compiling it."""

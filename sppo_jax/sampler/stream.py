@@ -101,6 +101,7 @@ class Stream:
         self._seeds = self._put(seeds, self._whole)
         self._quota = {size: self._put(np.int32(max(1, size // 32)), self._whole) for size in programs.sizes}
         self._no_quota = self._put(np.int32(shape.slots + 1), self._whole)
+        self._keep = {n: self._put(np.int32(n), self._whole) for n in (0, *programs.sizes)}
 
     def advance(self) -> bool:
         """Launch the next chunk, then collect the one before it. Returns False if there was neither."""
@@ -170,12 +171,19 @@ class Stream:
             )
         if not step.running:
             return None
-        # A chunk ends early for freed slots only if there are responses to fill them with.
-        quota = self._quota[len(step.table)] if step.more else self._no_quota
-        self._slots, self.pages, found = programs.decode[len(step.table)](
-            self.weights, self._slots, self.pages, self._put(step.table, self._rows), quota
+        count = len(step.table)
+        # A chunk ends early for freed slots if there are responses to fill them with, or if the next number of slots is enough.
+        quota = self._quota[count] if step.more else self._no_quota
+        keep = self._keep[0 if step.more else self._smaller(count)]
+        table = self._put(step.table, self._rows)
+        self._slots, self.pages, found = programs.decode[count](
+            self.weights, self._slots, self.pages, table, quota, keep
         )
         return found, step.running
+
+    def _smaller(self, count: int) -> int:
+        """The next number of slots below `count`; 0 where there is none, and where `_shrink` could refuse it to a replica."""
+        return max((n for n in self.programs.sizes if n < count and len(self._replicas) == 1), default=0)
 
     def collect(self, found: Any, running: dict[int, Response]) -> None:
         """Read a chunk's tokens, the one transfer from the devices, and finish the responses that ended."""
