@@ -157,7 +157,7 @@ def test_whole_attention_gives_each_layer_its_window_on_another_mesh(one_device,
     seen = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid, eight_devices)))(splash)
     assert_close(
         np.asarray(seen)[valid],
-        np.asarray(jax.jit(lambda m: m.hidden(tokens, jnp.asarray(valid, jnp.int32)))(model))[valid],
+        np.asarray(jax.jit(lambda m: m.hidden(tokens, rows_as_trees(valid)))(model))[valid],
     )
 
 
@@ -346,7 +346,7 @@ def test_lengths_of_cudnn_are_those_of_the_texts_and_never_0(one_device, monkeyp
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: told.update(options) or q)
     heads = jnp.ones((4, 40, 2, 16))
     segment = padded((40, 9, 1, 0), 40).astype(jnp.int32)
-    attention._cudnn(heads, heads, heads, segment, window=None, scale=None)
+    attention._cudnn(heads, heads, heads, rows_as_trees(segment), window=None, scale=None)
     for name in ("query_seq_lengths", "key_value_seq_lengths"):
         assert told[name].tolist() == [40, 9, 1, 1]
 

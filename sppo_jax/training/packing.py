@@ -104,7 +104,7 @@ def arranged(
     """Split each batch of prompts into microbatches. Returns these, and the shapes of them all.
 
     `order`: the prompts of each batch; `lengths`: tokens of each prompt's trees; `scored`: how many of these are responses'
-    (None: all may be); `responses`: those of a tree.
+    (None: all may be, which a plan assumes); `responses`: those of a tree.
     """
     totals = [sum(sum(lengths[index]) for index in batch) for batch in order]
     most, limit = max(totals), packing.most_tokens
