@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sppo_jax import sharding
@@ -12,6 +13,7 @@ from sppo_jax.models.transformer import Remat, Transformer
 from sppo_jax.models.trees import Trees
 
 CHUNK = 1024  # most tokens whose logits one device computes at once
+LOGITS_OF_CPU = 2**24  # most logits that a single CPU holds at once: its products are no faster for more
 LOGITS = 2**26  # most logits held at once by the devices that share tokens and split the vocabulary
 
 
@@ -160,14 +162,15 @@ def _gathered_backward(axis: Any, dtype: Any, saved: None, gradient_DV: Array) -
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def chunk_size(vocab: int) -> int:
-    """Return the number of tokens whose logits a device holds at once."""
-    return min(CHUNK, max(128, LOGITS // vocab))
+def chunk_size(vocab: int, mesh: Mesh | None) -> int:
+    """Return the number of tokens whose logits a device of `mesh` (None: jax's default one) holds at once."""
+    platform = jax.default_backend() if mesh is None else sharding.platform(mesh)
+    return min(CHUNK, max(128, (LOGITS_OF_CPU if platform == "cpu" else LOGITS) // vocab))
 
 
 def _chunked(hidden_BTD: Array, label_BT: Array, *, model: Transformer) -> Array:
     """Return log p(label) on one device, chunk by chunk of tokens."""
-    count, size = label_BT.size, chunk_size(model.architecture.vocab)
+    count, size = label_BT.size, chunk_size(model.architecture.vocab, model.kernel.mesh)
 
     @jax.checkpoint
     def chunk(hidden_CD: Array, label_C: Array) -> Array:

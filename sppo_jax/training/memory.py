@@ -109,7 +109,7 @@ class Update:
         working = 2 * self.width * layer / tensor + tokens * inner
         if sharding.batch_shards(self.mesh) == 1:  # the whole head, and the logits of a chunk of tokens
             head = self.width * a.model * a.vocab / cut
-            head += 3 * 4 * min(tokens, chunk_size(a.vocab)) * a.vocab / cut
+            head += 3 * 4 * min(tokens, chunk_size(a.vocab, self.mesh)) * a.vocab / cut
         else:  # a block of the head's columns, its gradient, and all tokens' logits; their hidden states' gradient
             columns = min(a.vocab, LOGITS / tokens) / cut
             head = (self.width + 8) * a.model * columns + 3 * 4 * tokens * columns + 4 * tokens * a.model
