@@ -161,9 +161,9 @@ def test_a_cpu_decodes_no_more_slots_than_there_is_work_for_and_draws_the_same(p
     assert sampler.stats.slot_steps - computed == 32 * (sampler.stats.steps - 80)
 
 
-@pytest.mark.parametrize(("width", "slots"), [(128, 80), (576, 40), (4096, 40)])
+@pytest.mark.parametrize(("width", "slots"), [(128, 80), (576, 80), (1024, 40), (4096, 40)])
 def test_a_wide_model_has_no_more_slots_on_a_cpu_than_make_it_faster(policy, one_device, width, slots):
-    """160 responses: 80 slots of 320 for the embedded policy, 40 for SmolLM2."""
+    """160 responses: 80 slots of 320 for the embedded policy and for SmolLM2, 40 for a model of twice its width."""
     a = dataclasses.replace(policy.architecture, model=width)
     found = capacity.Capacity(one_device, Sampling(), a, jnp.float32, "xla", None)
     assert found.slots_for(160) == slots

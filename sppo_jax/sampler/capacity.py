@@ -29,7 +29,7 @@ SMALLEST_BUCKET = 32  # tokens
 FEWEST_SLOTS, FEWEST_NUMBERS = 16, 4096
 SHARES = (1, 0.75, 0.5, 0.25)  # of its slots with which a stream on a CPU goes on as its responses end
 # Multiplications with a square matrix of the model's width from which more rows are hardly faster per row on CPUs.
-ENOUGH = 12_000_000
+ENOUGH = 26_000_000
 
 
 @dataclass(frozen=True)
