@@ -26,7 +26,7 @@ import numpy as np
 
 SHARPNESS = 6.0  # log-odds of a response that does all against one that does nothing
 NOISE = 0.1  # share of the comparisons that the judge gets the wrong way round
-PER_ITERATION, HELD_OUT = 160, 160
+PER_ITERATION, HELD_OUT = 160, 320
 COMBINATIONS_HELD_OUT = 0.25  # share of the pairs of kinds
 
 TASKS = (

@@ -52,7 +52,7 @@ def test_topics_and_combinations_are_held_out(tmp_path):
         for path in sorted((tmp_path / "a").glob("*.jsonl"))
     }
     assert {name: len(found) for name, found in rows.items()} == {
-        "heldout": 160, "train_1": 160, "train_2": 160, "train_3": 160,
+        "heldout": 320, "train_1": 160, "train_2": 160, "train_3": 160,
     }  # fmt: skip
     kinds = {
         name: {tuple(ifollow.checked(row["prompt"], "x")) for row in found} for name, found in rows.items()
