@@ -9,7 +9,7 @@ import pytest
 from sppo_jax import models, sharding
 from sppo_jax.config import Config, Fit, Model, Prompts, Sampling
 from sppo_jax.hub import names
-from sppo_jax.models import lora
+from sppo_jax.models import attention, lora
 from sppo_jax.plan import compiled, target
 from sppo_jax.plan.chips import GPUS
 from sppo_jax.plan.cost import GIB
@@ -62,7 +62,8 @@ def test_a_run_has_the_dtype_layout_slots_and_pages_of_its_plan(case, request, t
     lengths = [[len(row.prompt_ids) + len(ids) for ids in row.response_ids] for row in rows]
     vars(plan)["work"] = dataclasses.replace(plan.work, lengths_GR=lengths)
     monkeypatch.setattr(sharding, "memory_limit", lambda _: limit)
-    # A plan counts the head at all tokens.
+    # A plan counts the head at all tokens, and no kernel of a device that is planned for shares prompts.
+    monkeypatch.setattr(attention, "branches", lambda kernel: False)
     found = trainer.batches(rows, 1).layout
     assert dataclasses.replace(found, scored=None) == plan.layout
 
