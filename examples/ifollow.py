@@ -2,6 +2,7 @@
 
     python examples/ifollow.py --to ifollow        # writes train_1.jsonl, train_2.jsonl, train_3.jsonl and heldout.jsonl
     python examples/ifollow.py --to ifollow --hard # with kinds that a small model keeps so rarely that it cannot learn them
+    python examples/ifollow.py --run OUT           # what the responses of a run's policies to held-out prompts keep
 
 A prompt is a task about a topic with one or two constraints, such as "Describe a rainy day. Use exactly 2 sentences. Use
 the word 'grey'." Held-out prompts have topics, and pairs of kinds of constraints, that no training prompt has; their
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 SHARPNESS = 6.0  # log-odds of a response that does all against one that does nothing
 NOISE = 0.1  # share of the comparisons that the judge gets the wrong way round
@@ -169,7 +171,7 @@ class Rule:
         met = [value == 1.0 for value in kept.values()]
         broken = {f"broken: {name}": float(value < 1.0) for name, value in kept.items()}
         return {
-            "constraints met": float(np.mean(met)) if met else 1.0,
+            "constraints met": _share_met(prompt, response),
             "all constraints met": float(all(met)),
             "about the topic": about(prompt, response),
         } | broken
@@ -234,12 +236,47 @@ def write(folder: Path, iterations: int = 3, count: int = PER_ITERATION, hard: b
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def measured(run: Path) -> list[str]:
+    """Lines about each iteration of a run: means over held-out prompts, and the change from the base's with the half of its 95 %
+    interval, over the same prompts."""
+    measures = {"constraints met": _share_met, "about the topic": about, "score": score}
+    lines, base, t = [], dict[str, np.ndarray](), 0
+    while (file := run / f"iter_{t}" / "heldout" / "responses.parquet").exists():
+        rows = pq.read_table(file, columns=["prompt", "responses"]).to_pylist()
+        for name, measure in measures.items():
+            # The base has two responses to each prompt.
+            found = np.array(
+                [np.mean([measure(row["prompt"], text) for text in row["responses"]]) for row in rows]
+            )
+            change = found - base.setdefault(name, found)
+            half = 1.96 * change.std(ddof=1) / len(change) ** 0.5
+            lines.append(
+                f"iteration {t}: {name} {found.mean():.3f}"
+                + (f", {change.mean():+.3f} +- {half:.3f}" if t else "")
+            )
+        t += 1
+    return lines
+
+
+def _share_met(prompt: str, response: str) -> float:
+    kept = list(checked(prompt, response).values())
+    return float(np.mean([value == 1.0 for value in kept])) if kept else 1.0
+
+
 def main(given: Sequence[str] | None = None) -> None:
-    """Write the prompts into the folder that --to names."""
+    """Write the prompts into the folder that --to names, or print what the responses of --run keep."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    what = flags.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", metavar="DIR", help="a new folder for prompts")
+    what.add_argument("--run", metavar="OUT", help="a run's directory, whose held-out responses are measured")
     flags.add_argument("--hard", action="store_true", help="with kinds that a small model hardly ever keeps")
     asked = flags.parse_args(given)
+    if asked.run is not None:
+        lines = measured(Path(asked.run))
+        if not lines:
+            flags.error(f"--run {asked.run}: no held-out responses are there")
+        print("\n".join(lines))
+        return
     folder = Path(asked.to)
     if folder.exists():
         flags.error(f"--to {folder} exists; give a new folder")

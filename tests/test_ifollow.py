@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from examples import ifollow
@@ -96,3 +98,18 @@ def test_the_judge_is_wrong_about_its_share_and_the_oracle_never():
     scores = [ifollow.score(prompt, text) for text in texts]
     np.testing.assert_allclose(oracle[0, 40], ifollow.SHARPNESS * (scores[0] - scores[40]))
     assert ifollow.judge().identity != ifollow.oracle().identity
+
+
+def test_a_run_is_measured_against_its_base_over_the_same_prompts(tmp_path, capsys):
+    rows = [f"Describe the sea. Do not use the word '{word}'." for word in ("the", "and", "is", "it")]
+    texts = {0: [["the and is it sea", "a wide sea"]] * 4, 1: [["a wide sea"]] * 3 + [["it"]]}
+    for t, responses in texts.items():
+        folder = tmp_path / f"iter_{t}" / "heldout"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"prompt": rows, "responses": responses}), folder / "responses.parquet")
+    ifollow.main(["--run", str(tmp_path)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "iteration 0: constraints met 0.500"
+    assert shown[3] == "iteration 1: constraints met 0.750, +0.250 +- 0.490"  # 1.96 x .5 / 2
+    with pytest.raises(SystemExit):
+        ifollow.main(["--run", str(tmp_path / "other")])
