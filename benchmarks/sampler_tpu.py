@@ -144,9 +144,7 @@ def filling(p: Programs) -> dict[str, Any]:
 
 def _column(p: Programs) -> int:
     """Bytes of one column's keys and values in one layer on one chip."""
-    return _local(p.pages[0].values) // (
-        p.pages[0].values.sharding.shard_shape(p.pages[0].values.shape)[0] * PAGE
-    )
+    return sum(map(_local, jax.tree.leaves(p.pages[0]))) // (p.shape.pages // p.replicas * PAGE)
 
 
 def _local(x: Any) -> int:

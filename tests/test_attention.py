@@ -154,7 +154,9 @@ def test_whole_attention_gives_each_layer_its_window_on_another_mesh(one_device,
     place = jnp.broadcast_to(jnp.arange(40)[None], tokens.shape)
     there = jax.device_put(model, sharding.replicated(eight_devices))
     splash = with_kernel(there, Kernel("splash", one_device, interpret=True))
-    seen = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid, eight_devices)))(splash)
+    seen = jax.jit(lambda m: m.forward(tokens, m.rope(place), m.whole_attention(valid, eight_devices)))(
+        splash
+    )
     assert_close(
         np.asarray(seen)[valid],
         np.asarray(jax.jit(lambda m: m.hidden(tokens, rows_as_trees(valid)))(model))[valid],
@@ -370,5 +372,5 @@ def test_an_array_per_layer_computes_the_same(one_device):
     assert apart.kernel == model.kernel
     tokens, valid = random_texts(2, 20), jnp.ones((2, 20), bool)
     place = jnp.broadcast_to(jnp.arange(20)[None], tokens.shape)
-    hidden = jax.jit(lambda m: m.forward(tokens, place, m.whole_attention(valid)))
+    hidden = jax.jit(lambda m: m.forward(tokens, m.rope(place), m.whole_attention(valid)))
     np.testing.assert_array_equal(hidden(apart), hidden(model))

@@ -53,21 +53,23 @@ fill, copy = (jax.jit(f, static_argnames="mesh") for f in (paging.fill, paging.c
 work = jax.jit(paged_attention.work, static_argnames=("window", "mesh"))
 
 
-@functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "kernel", "mesh"))
-def fill_and_attend(pages, q, keys, values, position, table, active, *, window, softcap, scale, kernel, mesh):
+def empty(mesh, a=LAYER, dtype=jnp.float32, **options):
+    return paging.empty(paging.shapes(POOL, a, dtype, mesh, **options))
+
+
+@functools.partial(jax.jit, static_argnames=("window", "softcap", "scale", "mesh"))
+def fill_and_attend(pages, q, keys, values, position, table, active, *, window, softcap, scale, mesh):
     rows = jnp.arange(len(position))
     pages = paging.fill(pages, keys, values, table, jnp.where(active, position, 0), mesh)
     work = paged_attention.work(position, active, table, window, mesh)
     k, v = keys[rows, position], values[rows, position]
-    return paged_attention.attend(
-        q, k, v, pages, work, scale=scale, softcap=softcap, kernel=kernel, mesh=mesh
-    )
+    return paged_attention.attend(q, k, v, pages, work, scale=scale, softcap=softcap, mesh=mesh)
 
 
 def attend(mesh, batch, *, a=LAYER, quantize=False, pages=None, kernel="xla", **options):
     """Prefill the columns before `position`, then one decode step at it: output [B, H, C], and pages."""
-    pages = paging.empty(POOL, a, jnp.float32, mesh, quantize=quantize) if pages is None else pages
-    options = {"window": None, "softcap": None, "scale": None, "kernel": kernel, "mesh": mesh} | options
+    pages = empty(mesh, a, interleaved=kernel == "ragged", quantize=quantize) if pages is None else pages
+    options = {"window": None, "softcap": None, "scale": None, "mesh": mesh} | options
     out, pages = fill_and_attend(pages, *vars(batch).values(), **options)
     return np.asarray(out), jax.tree.map(np.asarray, pages)
 
@@ -93,7 +95,8 @@ def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch
     monkeypatch.setattr(paged_attention, "GROUP", 48)  # several groups
     # A window that no other test has, so that it is compiled anew.
     batch = random_batch(0)
-    out, _ = attend(one_device, batch, window=200)
+    out, pages = attend(one_device, batch, window=200)
+    assert not pages.turned
     np.testing.assert_allclose(out, dense(batch, window=200), atol=1e-5)
 
 
@@ -105,27 +108,33 @@ def test_a_window_visits_only_its_pages(one_device):
     assert found.table_BW.shape[1] == 2
 
 
-def test_prefill_lands_in_its_own_pages_alone(one_device):
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_prefill_lands_in_its_own_pages_alone(one_device, interleaved):
     batch = random_batch(1)
-    before = jax.tree.map(lambda x: jnp.full_like(x, 7), paging.empty(POOL, LAYER, jnp.float32, one_device))
+    before = jax.tree.map(lambda x: jnp.full_like(x, 7), empty(one_device, interleaved=interleaved))
     length = np.tile(np.array([0, 1, 63, 64, 65, 200, 256, 0], np.int32), SLOTS // 8)
     after = fill(before, batch.keys, batch.values, batch.table, length, mesh=one_device)
-    expected = np.full_like(before.values, 7)
+    expected = np.full((2, POOL, 2, PAGE, 10), 7, np.float32)
     for row, n in enumerate(length):
         pages = batch.table[row, : -(-n // PAGE)]
-        kv = np.stack([batch.keys[row], batch.values[row]], axis=2).reshape(WIDTH, PAGE, 4, 10)
-        kv[np.arange(LONGEST).reshape(WIDTH, PAGE) >= n] = 0  # the rest of the last page
-        expected[pages] = kv[: len(pages)]
-    np.testing.assert_array_equal(after.values, expected)
+        kv = np.stack([batch.keys[row], batch.values[row]]).reshape(2, WIDTH, PAGE, 2, 10)
+        kv[:, np.arange(LONGEST).reshape(WIDTH, PAGE) >= n] = 0  # the rest of the last page
+        expected[:, pages] = kv.swapaxes(2, 3)[:, : len(pages)]
+    if interleaved:
+        found = np.asarray(after.both).reshape(POOL, PAGE, 2, 2, 10).transpose(3, 0, 2, 1, 4)
+    else:
+        assert after.turned  # on a CPU
+        found = np.stack([after.keys.swapaxes(2, 3), after.values])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_prompt_shorter_than_a_page_is_stored_too(one_device):
     batch = random_batch(2)
-    pages = paging.empty(POOL, LAYER, jnp.float32, one_device)
+    pages = empty(one_device)
     length = np.full(SLOTS, 20, np.int32)
     short = fill(pages, batch.keys[:, :32], batch.values[:, :32], batch.table[:, :1], length, mesh=one_device)
     whole = fill(pages, batch.keys, batch.values, batch.table, length, mesh=one_device)
-    np.testing.assert_array_equal(short.values, whole.values)
+    jax.tree.map(np.testing.assert_array_equal, short, whole)
 
 
 def test_copying_takes_the_page_and_leaves_the_rest(one_device):
@@ -135,7 +144,7 @@ def test_copying_takes_the_page_and_leaves_the_rest(one_device):
         np.resize(np.array([-1, 130, 131, -1, -1, 0] + [-1] * 26, np.int32), SLOTS),
     )
     after = copy(jax.tree.map(jnp.asarray, pages), source, target, mesh=one_device)
-    for was, now in ((pages.values, after.values), (pages.scale, after.scale)):
+    for was, now in zip(*map(jax.tree.leaves, (pages, after)), strict=True):
         expected = was.copy()
         expected[[130, 131, 0]] = was[[5, 3, 2]]
         np.testing.assert_array_equal(now, expected)
@@ -146,13 +155,14 @@ def test_slots_that_are_not_active_write_nothing_and_stay_finite(one_device):
     batch.active[2:6] = False
     batch.table[2], batch.table[3], batch.table[4] = -1, POOL + 5, batch.table[0]
     batch.position[5] = LONGEST + 3  # beyond the table
-    pages = paging.empty(POOL, LAYER, jnp.float32, one_device)
+    pages = empty(one_device)
     out, pages = attend(one_device, batch, pages=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages))
     assert np.isfinite(out).all()
     live = batch[batch.active]
     np.testing.assert_allclose(out[batch.active], dense(live), atol=1e-5)
     used = [page for row, n in zip(live.table, live.position, strict=True) for page in row[: n // PAGE + 1]]
-    assert np.isnan(np.delete(pages.values, used, axis=0)).all()
+    for x in (pages.keys, pages.values):
+        assert np.isnan(np.delete(x, used, axis=0)).all()
 
 
 def test_int8_pages_are_right_to_half_a_step(one_device):
@@ -160,10 +170,15 @@ def test_int8_pages_are_right_to_half_a_step(one_device):
     batch.keys[:, 3] = 0  # a vector of zeros stays one
     out, pages = attend(one_device, batch, quantize=True)
     exact, plain = attend(one_device, batch)
-    step = np.abs(plain.values).max(-1) / 127
-    error = np.abs(pages.values * pages.scale[..., None] - plain.values)
-    assert pages.values.dtype == np.int8
-    assert (error <= 0.5001 * step[..., None]).all()
+    for x, scale, wanted in (
+        (pages.keys, pages.key_scale, plain.keys),
+        (pages.values, pages.value_scale, plain.values),
+    ):
+        assert x.dtype == np.int8
+        assert x.shape == wanted.shape
+        axis = 2 if x is pages.keys else 3  # of the channels, on a CPU
+        step = np.abs(wanted).max(axis, keepdims=True) / 127
+        assert (np.abs(x * np.expand_dims(scale, axis) - wanted) <= 0.5001 * step).all()
     np.testing.assert_allclose(out, exact, atol=0.05)
     assert np.abs(out - exact).max() > 0
 
@@ -196,21 +211,19 @@ def test_eight_devices_give_the_same_bits(one_device, kv_heads):
     batch = random_batch(6, replicas=4, a=a)
     single = dataclasses.replace(batch, table=np.arange(SLOTS * WIDTH, dtype=np.int32).reshape(SLOTS, WIDTH))
     out, _ = attend(one_device, single, a=a, window=90)
-    pages = paging.empty(POOL, a, jnp.float32, mesh)
-    assert pages.values.sharding.shard_shape(pages.values.shape) == (
-        POOL,
-        PAGE,
-        2 if kv_heads == 2 else 6,
-        10,
-    )
+    pages = empty(mesh, a)
+    for x, page in ((pages.keys, (10, PAGE)), (pages.values, (PAGE, 10))):
+        assert x.sharding.shard_shape(x.shape) == (POOL, 1 if kv_heads == 2 else 3, *page)
     spread, _ = attend(mesh, batch, a=a, window=90, pages=pages)
     np.testing.assert_array_equal(spread, out)
 
 
 def test_pages_have_the_shapes_and_bytes_that_are_computed_beforehand(eight_devices):
-    for quantize in (False, True):
-        like = paging.shapes(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
-        pages = paging.empty(5, LAYER, jnp.bfloat16, eight_devices, quantize=quantize)
+    for interleaved, quantize in ((False, False), (False, True), (True, False)):
+        like = paging.shapes(
+            5, LAYER, jnp.bfloat16, eight_devices, interleaved=interleaved, quantize=quantize
+        )
+        pages = paging.empty(like)
         for x, y in zip(jax.tree.leaves(pages), jax.tree.leaves(like), strict=True):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
         total = sum(x.nbytes for x in jax.tree.leaves(pages)) * LAYER.layers
@@ -287,5 +300,5 @@ def test_the_tpu_kernel_refuses_int8_pages(one_device):
 
 @pytest.mark.parametrize(("heads", "channels", "pages"), [(3, 64, 8), (2, 32, 24), (1, 16, 32), (32, 256, 1)])
 def test_the_pages_that_a_cpu_reads_at_a_time_fit_its_cache(heads, channels, pages):
-    like = jax.ShapeDtypeStruct((9, PAGE, 2 * heads, channels), jnp.float32)
-    assert paged_attention._group_of_cpu(paging.Pages(like, None)) == pages
+    like = jax.ShapeDtypeStruct((9, heads, PAGE, channels), jnp.float32)
+    assert paged_attention._group_of_cpu(paging.Pages(like, like)) == pages

@@ -103,7 +103,9 @@ def test_a_tied_model_with_adapters_computes_with_its_rounded_matrices(one_devic
     place_BT = jnp.broadcast_to(jnp.arange(12), tokens_BT.shape)
 
     def logits(model):
-        return model.logits(model.forward(tokens_BT, place_BT, model.whole_attention(place_BT >= 0)))
+        return model.logits(
+            model.forward(tokens_BT, model.rope(place_BT), model.whole_attention(place_BT >= 0))
+        )
 
     @jax.jit
     def both(model):

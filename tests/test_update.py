@@ -47,7 +47,9 @@ def plain_gradients(model, rows, settings):
     def total(params):
         model = nnx.merge(graph, params)
         model.kernel = Kernel()  # dense masks
-        hidden = model.forward(jnp.asarray(tokens), place, model.whole_attention(jnp.asarray(valid)))
+        hidden = model.forward(
+            jnp.asarray(tokens), model.rope(place), model.whole_attention(jnp.asarray(valid))
+        )
         log_p = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
         picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0]
         logprob_GR = jnp.where(scored[:, 1:], picked, 0).sum(1).reshape(len(rows), -1)

@@ -86,7 +86,7 @@ class Transformer(nnx.Module):
         return _turn(self._hidden(_turn(tokens_BT, -start_B), turned, remat), start_B)
 
     def _hidden(self, tokens_BT: Int[Array, "B T"], trees: Trees, remat: Remat) -> Float[Array, "B T D"]:
-        rope = self._rope(trees.position)
+        rope = self.rope(trees.position)
         seen = self._whole(trees, self.kernel)
 
         def layer(x_BTD: Array, xs: tuple[Weights, Array]) -> tuple[Array, None]:
@@ -101,17 +101,23 @@ class Transformer(nnx.Module):
         return self._rms_norm(x_BTD, self.norm[...])
 
     def forward(
-        self, tokens_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"], attention: Attention
+        self, tokens_BT: Int[Array, "B T"], rope: tuple[Array, Array], attention: Attention
     ) -> Float[Array, "B T D"]:
         """Return the normalised last hidden states, running the layers one by one, for callers that cache keys and values.
 
-        `attention(i, q_BTHC, k_BTNC, v_BTNC)` returns the output of attention in layer i, [B, T, H, C].
+        `rope`: of the tokens' positions; `attention(i, q_BTHC, k_BTNC, v_BTNC)` returns the output of attention in layer i,
+        [B, T, H, C].
         """
-        rope = self._rope(position_BT)
         x_BTD = self.embed(tokens_BT)
         for i in range(self.architecture.layers):
             x_BTD = self._block(self.layer(i), x_BTD, rope, functools.partial(attention, i))
         return self._rms_norm(x_BTD, self.norm[...])
+
+    def rope(self, position: Int[Array, "..."]) -> tuple[Array, Array]:
+        """Return cos and sin of the rotary angles, each float32 [..., 1, C/2]."""
+        frequency = frequencies(self.architecture.rope, self.architecture.head_dim)
+        angle = position.astype(jnp.float32)[..., None, None] * frequency
+        return jnp.cos(angle), jnp.sin(angle)
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Return the embeddings of tokens in the compute dtype, scaled if the architecture scales them."""
@@ -214,12 +220,6 @@ class Transformer(nnx.Module):
         if self.architecture.norm_offset:
             return self._cast(wide * (1 + scale_D.astype(jnp.float32)))
         return self._cast(wide) * self._cast(scale_D)
-
-    def _rope(self, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
-        """Return cos and sin of the rotary angles, each float32 [B, T, 1, C/2]."""
-        frequency = frequencies(self.architecture.rope, self.architecture.head_dim)
-        angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
-        return jnp.cos(angle), jnp.sin(angle)
 
     def _cast(self, x: Array) -> Array:
         return x.astype(self.compute_dtype)

@@ -19,7 +19,7 @@ from sppo_jax.models.transformer import Transformer
 from sppo_jax.sampler import paged_attention, paging
 from sppo_jax.sampler.capacity import Shape
 from sppo_jax.sampler.next_token import next_token
-from sppo_jax.sampler.paging import Pages
+from sppo_jax.sampler.paging import PAGE, AnyPages
 
 STEPS = 32  # most decode steps of a chunk
 NOTHING, START, STOP = 0, 1, 2  # Order.action
@@ -69,7 +69,7 @@ class Chunk:
 
     step: Any  # int32 []
     slots: Any  # Slots
-    pages: Any  # list[Pages], one for each layer
+    pages: Any  # list[AnyPages], one for each layer
     tokens: Any  # int32 [B, STEPS]: column `step` is drawn next
     logprobs: Any  # float32 [B, STEPS]
 
@@ -81,16 +81,15 @@ class Decoder:
     graph: Any  # nnx graph of the serving model
     mesh: Mesh
     shape: Shape
-    kernel: paged_attention.Kernel
 
     def prefill(
         self,
         weights: Any,
-        pages: list[Pages],
+        pages: list[AnyPages],
         tokens_PT: Int[Array, "P T"],
         length_P: Int[Array, " P"],
         table_PW: Int[Array, "P W"],
-    ) -> list[Pages]:
+    ) -> list[AnyPages]:
         """Return the pages with the keys and values of each prompt's first `length` tokens. Rows of length 0 are padding."""
         model, pages = nnx.merge(self.graph, weights), list(pages)
         place_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1])[None], tokens_PT.shape)
@@ -101,12 +100,12 @@ class Decoder:
             return seen(i, q_PTHC, k_PTNC, v_PTNC)
 
         # The result is unused, so XLA leaves out everything after the last layer's keys and values.
-        model.forward(tokens_PT, place_PT, attention)
+        model.forward(tokens_PT, model.rope(place_PT), attention)
         return pages
 
     def admit(
-        self, slots: Slots, pages: list[Pages], seeds: UInt32[Array, "2"], orders_BO: Int[Array, "B O"]
-    ) -> tuple[Slots, list[Pages]]:
+        self, slots: Slots, pages: list[AnyPages], seeds: UInt32[Array, "2"], orders_BO: Int[Array, "B O"]
+    ) -> tuple[Slots, list[AnyPages]]:
         """Return the slots after the orders, and the pages with the copies that new responses need.
 
         `seeds`: seed and iteration; `orders_BO`: the fields of `Order` as columns.
@@ -146,17 +145,19 @@ class Decoder:
         self,
         weights: Any,
         slots: Slots,
-        pages: list[Pages],
+        pages: list[AnyPages],
         table_BW: Int[Array, "B W"],
         quota: Int[Array, ""],
         keep: Int[Array, ""],
-    ) -> tuple[Slots, list[Pages], Int[Array, "B F"]]:
+    ) -> tuple[Slots, list[AnyPages], Int[Array, "B F"]]:
         """Draw at most STEPS tokens in every active slot; stop earlier once `quota` responses, or all but `keep`, have ended.
 
         The third result is all that the host reads, and `read` takes it apart. It holds per slot the tokens, the bits of
         their float32 log-probs, their number, whether the slot is still active, and the steps run.
         """
-        model, b = nnx.merge(self.graph, weights), table_BW.shape[0]
+        model, (b, width) = nnx.merge(self.graph, weights), table_BW.shape
+        # Looked up, since XLA on a CPU would compute an angle's sine again for every head of every layer that uses it.
+        rope_T = model.rope(jnp.arange(width * PAGE))
         began = jnp.sum(slots.active)
 
         def unfinished(chunk: Chunk) -> Array:
@@ -166,7 +167,7 @@ class Decoder:
         empty = jnp.zeros((b, STEPS), jnp.int32), jnp.zeros((b, STEPS), jnp.float32)
         chunk = jax.lax.while_loop(
             unfinished,
-            lambda chunk: self._step(model, chunk, table_BW),
+            lambda chunk: self._step(model, rope_T, chunk, table_BW),
             Chunk(jnp.int32(0), slots, list(pages), *empty),
         )
         counts_B = chunk.slots.generated - slots.generated
@@ -176,10 +177,10 @@ class Decoder:
         bits_BT = jax.lax.bitcast_convert_type(chunk.logprobs, jnp.int32)
         return chunk.slots, chunk.pages, jnp.concatenate([chunk.tokens, bits_BT, facts_B3], axis=1)
 
-    def _step(self, model: Transformer, chunk: Chunk, table_BW: Array) -> Chunk:
+    def _step(self, model: Transformer, rope_T: tuple[Array, Array], chunk: Chunk, table_BW: Array) -> Chunk:
         """Draw the next token of every slot; it counts in active slots only."""
         slots, shape = chunk.slots, self.shape
-        logits_BV, pages = self._forward(model, slots, chunk.pages, table_BW)
+        logits_BV, pages = self._forward(model, rope_T, slots, chunk.pages, table_BW)
         keys_B = jax.random.wrap_key_data(slots.key, impl="threefry2x32")
         token_B, logprob_B = next_token(
             logits_BV,
@@ -202,8 +203,13 @@ class Decoder:
         return Chunk(chunk.step + 1, slots, pages, tokens_BT, logprobs_BT)
 
     def _forward(
-        self, model: Transformer, slots: Slots, pages: list[Pages], table_BW: Array
-    ) -> tuple[Array, list[Pages]]:
+        self,
+        model: Transformer,
+        rope_T: tuple[Array, Array],
+        slots: Slots,
+        pages: list[AnyPages],
+        table_BW: Array,
+    ) -> tuple[Array, list[AnyPages]]:
         """Logits [B, V] after each slot's token, and the pages with that token's keys and values."""
         a, pages = model.architecture, list(pages)
         windows = [a.window_of(i) for i in range(a.layers)]
@@ -221,12 +227,12 @@ class Decoder:
                 works[windows[i]],
                 scale=a.query_scale,
                 softcap=a.attention_softcap,
-                kernel=self.kernel,
                 mesh=self.mesh,
             )
             return seen_BHC[:, None]
 
-        hidden_B1D = model.forward(slots.token[:, None], slots.position[:, None], attention)
+        rope_B1 = jax.tree.map(lambda x: x.at[slots.position[:, None]].get(mode="clip"), rope_T)
+        hidden_B1D = model.forward(slots.token[:, None], rope_B1, attention)
         return model.logits(hidden_B1D[:, 0]), pages
 
 

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sppo_jax import sharding
+from sppo_jax import compilation, sharding
 from sppo_jax.config import Sampling
 from sppo_jax.errors import BadInput
 from sppo_jax.models.transformer import Transformer
 from sppo_jax.records import Prompt, Responses
 from sppo_jax.run import pod
 from sppo_jax.sampler import capacity, paging
-from sppo_jax.sampler.paging import PAGE, Pages
+from sppo_jax.sampler.paging import PAGE, AnyPages
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.sampler.schedule import Response
 from sppo_jax.sampler.stream import Stats, Stream
@@ -66,7 +66,7 @@ class Sampler:
         self.stats = Stats(self.capacity.slots)
         self._longest = longest
         self.programs: Programs | None = None
-        self.pages: list[Pages] | None = None
+        self.pages: list[AnyPages] | None = None
         self._streaming = False
         self.set_weights(model)
 
@@ -167,16 +167,9 @@ class Sampler:
             self.programs = Programs(self.graph, self.weights, self.mesh, shape)
         with self._memory_errors():
             if self.pages is None:
-                self.pages = self._empty_pages(self.programs)
+                compilation.collect()
+                self.pages = [paging.empty(layer) for layer in self.programs.pages]
             return self.programs.compile(buckets)
-
-    def _empty_pages(self, programs: Programs) -> list[Pages]:
-        each, quantize = programs.shape.pages // self.replicas, programs.shape.quantize
-        dtype = programs.model.compute_dtype
-        return [
-            paging.empty(each, self.architecture, dtype, self.mesh, quantize=quantize)
-            for _ in range(self.architecture.layers)
-        ]
 
     @contextlib.contextmanager
     def _memory_errors(self) -> Iterator[None]:

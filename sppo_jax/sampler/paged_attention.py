@@ -1,6 +1,5 @@
 """Attention of one query per slot over its pages of keys and values: by the TPU's kernel, or in plain XLA."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,9 @@ from sppo_jax.models.transformer import Transformer
 from sppo_jax.sampler.paging import (
     BEYOND,
     PAGE,
+    AnyPages,
+    Interleaved,
     Pages,
-    interleave,
     local_heads,
     on_each_device,
     pages_partition,
@@ -138,30 +138,33 @@ def attend(
     q_BHC: Float[Array, "B H C"],
     k_BNC: Float[Array, "B N C"],
     v_BNC: Float[Array, "B N C"],
-    pages: Pages,
+    pages: AnyPages,
     work: Work,
     *,
     scale: float | None,
     softcap: float | None,
-    kernel: Kernel,
     mesh: Mesh,
-) -> tuple[Float[Array, "B H C"], Pages]:
+) -> tuple[Float[Array, "B H C"], AnyPages]:
     """Write the new keys and values, then attend from each slot's query to its columns. Returns the output and the pages.
 
+    By the TPU's kernel, if the pages are interleaved.
     Scores are multiplied by `scale` (None: 1/sqrt(C)) and soft-capped as in attention.attend; softmax is in float32. A
     slot's output depends neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive
     slots get finite values.
     """
     scale = q_BHC.shape[2] ** -0.5 if scale is None else scale
     cpu = sharding.platform(mesh) == "cpu"
-    see = _ragged if kernel == "ragged" else functools.partial(_xla, cpu=cpu)
 
-    def local(q_BHC: Array, k_BNC: Array, v_BNC: Array, pages: Pages, work: Work) -> tuple[Array, Pages]:
-        pages = write(pages, (work.page_B, work.row_B), interleave(k_BNC, v_BNC))
-        return see(q_BHC, pages, work, scale, softcap), pages
+    def local(
+        q_BHC: Array, k_BNC: Array, v_BNC: Array, pages: AnyPages, work: Work
+    ) -> tuple[Array, AnyPages]:
+        pages = write(pages, work.page_B, work.row_B, k_BNC, v_BNC)
+        if isinstance(pages, Interleaved):
+            return _ragged(q_BHC, pages, work, scale, softcap), pages
+        return _xla(q_BHC, pages, work, scale, softcap, cpu=cpu), pages
 
     heads = k_BNC.shape[1]
-    spec = pages_partition(mesh, heads, pages.scale is not None)
+    spec = pages_partition(pages, mesh)
     kv, queries = partition("BNC", mesh, heads), partition("BHC", mesh, heads)
     ins = (queries, kv, kv, spec, sharding.spec("B", mesh))
     return on_each_device(local, mesh, ins, (queries, spec))(q_BHC, k_BNC, v_BNC, pages, work)
@@ -173,35 +176,36 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
     The loop stores each page's max, sum and weighted values, which are joined at the end.
     """
     size, join = (_group_of_cpu(pages), _join_in_order) if cpu else (GROUP, _join)
-    slots, heads, channels = q_BHC.shape[0], pages.values.shape[2] // 2, pages.values.shape[3]
+    (slots, _, channels), heads = q_BHC.shape, pages.heads
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
 
     def group(t: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
         item_G = t * size + jnp.arange(size)  # results of items past the last are never read
         slot_G, block_G = work.slot_I.at[item_G].get(mode="clip"), work.block_I.at[item_G].get(mode="clip")
         page_G = work.table_BW.at[slot_G, block_G].get(mode="clip")
-        kv_GSNKC = pages.values.at[page_G].get(mode="clip").reshape(size, PAGE, heads, 2, channels)
+        keys_G, v_GNSC = (x.at[page_G].get(mode="clip") for x in (pages.keys, pages.values))
         # Otherwise XLA on a TPU lays the pages out as the products prefer, and copies all of them in every step.
-        kv_GSNKC = with_layout_constraint(kv_GSNKC, Layout(major_to_minor=(0, 1, 2, 3, 4)))
-        k_GNSC, v_GNSC = (kv_GSNKC[:, :, :, i].swapaxes(1, 2).astype(q_BHC.dtype) for i in range(2))
+        keys_G, v_GNSC = (
+            with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2, 3))).astype(q_BHC.dtype)
+            for x in (keys_G, v_GNSC)
+        )
         column_GS = block_G[:, None] * PAGE + jnp.arange(PAGE)[None]
         seen_GS = (column_GS < work.length_B[slot_G][:, None]) & (column_GS >= work.first_B[slot_G][:, None])
         seen_G11S = seen_GS[:, None, None]
 
-        score_GNHS = jnp.einsum("GNHC,GNSC->GNHS", q_BNHC[slot_G], k_GNSC, preferred_element_type=jnp.float32)
+        scores = "GNHC,GNCS->GNHS" if pages.turned else "GNHC,GNSC->GNHS"
+        score_GNHS = jnp.einsum(scores, q_BNHC[slot_G], keys_G, preferred_element_type=jnp.float32)
         score_GNHS *= scale
-        if pages.scale is not None:
-            scale_GSNK = pages.scale.at[page_G].get(mode="clip").reshape(size, PAGE, heads, 2)
-            k_scale_GN1S, v_scale_GN1S = (scale_GSNK[..., i].swapaxes(1, 2)[:, :, None] for i in range(2))
-            score_GNHS *= k_scale_GN1S
+        if pages.key_scale is not None:
+            score_GNHS *= pages.key_scale.at[page_G].get(mode="clip")[:, :, None]
         if softcap is not None:
             score_GNHS = softcap * jnp.tanh(score_GNHS / softcap)
         score_GNHS = jnp.where(seen_G11S, score_GNHS, MASKED)
         top_GNH = jnp.max(score_GNHS, axis=-1)
         weight_GNHS = jnp.exp(score_GNHS - top_GNH[..., None])
         sum_GNH = jnp.sum(weight_GNHS, axis=-1)
-        if pages.scale is not None:
-            weight_GNHS *= v_scale_GN1S
+        if pages.value_scale is not None:
+            weight_GNHS *= pages.value_scale.at[page_G].get(mode="clip")[:, :, None]
         # Rows outside the mask hold another slot's leftovers, which may not be finite.
         v_GNSC = jnp.where(seen_GS[:, None, :, None], v_GNSC, 0)
         value_GNHC = jnp.einsum(
@@ -222,7 +226,7 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
 
 def _group_of_cpu(pages: Pages) -> int:
     """The number of pages that the XLA kernel reads at a time on a CPU."""
-    each = math.prod(pages.values.shape[1:]) * pages.values.dtype.itemsize
+    each = 2 * math.prod(pages.values.shape[1:]) * pages.values.dtype.itemsize
     return min(GROUP_OF_CPU, max(1, BYTES_OF_CPU // each))
 
 
@@ -262,17 +266,12 @@ def _join_in_order(parts: tuple[Array, ...], work: Work) -> Array:
     return value_BNHC / jnp.where(sum_BNH == 0, 1, sum_BNH)[..., None]
 
 
-def _ragged(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
-    """Attention by the TPU kernel. An inactive slot reads one column: the kernel does not allow empty sequences.
-
-    The kernel takes one scale for all int8 keys, fixed at compile time, but ours have one each: int8 pages need "xla".
-    """
-    if pages.scale is not None:
-        raise ValueError("ragged paged attention cannot read int8 pages: take the kernel xla")
+def _ragged(q_BHC: Array, pages: Interleaved, work: Work, scale: float, softcap: float | None) -> Array:
+    """Attention by the TPU kernel. An inactive slot reads one column: the kernel does not allow empty sequences."""
     slots, width = work.table_BW.shape
     return ragged_paged_attention(
         q_BHC,
-        pages.values,
+        pages.both,
         jnp.maximum(work.length_B, 1),
         work.table_BW,
         jnp.arange(slots + 1, dtype=jnp.int32),

@@ -1,14 +1,14 @@
 """Keys and values of the sampler in pages of 64 tokens: where they lie, and how they are written.
 
-A layer's pages are one array [P pages, S tokens, 2N heads, C], heads interleaved k0 v0 k1 v1 as
-jax.experimental.pallas.ops.tpu.ragged_paged_attention reads them. A token's column is its position: it lies in
-page table[slot, column // S], row column % S. The batch is cut over the mesh axes of letter B; each piece (a
-replica) owns a piece of the pages, and page ids count within it. So every function of pages is a shard_map.
+A layer has P pages of S tokens of N heads with C channels. Keys and values are apart, or interleaved as the TPU's kernel
+reads them. A token's column is its position: it lies in page table[slot, column // S], row column % S. The batch is cut
+over the mesh axes of letter B; each piece (a replica) owns a piece of the pages, and page ids count within it. So every
+function of pages is a shard_map.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,15 +21,45 @@ from sppo_jax.models.architecture import Architecture
 
 PAGE = 64  # tokens
 BEYOND = jnp.iinfo(jnp.int32).max  # a page outside every pool: writes to it are dropped
+# The dimensions of pages as sharding.spec's letters.
+BOTH, APART, TURNED, SCALE = "B.NC", "BN.C", "BNC.", "BN."
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pages:
-    """One layer's keys and values on all replicas. int8 values carry a float32 scale for each token and head."""
+    """One layer's keys and values on all replicas, apart, so that products read a page as it lies.
 
-    values: Any  # [P, S, 2N, C]
-    scale: Any  # [P, S, 2N], or None
+    In int8 each token and head carries a float32 scale.
+    """
+
+    keys: Any  # [P, N, S, C], or `turned` [P, N, C, S]
+    values: Any  # [P, N, S, C]
+    key_scale: Any = None  # [P, N, S]
+    value_scale: Any = None  # [P, N, S]
+    # A CPU multiplies by turned keys in 0.7 of the time. A TPU would store each page of them as if it had 128 tokens.
+    turned: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def heads(self) -> int:
+        """N."""
+        return self.keys.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Interleaved:
+    """One layer's keys and values on all replicas as jax.experimental.pallas.ops.tpu.ragged_paged_attention reads them."""
+
+    both: Any  # [P, S, 2N, C], heads in the order k0 v0 k1 v1
+
+    @property
+    def heads(self) -> int:
+        """N."""
+        return self.both.shape[2] // 2
+
+
+AnyPages = Pages | Interleaved
 
 
 def bytes_per_page(architecture: Architecture, dtype: Any, quantize: bool) -> int:
@@ -41,24 +71,38 @@ def bytes_per_page(architecture: Architecture, dtype: Any, quantize: bool) -> in
 
 
 def shapes(
-    pages_per_replica: int, architecture: Architecture, dtype: Any, mesh: Mesh, *, quantize: bool = False
-) -> Pages:
-    """Shapes and placement of one layer's pages, for compilation before they exist."""
-    spec = pages_partition(mesh, architecture.kv_heads, quantize)
-    size = (pages_per_replica * sharding.batch_shards(mesh), PAGE, 2 * architecture.kv_heads)
+    pages_per_replica: int,
+    architecture: Architecture,
+    dtype: Any,
+    mesh: Mesh,
+    *,
+    interleaved: bool = False,
+    quantize: bool = False,
+) -> AnyPages:
+    """Shapes and placement of one layer's pages, for compilation before they exist.
 
-    def like(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    Raises ValueError for interleaved ones in int8: the TPU's kernel takes one scale for all keys, fixed when it is compiled.
+    """
+    if interleaved and quantize:
+        raise ValueError("interleaved pages cannot be in int8")
+    pages = pages_per_replica * sharding.batch_shards(mesh)
+    heads, channels = architecture.kv_heads, architecture.head_dim
 
-    values = like(spec.values, (*size, architecture.head_dim), jnp.int8 if quantize else dtype)
-    return Pages(values, like(spec.scale, size, jnp.float32) if quantize else None)
+    def like(letters: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, partition(letters, mesh, heads))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    if interleaved:
+        return Interleaved(like(BOTH, (pages, PAGE, 2 * heads, channels), dtype))
+    turned, dtype = sharding.platform(mesh) == "cpu", jnp.int8 if quantize else dtype
+    values = like(APART, (pages, heads, PAGE, channels), dtype)
+    keys = like(TURNED, (pages, heads, channels, PAGE), dtype) if turned else values
+    scale = like(SCALE, (pages, heads, PAGE), jnp.float32) if quantize else None
+    return Pages(keys, values, scale, scale, turned)
 
 
-def empty(
-    pages_per_replica: int, architecture: Architecture, dtype: Any, mesh: Mesh, *, quantize: bool = False
-) -> Pages:
-    """One layer's pages, all zeros, allocated in place on the devices of `mesh`."""
-    like = shapes(pages_per_replica, architecture, dtype, mesh, quantize=quantize)
+def empty(like: AnyPages) -> AnyPages:
+    """One layer's pages of these shapes, all zeros, allocated in place on their devices."""
     return jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.sharding)(), like)
 
 
@@ -69,33 +113,32 @@ def _zeros(shape: tuple[int, ...], dtype: Any, place: NamedSharding) -> Callable
 
 
 def fill(
-    pages: Pages,
+    pages: AnyPages,
     k_PTNC: Float[Array, "P T N C"],
     v_PTNC: Float[Array, "P T N C"],
     table_PW: Int[Array, "P W"],
     length_P: Int[Array, " P"],
     mesh: Mesh,
-) -> Pages:
+) -> AnyPages:
     """The pages with the first `length_P` columns of prefill's rows in them; the rest of a row's last page becomes zeros.
 
     Rows are split over the replicas in order.
     """
 
-    def local(pages: Pages, k_PTNC: Array, v_PTNC: Array, table_PW: Array, length_P: Array) -> Pages:
+    def local(pages: AnyPages, k_PTNC: Array, v_PTNC: Array, table_PW: Array, length_P: Array) -> AnyPages:
         rows, size, heads, channels = k_PTNC.shape
         blocks = -(-size // PAGE)
-        kv_PTMC = interleave(k_PTNC, v_PTNC)
-        real_PT = jnp.arange(size)[None] < length_P[:, None]
-        kv_PTMC = jnp.pad(
-            jnp.where(real_PT[..., None, None], kv_PTMC, 0),
-            ((0, 0), (0, blocks * PAGE - size), (0, 0), (0, 0)),
+        real_PT11 = (jnp.arange(size)[None] < length_P[:, None])[..., None, None]
+        pad = ((0, 0), (0, blocks * PAGE - size), (0, 0), (0, 0))
+        k_JSNC, v_JSNC = (
+            jnp.pad(jnp.where(real_PT11, x, 0), pad).reshape(rows * blocks, PAGE, heads, channels)
+            for x in (k_PTNC, v_PTNC)
         )
-        kv_JSMC = kv_PTMC.reshape(rows * blocks, PAGE, 2 * heads, channels)
         begin_J = jnp.arange(blocks) * PAGE
         page_PJ = jnp.where(begin_J[None] < length_P[:, None], table_PW[:, :blocks], BEYOND)
-        return write(pages, (page_PJ.reshape(-1),), kv_JSMC)
+        return write(pages, page_PJ.reshape(-1), None, k_JSNC, v_JSNC)
 
-    spec = pages_partition(mesh, k_PTNC.shape[2], pages.scale is not None)
+    spec = pages_partition(pages, mesh)
     kv = partition("B.NC", mesh, k_PTNC.shape[2])
     rows = sharding.spec("B", mesh)
     return on_each_device(local, mesh, (spec, kv, kv, rows, rows), spec)(
@@ -103,39 +146,62 @@ def fill(
     )
 
 
-def copy(pages: Pages, source_B: Int[Array, " B"], target_B: Int[Array, " B"], mesh: Mesh) -> Pages:
+def copy(pages: AnyPages, source_B: Int[Array, " B"], target_B: Int[Array, " B"], mesh: Mesh) -> AnyPages:
     """The pages with page `source` copied to page `target` for each slot whose target is >= 0; other slots cost no time."""
 
-    def local(pages: Pages, source_B: Array, target_B: Array) -> Pages:
+    def local(pages: AnyPages, source_B: Array, target_B: Array) -> AnyPages:
         (slot_B,) = jnp.nonzero(target_B >= 0, size=target_B.shape[0], fill_value=0)
 
-        def one(i: Array, pages: Pages) -> Pages:
+        def one(i: Array, pages: AnyPages) -> AnyPages:
             slot = slot_B[i]
             return jax.tree.map(lambda x: x.at[target_B[slot]].set(x[source_B[slot]]), pages)
 
         return jax.lax.fori_loop(0, jnp.sum(target_B >= 0), one, pages)
 
-    spec = pages_partition(mesh, pages.values.shape[2] // 2, pages.scale is not None)
+    spec = pages_partition(pages, mesh)
     slots = sharding.spec("B", mesh)
     return on_each_device(local, mesh, (spec, slots, slots), spec)(pages, source_B, target_B)
 
 
-def interleave(k: Float[Array, "*rows N C"], v: Float[Array, "*rows N C"]) -> Float[Array, "*rows M C"]:
-    """Keys and values as pages hold them: k0 v0 k1 v1 along the heads."""
-    *rows, heads, channels = k.shape
-    return jnp.stack([k, v], axis=-2).reshape(*rows, 2 * heads, channels)
+def write(
+    pages: AnyPages,
+    page: Int[Array, " R"],
+    row: Int[Array, " R"] | None,
+    k: Float[Array, "R *S N C"],
+    v: Float[Array, "R *S N C"],
+) -> AnyPages:
+    """The pages with `k` and `v` written at these rows of them: [R, N, C]; or, without `row`, as whole pages: [R, S, N, C].
 
+    int8 pages get them rounded, in steps of |max| / 127.
+    """
+    if isinstance(pages, Interleaved):
+        both = jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], 2 * k.shape[-2], k.shape[-1])
+        place = (page,) if row is None else (page, row)
+        return Interleaved(pages.both.at[place].set(both.astype(pages.both.dtype), mode="drop"))
 
-def write(pages: Pages, place: tuple[Array, ...], kv: Float[Array, "*rows M C"]) -> Pages:
-    """The pages with `kv` written at the pages (and rows) `place`. int8 pages get it rounded, in steps of |max| / 127."""
-    if pages.scale is None:
-        return Pages(pages.values.at[place].set(kv.astype(pages.values.dtype), mode="drop"), None)
-    scale = jnp.max(jnp.abs(kv.astype(jnp.float32)), axis=-1) / 127
-    step = jnp.where(scale == 0, 1, scale)[..., None]
-    values = jnp.round(kv.astype(jnp.float32) / step).astype(jnp.int8)
-    return Pages(
-        pages.values.at[place].set(values, mode="drop"), pages.scale.at[place].set(scale, mode="drop")
+    def put(into: Array, x: Array, turned: bool = False) -> Array:  # x: [R, S, N, ...] or [R, N, ...]
+        if row is None:
+            x = x.swapaxes(1, 2)
+            return into.at[page].set((x.swapaxes(2, 3) if turned else x).astype(into.dtype), mode="drop")
+        place = (page, *[slice(None)] * (2 if turned else 1), row)
+        return into.at[place].set(x.astype(into.dtype), mode="drop")
+
+    if pages.key_scale is None:
+        return replace(pages, keys=put(pages.keys, k, pages.turned), values=put(pages.values, v))
+    (k, k_scale), (v, v_scale) = _rounded(k), _rounded(v)
+    return replace(
+        pages,
+        keys=put(pages.keys, k, pages.turned),
+        values=put(pages.values, v),
+        key_scale=put(pages.key_scale, k_scale),
+        value_scale=put(pages.value_scale, v_scale),
     )
+
+
+def _rounded(x: Float[Array, "*rows C"]) -> tuple[Array, Array]:
+    """`x` in whole steps between -127 and 127, and the step of each vector."""
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127
+    return jnp.round(x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale)[..., None]), scale
 
 
 def partition(letters: str, mesh: Mesh, kv_heads: int) -> PartitionSpec:
@@ -150,9 +216,15 @@ def local_heads(tensor: int, kv_heads: int) -> int:
     return kv_heads if kv_heads % tensor else kv_heads // tensor
 
 
-def pages_partition(mesh: Mesh, kv_heads: int, quantize: bool) -> Pages:
+def pages_partition(pages: AnyPages, mesh: Mesh) -> AnyPages:
     """The partitions of one layer's pages."""
-    return Pages(partition("B.NC", mesh, kv_heads), partition("B.N", mesh, kv_heads) if quantize else None)
+    if isinstance(pages, Interleaved):
+        return Interleaved(partition(BOTH, mesh, pages.heads))
+    keys, values = (
+        partition(letters, mesh, pages.heads) for letters in (TURNED if pages.turned else APART, APART)
+    )
+    scale = None if pages.key_scale is None else partition(SCALE, mesh, pages.heads)
+    return Pages(keys, values, scale, scale, pages.turned)
 
 
 def on_each_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

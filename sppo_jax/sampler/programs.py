@@ -13,7 +13,7 @@ from sppo_jax.models.transformer import Transformer
 from sppo_jax.sampler import capacity, paged_attention, paging
 from sppo_jax.sampler.capacity import Shape
 from sppo_jax.sampler.decoding import Decoder, Order, Slots
-from sppo_jax.sampler.paging import PAGE, Pages
+from sppo_jax.sampler.paging import PAGE, AnyPages
 
 PREFILL_TOKENS = 1024  # prompt tokens, padding included, of one prefill on one replica
 
@@ -39,8 +39,9 @@ class Programs:
         self.replicas = sharding.batch_shards(mesh)
         a = self.model.architecture
         each = shape.pages // self.replicas
-        pool = paging.shapes(each, a, self.model.compute_dtype, mesh, quantize=shape.quantize)
-        self.pages: list[Pages] = [pool] * a.layers
+        interleaved, dtype = self.kernel == "ragged", self.model.compute_dtype
+        pool = paging.shapes(each, a, dtype, mesh, interleaved=interleaved, quantize=shape.quantize)
+        self.pages: list[AnyPages] = [pool] * a.layers
         # Numbers of slots, descending. In 8 bits another number gives other last bits.
         several, fewest = sharding.platform(mesh) == "cpu" and not shape.quantize, capacity.fewest_slots(a)
         self.sizes = capacity.sizes(shape.slots, self.replicas, fewest) if several else (shape.slots,)
@@ -48,7 +49,7 @@ class Programs:
         self.admit: dict[int, Any] = {}
         self.decode: dict[int, Any] = {}
         self.resize: dict[int, Any] = {}
-        self._decoder = Decoder(graph, mesh, shape, self.kernel)
+        self._decoder = Decoder(graph, mesh, shape)
 
     def rows(self, bucket: int) -> int:
         """The number of prompts in one prefill on one replica."""

@@ -18,7 +18,7 @@ from sppo_jax import sharding
 from sppo_jax.records import Prompt
 from sppo_jax.sampler.capacity import bucket
 from sppo_jax.sampler.decoding import START, STEPS, STOP, Order, read
-from sppo_jax.sampler.paging import PAGE, Pages
+from sppo_jax.sampler.paging import PAGE, AnyPages
 from sppo_jax.sampler.programs import Programs
 from sppo_jax.sampler.schedule import Prefix, Replica, Response
 
@@ -76,7 +76,7 @@ class Stream:
         self,
         programs: Programs,
         weights: Any,
-        pages: list[Pages],
+        pages: list[AnyPages],
         stats: Stats,
         prompts: Sequence[Prompt],
         limits: Sequence[dict[int, int]],

@@ -81,8 +81,8 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
     graph, weights = nnx.split(model)
     serving, shapes = abstract(model, whole, int8)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    converted, finite = _converted(weights, graph=graph, int8=int8, by_output=_by_output(whole))
-    if bad := [name for name, ok in jax.device_get(finite).items() if not ok]:
+    converted = _converted(weights, graph=graph, int8=int8, by_output=_by_output(whole))
+    if bad := [name for name, ok in jax.device_get(_finite(converted)).items() if not ok]:
         raise BadInput(
             f"the policy's weights are damaged: {bad[0]} is not finite in {model.compute_dtype}, in which it is sampled"
         )
@@ -103,15 +103,19 @@ def placed(model: Transformer, whole: Mesh, own: Mesh, int8: bool) -> tuple[Any,
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "int8", "by_output"))
-def _converted(weights: Any, *, graph: Any, int8: bool, by_output: bool) -> tuple[Any, dict[str, jax.Array]]:
-    """The serving model's weights, placed as the compiler chooses, and whether each of them is finite."""
-    serving = nnx.split(serving_model(nnx.merge(graph, weights), int8, by_output))[1]
-    floats = (
-        (jax.tree_util.keystr(path, simple=True, separator="."), x)
+def _converted(weights: Any, *, graph: Any, int8: bool, by_output: bool) -> Any:
+    """The serving model's weights, placed as the compiler chooses."""
+    return nnx.split(serving_model(nnx.merge(graph, weights), int8, by_output))[1]
+
+
+@jax.jit
+def _finite(serving: Any) -> dict[str, jax.Array]:
+    """Whether each of the serving model's weights is finite. Its extremes are NaN if any number is."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): jnp.isfinite(x.max()) & jnp.isfinite(x.min())
         for path, x in jax.tree_util.tree_leaves_with_path(serving)
         if jnp.issubdtype(x.dtype, jnp.floating)
-    )
-    return serving, {name: jnp.isfinite(x).all() for name, x in floats}
+    }
 
 
 def _shardings(model: Transformer, unstacked: Any, mesh: Mesh, turned: bool) -> Any:
