@@ -122,13 +122,16 @@ def updates(batches: Iterable[Any], model: Any, programs: Any, mesh: Any) -> Ite
     """Train as sppo_jax.fit.fit does, without its files. Yields each update's scalars; donates `model`'s arrays."""
     import jax
 
+    from sppo_jax import compilation
     from sppo_jax.training.update import split
 
     _, params, frozen = split(model)
     state = programs.first_state(params)
     del params
-    for batch in batches:
+    for step, batch in enumerate(batches):
         state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
+        if step == 1:
+            compilation.collect()
         yield {name: float(value) for name, value in jax.device_get(scalars).items()}
 
 

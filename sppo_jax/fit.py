@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from sppo_jax import compilation
 from sppo_jax.config import Config, Fit
 from sppo_jax.errors import BadInput, Terminated
 from sppo_jax.losses import LOSSES
@@ -88,6 +89,8 @@ def train(
                 profiler.step(step - start)
             state, scalars = programs.train_step(state, frozen, batch.placed(mesh))
             log.add(step, scalars)
+            if step == start + 1:
+                compilation.collect()  # of the weights before the first update, which a CPU may have read in place
             stopping = stage.metrics.stop_agreed() and step + 1 < total
             if stopping or (step + 1) % config.fit.checkpoint_every == 0 or step + 1 == total:
                 log.flush()  # raises where this update's loss is not finite

@@ -38,6 +38,9 @@ def test_a_variant_is_files_then_knobs_and_has_their_name_or_its_own():
         ("sppo", (), ()),
         ("fit.eta=3", (), (("fit.eta", "3"),)),
     ]
+    assert variants.read(["low=fit.eta=3,fit.epochs=2"], [], []) == [
+        variants.Variant("low", (), (("fit.eta", "3"), ("fit.epochs", "2")))
+    ]
 
 
 def test_a_grid_gives_all_combinations_of_every_variant():

@@ -55,13 +55,15 @@ def read(words: Sequence[str], grid: Sequence[str], common: Sequence[str]) -> li
 
 
 def _variant(word: str) -> Variant:
-    """The variant of a word [NAME=][FILE[+FILE ...]][,section.key=value ...]."""
+    """The variant of a word [NAME=][FILE[+FILE ...]][,section.key=value ...]; before a knob that comes first the comma may be missing."""
     head, *rest = word.split(",")
     label, equals, names = head.partition("=")
     if not equals:
         label, names = "", head
     elif _is_knob(label):
         label, names, rest = "", "", [head, *rest]
+    elif _is_knob(names.partition("=")[0]) and "=" in names:  # NAME=section.key=value
+        names, rest = "", [names, *rest]
     files = names.split("+") if names else []
     if "" in files or not (label or files or rest):
         raise BadInput(f"--configs {word!r}: an empty name of a file; write FILE+FILE, or NAME=FILE")
