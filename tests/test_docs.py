@@ -109,11 +109,15 @@ def check(module, words, place):
         config_file.load(files, overrides)
     elif module == "evaluate":
         for word in words:
-            if run := re.fullmatch(r"(\w[\w/]*)@\d+", word):
+            if run := re.fullmatch(r"(\w[\w/-]*)@\d+", word):
                 (place / run[1]).mkdir(parents=True, exist_ok=True)
                 (place / run[1] / "config.yaml").write_text((ROOT / "configs/mistral_7b.yaml").read_text())
         evaluate_flags.read(words)
     elif module == "compare":
+        for word in words:
+            if source := re.fullmatch(r"jsonl:(runs/[\w.]+)", word):  # which a command before it makes
+                (place / source[1]).parent.mkdir(exist_ok=True)
+                (place / source[1]).write_text('{"prompt": ""}\n')
         compare_flags.read(words)
     elif module == "judge":
         asked = words[words.index("--in") + 1]
