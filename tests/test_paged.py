@@ -90,14 +90,15 @@ def test_ragged_lengths_equal_dense_attention(one_device, options):
         np.testing.assert_allclose(out, dense(batch, **options), atol=1e-5)
 
 
-def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch):
+@pytest.mark.parametrize(("quantize", "window"), [(False, 200), (True, 201)])
+def test_what_other_platforms_run_equals_dense_attention(one_device, monkeypatch, quantize, window):
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(paged_attention, "GROUP", 48)  # several groups
-    # A window that no other test has, so that it is compiled anew.
+    # Windows that no other test has, so that it is compiled anew.
     batch = random_batch(0)
-    out, pages = attend(one_device, batch, window=200)
-    assert not pages.turned
-    np.testing.assert_allclose(out, dense(batch, window=200), atol=1e-5)
+    out, pages = attend(one_device, batch, window=window, quantize=quantize)
+    assert pages.keys.shape == pages.values.shape == (POOL, PAGE, 2, 10)  # no token's place is cut
+    np.testing.assert_allclose(out, dense(batch, window=window), atol=0.05 if quantize else 1e-5)
 
 
 def test_a_window_visits_only_its_pages(one_device):
@@ -301,4 +302,4 @@ def test_the_tpu_kernel_refuses_int8_pages(one_device):
 @pytest.mark.parametrize(("heads", "channels", "pages"), [(3, 64, 8), (2, 32, 24), (1, 16, 32), (32, 256, 1)])
 def test_the_pages_that_a_cpu_reads_at_a_time_fit_its_cache(heads, channels, pages):
     like = jax.ShapeDtypeStruct((9, heads, PAGE, channels), jnp.float32)
-    assert paged_attention._group_of_cpu(paging.Pages(like, like)) == pages
+    assert paged_attention._group_of_cpu(paging.Pages(like, like, turned=True)) == pages

@@ -179,16 +179,18 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
     (slots, _, channels), heads = q_BHC.shape, pages.heads
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
 
+    def read(x: Array, page_G: Array) -> Array:
+        found = x.at[page_G].get(mode="clip")
+        if pages.turned:
+            return found
+        # Otherwise XLA on a TPU lays the pages out as the products prefer, and copies all of them in every step.
+        return with_layout_constraint(found, Layout(major_to_minor=tuple(range(found.ndim)))).swapaxes(1, 2)
+
     def group(t: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
         item_G = t * size + jnp.arange(size)  # results of items past the last are never read
         slot_G, block_G = work.slot_I.at[item_G].get(mode="clip"), work.block_I.at[item_G].get(mode="clip")
         page_G = work.table_BW.at[slot_G, block_G].get(mode="clip")
-        keys_G, v_GNSC = (x.at[page_G].get(mode="clip") for x in (pages.keys, pages.values))
-        # Otherwise XLA on a TPU lays the pages out as the products prefer, and copies all of them in every step.
-        keys_G, v_GNSC = (
-            with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2, 3))).astype(q_BHC.dtype)
-            for x in (keys_G, v_GNSC)
-        )
+        keys_G, v_GNSC = (read(x, page_G).astype(q_BHC.dtype) for x in (pages.keys, pages.values))
         column_GS = block_G[:, None] * PAGE + jnp.arange(PAGE)[None]
         seen_GS = (column_GS < work.length_B[slot_G][:, None]) & (column_GS >= work.first_B[slot_G][:, None])
         seen_G11S = seen_GS[:, None, None]
@@ -197,7 +199,7 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
         score_GNHS = jnp.einsum(scores, q_BNHC[slot_G], keys_G, preferred_element_type=jnp.float32)
         score_GNHS *= scale
         if pages.key_scale is not None:
-            score_GNHS *= pages.key_scale.at[page_G].get(mode="clip")[:, :, None]
+            score_GNHS *= read(pages.key_scale, page_G)[:, :, None]
         if softcap is not None:
             score_GNHS = softcap * jnp.tanh(score_GNHS / softcap)
         score_GNHS = jnp.where(seen_G11S, score_GNHS, MASKED)
@@ -205,7 +207,7 @@ def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | 
         weight_GNHS = jnp.exp(score_GNHS - top_GNH[..., None])
         sum_GNH = jnp.sum(weight_GNHS, axis=-1)
         if pages.value_scale is not None:
-            weight_GNHS *= pages.value_scale.at[page_G].get(mode="clip")[:, :, None]
+            weight_GNHS *= read(pages.value_scale, page_G)[:, :, None]
         # Rows outside the mask hold another slot's leftovers, which may not be finite.
         v_GNSC = jnp.where(seen_GS[:, None, :, None], v_GNSC, 0)
         value_GNHC = jnp.einsum(

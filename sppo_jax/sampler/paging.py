@@ -21,29 +21,28 @@ from sppo_jax.models.architecture import Architecture
 
 PAGE = 64  # tokens
 BEYOND = jnp.iinfo(jnp.int32).max  # a page outside every pool: writes to it are dropped
-# The dimensions of pages as sharding.spec's letters.
-BOTH, APART, TURNED, SCALE = "B.NC", "BN.C", "BNC.", "BN."
+# The dimensions of interleaved pages, and of keys, values and scales that are apart, as sharding.spec's letters.
+BOTH, APART, TURNED = "B.NC", ("B.NC", "B.NC", "B.N"), ("BNC.", "BN.C", "BN.")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pages:
-    """One layer's keys and values on all replicas, apart, so that products read a page as it lies.
+    """One layer's keys and values on all replicas, apart. In int8 each token and head carries a float32 scale.
 
-    In int8 each token and head carries a float32 scale.
+    `turned`, on CPUs, they lie as products read them, in 0.7 of the time. On a TPU writing a token would then copy all pages.
     """
 
-    keys: Any  # [P, N, S, C], or `turned` [P, N, C, S]
-    values: Any  # [P, N, S, C]
-    key_scale: Any = None  # [P, N, S]
-    value_scale: Any = None  # [P, N, S]
-    # A CPU multiplies by turned keys in 0.7 of the time. A TPU would store each page of them as if it had 128 tokens.
+    keys: Any  # [P, S, N, C]; turned: [P, N, C, S]
+    values: Any  # [P, S, N, C]; turned: [P, N, S, C]
+    key_scale: Any = None  # [P, S, N]; turned: [P, N, S]
+    value_scale: Any = None
     turned: bool = field(default=False, metadata={"static": True})
 
     @property
     def heads(self) -> int:
         """N."""
-        return self.keys.shape[1]
+        return self.values.shape[1 if self.turned else 2]
 
 
 @jax.tree_util.register_dataclass
@@ -95,10 +94,12 @@ def shapes(
     if interleaved:
         return Interleaved(like(BOTH, (pages, PAGE, 2 * heads, channels), dtype))
     turned, dtype = sharding.platform(mesh) == "cpu", jnp.int8 if quantize else dtype
-    values = like(APART, (pages, heads, PAGE, channels), dtype)
-    keys = like(TURNED, (pages, heads, channels, PAGE), dtype) if turned else values
-    scale = like(SCALE, (pages, heads, PAGE), jnp.float32) if quantize else None
-    return Pages(keys, values, scale, scale, turned)
+    size = {"B": pages, ".": PAGE, "N": heads, "C": channels}
+    keys, values, scale = (
+        like(letters, tuple(size[letter] for letter in letters), one)
+        for letters, one in zip(TURNED if turned else APART, (dtype, dtype, jnp.float32), strict=True)
+    )
+    return Pages(keys, values, scale, scale, turned) if quantize else Pages(keys, values, turned=turned)
 
 
 def empty(like: AnyPages) -> AnyPages:
@@ -179,19 +180,22 @@ def write(
         place = (page,) if row is None else (page, row)
         return Interleaved(pages.both.at[place].set(both.astype(pages.both.dtype), mode="drop"))
 
-    def put(into: Array, x: Array, turned: bool = False) -> Array:  # x: [R, S, N, ...] or [R, N, ...]
+    def put(into: Array, x: Array, channels_first: bool = False) -> Array:  # x: [R, S, N, ...] or [R, N, ...]
+        x = x.astype(into.dtype)
+        if not pages.turned:
+            return into.at[(page,) if row is None else (page, row)].set(x, mode="drop")
         if row is None:
             x = x.swapaxes(1, 2)
-            return into.at[page].set((x.swapaxes(2, 3) if turned else x).astype(into.dtype), mode="drop")
-        place = (page, *[slice(None)] * (2 if turned else 1), row)
-        return into.at[place].set(x.astype(into.dtype), mode="drop")
+            return into.at[page].set(x.swapaxes(2, 3) if channels_first else x, mode="drop")
+        place = (page, *[slice(None)] * (2 if channels_first else 1), row)
+        return into.at[place].set(x, mode="drop")
 
     if pages.key_scale is None:
-        return replace(pages, keys=put(pages.keys, k, pages.turned), values=put(pages.values, v))
+        return replace(pages, keys=put(pages.keys, k, channels_first=True), values=put(pages.values, v))
     (k, k_scale), (v, v_scale) = _rounded(k), _rounded(v)
     return replace(
         pages,
-        keys=put(pages.keys, k, pages.turned),
+        keys=put(pages.keys, k, channels_first=True),
         values=put(pages.values, v),
         key_scale=put(pages.key_scale, k_scale),
         value_scale=put(pages.value_scale, v_scale),
@@ -220,11 +224,11 @@ def pages_partition(pages: AnyPages, mesh: Mesh) -> AnyPages:
     """The partitions of one layer's pages."""
     if isinstance(pages, Interleaved):
         return Interleaved(partition(BOTH, mesh, pages.heads))
-    keys, values = (
-        partition(letters, mesh, pages.heads) for letters in (TURNED if pages.turned else APART, APART)
+    keys, values, scale = (
+        partition(letters, mesh, pages.heads) for letters in (TURNED if pages.turned else APART)
     )
-    scale = None if pages.key_scale is None else partition(SCALE, mesh, pages.heads)
-    return Pages(keys, values, scale, scale, pages.turned)
+    apart = Pages(keys, values, turned=pages.turned)
+    return apart if pages.key_scale is None else replace(apart, key_scale=scale, value_scale=scale)
 
 
 def on_each_device(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
