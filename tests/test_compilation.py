@@ -2,11 +2,14 @@
 
 import os
 import pwd
+import weakref
 
 import jax
+import numpy as np
 import pytest
 
 from sppo_jax import compilation
+from sppo_jax.models.hf import aligned
 
 
 @pytest.fixture
@@ -80,3 +83,16 @@ def test_the_first_failure_of_the_cache_is_one_line_and_its_last_use(use, value,
     assert line.startswith(f"no cache of compiled programs from now on ({tmp_path}: ")
     assert cache.uses == 1
     assert list(tmp_path.iterdir()) == []  # no half of an entry for the next run to trip over
+
+
+def test_the_memory_of_loaded_weights_goes_with_them(one_device):
+    """jax on a CPU uses it without a copy, and holds it beyond the array."""
+    weights = aligned((1024,), np.dtype(np.float32))
+    memory = weakref.ref(weights.base)
+    array = jax.device_put(weights, one_device.devices.flat[0])
+    assert array.unsafe_buffer_pointer() == weights.ctypes.data
+    del weights
+    jax.block_until_ready(array)
+    del array
+    compilation.collect()
+    assert memory() is None

@@ -147,13 +147,11 @@ def attend(
 ) -> tuple[Float[Array, "B H C"], AnyPages]:
     """Write the new keys and values, then attend from each slot's query to its columns. Returns the output and the pages.
 
-    By the TPU's kernel, if the pages are interleaved.
-    Scores are multiplied by `scale` (None: 1/sqrt(C)) and soft-capped as in attention.attend; softmax is in float32. A
-    slot's output depends neither on other slots nor on which pages it has; on a CPU that holds for every bit. Inactive
-    slots get finite values.
+    Interleaved pages are read by the TPU's kernel. Scores are multiplied by `scale` (None: 1/sqrt(C)) and soft-capped as in
+    attention.attend; softmax is in float32. A slot's output depends neither on other slots nor on which pages it has; on a
+    CPU that holds for every bit. Inactive slots get finite values.
     """
     scale = q_BHC.shape[2] ** -0.5 if scale is None else scale
-    cpu = sharding.platform(mesh) == "cpu"
 
     def local(
         q_BHC: Array, k_BNC: Array, v_BNC: Array, pages: AnyPages, work: Work
@@ -161,7 +159,7 @@ def attend(
         pages = write(pages, work.page_B, work.row_B, k_BNC, v_BNC)
         if isinstance(pages, Interleaved):
             return _ragged(q_BHC, pages, work, scale, softcap), pages
-        return _xla(q_BHC, pages, work, scale, softcap, cpu=cpu), pages
+        return _xla(q_BHC, pages, work, scale, softcap), pages
 
     heads = k_BNC.shape[1]
     spec = pages_partition(pages, mesh)
@@ -170,12 +168,12 @@ def attend(
     return on_each_device(local, mesh, ins, (queries, spec))(q_BHC, k_BNC, v_BNC, pages, work)
 
 
-def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None, *, cpu: bool) -> Array:
+def _xla(q_BHC: Array, pages: Pages, work: Work, scale: float, softcap: float | None) -> Array:
     """Attention in plain XLA over live pages alone, a group at a time.
 
     The loop stores each page's max, sum and weighted values, which are joined at the end.
     """
-    size, join = (_group_of_cpu(pages), _join_in_order) if cpu else (GROUP, _join)
+    size, join = (_group_of_cpu(pages), _join_in_order) if pages.turned else (GROUP, _join)
     (slots, _, channels), heads = q_BHC.shape, pages.heads
     q_BNHC = q_BHC.reshape(slots, heads, -1, channels)
 
