@@ -170,6 +170,8 @@ def measure(run: Session, t: int, probe: list[Pair]) -> None:
         if t == 1:
             files.write_json(run.paths.evaluation(BASE), _evaluation(BASE, base, at_base, noticed[BASE]))
         found = _evaluation(t, policy, rates, noticed[t]) | {"log_ratio": _finite(moved)}
+        if noticed[t]:
+            found["features_change"] = changes(noticed[BASE], noticed[t])
         files.write_json(run.paths.evaluation(t), found)
 
     pod.written("eval.json", write)
@@ -202,11 +204,15 @@ def _shown(prompt: str) -> str:
 
 
 def _evaluation(
-    t: int, policy: Sequence[Responses], rates: dict[str, dict[str, np.ndarray]], noticed: dict[str, float]
+    t: int,
+    policy: Sequence[Responses],
+    rates: dict[str, dict[str, np.ndarray]],
+    noticed: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     written = {judge: {other: _rate(p) for other, p in by.items()} for judge, by in rates.items()}
     found = {"iteration": t, "prompts": len(policy), "win_rate": written, "length": lengths(policy)}
-    return found | ({"features": noticed} if noticed else {})
+    means = {name: float(values.mean()) for name, values in noticed.items()}
+    return found | ({"features": means} if means else {})
 
 
 def _rate(p: np.ndarray) -> dict[str, Any]:
@@ -244,15 +250,26 @@ def win_probabilities(
     return probability_matrix(logits)[:, 0, 1]
 
 
-def features(judge: CheckedJudge, responses: Sequence[Responses], read: Reading) -> dict[str, float]:
-    """Means over first responses of what the judge finds in them; a name that it does not give counts as 0.
+def features(judge: CheckedJudge, responses: Sequence[Responses], read: Reading) -> dict[str, np.ndarray]:
+    """What the judge finds in first responses: {name: [n]}; a name that it does not give counts as 0.
 
     Empty of a judge without features. `read`: how the judge reads them.
     """
     shown = [read(row.prompt, row.responses[:1]) for row in responses]
     found = [judge.features(prompt, text) for prompt, (text,) in shown]
     names = dict.fromkeys(name for one in found for name in one)
-    return {name: float(np.mean([one.get(name, 0) for one in found])) for name in names}
+    return {name: np.array([float(one.get(name, 0)) for one in found]) for name in names}
+
+
+def changes(
+    before: dict[str, np.ndarray], after: dict[str, np.ndarray]
+) -> dict[str, dict[str, float | None]]:
+    """How much features [n] of the same prompts changed: {name: mean and standard error of the difference}."""
+    found, absent = {}, np.zeros(1)
+    for name in dict.fromkeys((*before, *after)):
+        difference = after.get(name, absent) - before.get(name, absent)
+        found[name] = _finite({"mean": float(difference.mean()), "stderr": _stderr(difference)})
+    return found
 
 
 def lengths(responses: Sequence[Responses]) -> dict[str, float]:

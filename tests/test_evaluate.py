@@ -99,7 +99,7 @@ def test_each_prompts_win_probability_is_kept_in_the_order_of_the_prompts():
     assert found["mean"] == pytest.approx(0.5)
 
 
-def test_features_are_means_over_first_responses_as_the_judge_reads_them():
+def test_features_are_of_first_responses_as_the_judge_reads_them():
     class Finder(Discrete):
         def features(self, prompt, response):
             return {"long": len(response) > 1} | ({"empty": 1} if not response else {})
@@ -108,11 +108,24 @@ def test_features_are_means_over_first_responses_as_the_judge_reads_them():
         drawn(("aa", ""), ("b", "bb"), ("", "c"), ("dd!", "d")),
         lambda p, texts: (p, [x.strip("!") for x in texts]),
     )
-    assert evaluate.features(CheckedJudge(Finder(0), "eval.oracle"), rows, read) == {
-        "long": 0.5,
-        "empty": 0.25,
+    found = evaluate.features(CheckedJudge(Finder(0), "eval.oracle"), rows, read)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "long": [1, 0, 0, 1],
+        "empty": [0, 0, 1, 0],
     }
     assert evaluate.features(CheckedJudge(Discrete(0), "eval.oracle"), rows, read) == {}
+
+
+def test_a_features_change_is_the_mean_difference_on_the_same_prompts():
+    before = {"kept": np.array([0.0, 1, 0, 1]), "gone": np.array([1.0, 1, 1, 1])}
+    after = {"kept": np.array([1.0, 1, 1, 1]), "new": np.array([0.0, 2, 0, 2])}
+    found = evaluate.changes(before, after)
+    assert found["gone"] == {"mean": -1.0, "stderr": 0.0}
+    # The differences are 1 0 1 0 and 0 2 0 2: standard deviations sqrt(1/3) and sqrt(4/3), of four prompts.
+    assert found["kept"] == pytest.approx({"mean": 0.5, "stderr": (1 / 3) ** 0.5 / 2})
+    assert found["new"] == pytest.approx({"mean": 1.0, "stderr": (4 / 3) ** 0.5 / 2})
+    one = {"kept": np.array([1.0])}
+    assert evaluate.changes({}, one) == {"kept": {"mean": 1.0, "stderr": None}}
 
 
 @pytest.mark.usefixtures("single_device")

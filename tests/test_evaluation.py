@@ -62,6 +62,13 @@ def test_a_run_keeps_each_held_out_prompts_win_probability_and_what_its_response
         assert sum(rate["per_prompt"]) / found["prompts"] == pytest.approx(rate["mean"], abs=1e-4)
         answers = [found["features"][name] for name in ("right", "wrong", "evasive", "without a statement")]
         assert sum(answers) == pytest.approx(1)
+        if t:
+            base = json.loads((played / "iter_0/eval.json").read_text())
+            for name, changed in found["features_change"].items():
+                assert changed["mean"] == pytest.approx(
+                    found["features"].get(name, 0) - base["features"].get(name, 0)
+                )
+                assert 0 <= changed["stderr"] < 0.5
         assert "P(iteration 2 beats the base)" in (played / "report.html").read_text()
 
 

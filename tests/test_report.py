@@ -134,7 +134,7 @@ def test_a_figure_that_is_null_is_shown_as_a_dash_in_page_table_and_card(run, se
     "section", [{"win_rate": 3}, {"win_rate": {"judge": [1]}}, {"win_rate": {"judge": {"base": {"mean": "0.6"}}}},
                 {"win_rate": {"judge": {"base": {"mean": 7.0, "stderr": 0.1}}}}, {"length": {"tokens": [20]}}, {"length": "long"},
                 {"win_rate": {"judge": {"base": {"mean": 0.5, "stderr": -1}}}}, {"log_ratio": {"winners": True}},
-                {"win_rate": {"judge": {"base": RATE | {"per_prompt": [0.5, 2]}}}}, {"features": [1]}, {"features": {"right": "x"}},
+                {"win_rate": {"judge": {"base": RATE | {"per_prompt": [0.5, 2]}}}}, {"features": [1]}, {"features": {"right": "x"}}, {"features_change": {"right": 1}},
                 {"win_rate": {"judge": {"base": RATE | {"per_prompt": 0.5}}}}, {"iteration": 5}, {"iteration": "1"}, {"prompts": -3}, {"length": {"tokens": 10**400}}]
 )  # fmt: skip
 def test_a_figure_of_another_kind_is_a_dash_with_a_note_and_refused_by_the_card(run, section):

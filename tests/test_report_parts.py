@@ -11,7 +11,7 @@ from sppo_jax.evaluation import figures
 from sppo_jax.records import Responses
 from sppo_jax.report import headline, pictures, rings, samples, tables, trained_on
 from sppo_jax.run import evaluations, intervals, metrics
-from sppo_jax.run.evaluations import Evaluation, Rate
+from sppo_jax.run.evaluations import Change, Evaluation, Rate
 from tests.run_directory import JUDGED, RING, TIES, begun, played, preferred, responses, trained
 
 
@@ -111,6 +111,22 @@ def test_features_have_a_row_each_and_a_column_for_each_policy():
         ["same", "9.000", "9.000"],
     ]
     assert tables.features([evaluation(0)]) == []
+
+
+def test_the_last_policys_features_show_their_change_with_its_interval():
+    changes = {"right": Change(0.36, 0.1), "one": Change(-0.5, None), "longer": Change(1234.4, 1000.0)}
+    means = {"right": 0.42, "one": 1.0, "longer": 3.0, "unknown": 2.0}
+    found = [evaluation(t, features=means, changes=changes if t else {}) for t in range(3)]
+    shown = {row[0]: row[-1] for row in tables.features(found)}
+    assert shown == {  # Student's t with 499 degrees of freedom: 1.9647
+        "responses": "change, 95 %",
+        "right": "+0.360 ± 0.196",
+        "one": "-0.500",
+        "longer": "+1234 ± 1965",
+        "unknown": "-",
+    }
+    few = [dataclasses.replace(e, prompts=19) for e in found]
+    assert {row[0]: row[-1] for row in tables.features(few)}["right"] == "+0.360"
 
 
 def test_the_most_improved_and_the_most_worsened_prompts_come_first():

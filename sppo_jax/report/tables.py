@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from scipy.special import stdtrit
+
+from sppo_jax.run import intervals
 from sppo_jax.run.directory import BASE
 from sppo_jax.run.evaluations import Evaluation, Rate
 
@@ -63,15 +66,31 @@ def judged(lines: Sequence[dict[str, Any]]) -> Table:
 def features(found: Sequence[Evaluation]) -> Table:
     """Means of what the oracle finds in held-out responses: a row for each feature, the most changed first, a column for each policy.
 
-    Empty without any.
+    The last column has the last policy's change from the base on the same prompts, with half of its 95 % interval. Empty
+    without any.
     """
     measured = [e for e in found if e.features]
     names = list(dict.fromkeys(name for e in measured for name in e.features))
     change = {name: measured[-1].features.get(name, 0) - measured[0].features.get(name, 0) for name in names}
     names.sort(key=lambda name: -abs(change[name]))
     head = ["responses", *("base" if e.iteration == BASE else f"iteration {e.iteration}" for e in measured)]
-    rows = [[name, *(figure(e.features.get(name), "{:.3f}") for e in measured)] for name in names]
-    return [head, *rows] if rows else []
+    rows = [
+        [name, *(figure(e.features.get(name), "{:.3f}") for e in measured), _changed(measured[-1], name)]
+        for name in names
+    ]
+    return _without_empty([[*head, "change, 95 %"], *rows]) if rows else []
+
+
+def _changed(last: Evaluation, name: str) -> str:
+    """The mean change ± half of its 95 % interval over prompts; without it where that is luck."""
+    found = last.changes.get(name)
+    if found is None or found.mean is None:
+        return ABSENT
+    mean, prompts = figure(found.mean, "{:+.3f}"), last.prompts or 0
+    if found.stderr is None or prompts < intervals.FEW:
+        return mean
+    half = float(stdtrit(prompts - 1, (1 + intervals.LEVEL) / 2)) * found.stderr
+    return f"{mean} ± {figure(half, '{:.3f}')}"
 
 
 def figure(value: float | None, form: str) -> str:

@@ -40,6 +40,14 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Change:
+    """The mean change of a feature, and its standard error over prompts."""
+
+    mean: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One eval.json: the policy after an iteration on the held-out prompts. None: not measured."""
 
@@ -56,9 +64,9 @@ class Evaluation:
     losers: float | None = None
     losers_stderr: float | None = None
     kl_per_token: float | None = None
-    features: Mapping[str, float] = field(
-        default_factory=dict
-    )  # means of what the oracle finds in the responses
+    # What the oracle finds in the responses: means, and their change from the base's on the same prompts.
+    features: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
     def against(self, judge: str, other: str) -> Rate | None:
         """The win rate that a judge gave against `other` ("base", "previous"); None where there is none."""
@@ -172,7 +180,7 @@ def _evaluation(raw: _Object, t: int) -> Evaluation:
     if raw.raw.get("iteration", t) != t:
         raw._wrong("iteration", f"{t}")
     rates, length = raw.section("win_rate", required=True), raw.section("length", required=True)
-    moved, found = raw.section("log_ratio"), raw.section("features")
+    moved, found, changed = (raw.section(key) for key in ("log_ratio", "features", "features_change"))
     return Evaluation(
         iteration=t,
         prompts=raw.count("prompts"),
@@ -185,7 +193,12 @@ def _evaluation(raw: _Object, t: int) -> Evaluation:
         losers_stderr=moved.figure("losers_stderr", 0),
         kl_per_token=moved.figure("kl_per_token"),
         features={name: value for name in found.raw if (value := found.figure(name)) is not None},
+        changes={name: _change(changed.section(name)) for name in changed.raw},
     )
+
+
+def _change(of: _Object) -> Change:
+    return Change(of.figure("mean"), of.figure("stderr", 0))
 
 
 def _rates(by: _Object) -> dict[str, Rate]:
