@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from examples import ifollow
 from sppo_jax import chat, command, config_file, export, interchange
 from sppo_jax.compare import flags as compare_flags
 from sppo_jax.evaluation import flags as evaluate_flags
@@ -114,6 +115,8 @@ def check(module, words, place):
                 (place / run[1] / "config.yaml").write_text((ROOT / "configs/mistral_7b.yaml").read_text())
         evaluate_flags.read(words)
     elif module == "compare":
+        if "smollm2_ifollow" in words:
+            ifollow.write(place / "ifollow")  # as the command before it does
         for word in words:
             if source := re.fullmatch(r"jsonl:(runs/[\w.]+)", word):  # which a command before it makes
                 (place / source[1]).parent.mkdir(exist_ok=True)
