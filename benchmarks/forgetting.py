@@ -22,6 +22,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+from harness import TASK
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -50,7 +51,7 @@ def capitals() -> list[dict[str, Any]]:
         answers = rng.sample([city for city in cities.values() if city != capital], CHOICES - 1)
         gold = rng.randrange(CHOICES)
         answers.insert(gold, capital)
-        rows.append({"text": f"The capital of {country} is", "answers": answers, "gold": gold})
+        rows.append({"prompt": f"The capital of {country} is", "answers": answers, "gold": gold})
     return rows
 
 
@@ -65,7 +66,7 @@ def agreement() -> list[dict[str, Any]]:
         start = f"The {subject}{'s' * plural} {place} the {other}{'s' * (1 - plural)}"
         end = f" {ENDS[forms[0]]}." if forms[0] in ENDS else "."
         rows[start + verb] = {
-            "text": "",
+            "prompt": "",
             "answers": [f"{start} {form}{end}" for form in forms],
             "gold": plural,
         }
@@ -77,32 +78,21 @@ def reference() -> list[dict[str, Any]]:
     found = {
         " ".join(part.split()) for text in topics.values() for part in text.split("\n\n") if _is_prose(part)
     }
-    return [{"text": text} for text in random.Random(0).sample(sorted(found), PARAGRAPHS)]
+    return [{"prompt": text} for text in random.Random(0).sample(sorted(found), PARAGRAPHS)]
 
 
 def _is_prose(part: str) -> bool:
     return len(part) in PARAGRAPH and not any(mark in part for mark in ("::=", ">>>", "   "))
 
 
-def _choice(name: str) -> dict[str, Any]:
-    return {
-        "task": name,
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "answers",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-
-
 TASKS = {
-    "capitals": (capitals, _choice("capitals")),
-    "agreement": (agreement, _choice("agreement")),
+    "capitals": (capitals, TASK | {"task": "capitals"}),
+    "agreement": (agreement, TASK | {"task": "agreement"}),
     "reference": (reference, {
         "task": "reference",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{text}}",
+        "doc_to_target": "{{prompt}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }),
 }  # fmt: skip
@@ -145,11 +135,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="questions of each task (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    policies = {"base": args.base}
-    for word in args.policies:
+    if args.limit is not None and args.limit < 2:
+        parser.error("--limit must be at least 2: one question has no interval")
+    policies: dict[str, Path] = {}
+    for word in (f"base={args.base}", *args.policies):
         name, mark, path = word.partition("=")
         if not (mark and (Path(path) / "config.json").is_file()) or name in policies:
-            parser.error(f"--policies {word}: not NAME=DIR with a new name and an export's directory")
+            parser.error(f"{word}: not NAME=DIR with a new name and the directory of a model")
         policies[name] = Path(path)
     found = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def forgetting():
 def test_each_capital_is_asked_for_once_among_four_different_cities(forgetting):
     rows = forgetting.capitals()
     cities = json.loads(forgetting.CAPITALS.read_text())
-    assert [row["text"] for row in rows] == [f"The capital of {country} is" for country in cities]
+    assert [row["prompt"] for row in rows] == [f"The capital of {country} is" for country in cities]
     assert [row["answers"][row["gold"]] for row in rows] == list(cities.values())
     assert all(len(set(row["answers"])) == 4 for row in rows)
     counts = [sum(row["gold"] == place for row in rows) for place in range(4)]
@@ -54,7 +53,7 @@ def test_the_gold_verb_agrees_with_the_subject_and_not_with_the_nearest_noun(for
 
 
 def test_paragraphs_of_the_reference_are_prose_of_the_length_that_is_asked_for(forgetting):
-    texts = [row["text"] for row in forgetting.reference()]
+    texts = [row["prompt"] for row in forgetting.reference()]
     assert len(set(texts)) == len(texts) == forgetting.PARAGRAPHS
     assert all(len(text) <= forgetting.PARAGRAPH.stop and "::=" not in text for text in texts)
 
@@ -66,7 +65,7 @@ def test_a_policy_with_noise_on_its_weights_scores_worse_than_its_base(
     # The embedded policy knows only its own world's language.
     rng, lines = random.Random(0), names.path("prompts/heldout.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[:24]]
-    texts = [{"text": f"{prompt} {world.sample_response(prompt, rng)}"} for prompt in prompts]
+    texts = [{"prompt": f"{prompt} {world.sample_response(prompt, rng)}"} for prompt in prompts]
     monkeypatch.setitem(forgetting.TASKS, "reference", (lambda: texts, forgetting.TASKS["reference"][1]))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     base = names.path("policy")
@@ -93,10 +92,21 @@ def test_a_policy_with_noise_on_its_weights_scores_worse_than_its_base(
     assert lost["change"] == pytest.approx(lost["mean"] - table["base"]["reference"]["mean"])
 
 
-def test_a_policy_that_is_no_export_is_refused(tmp_path, forgetting):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--base", str(tmp_path), "--policies", f"a={tmp_path}"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "not NAME=DIR" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--base", "{empty}", "--policies", "a={base}"], "base={empty}: not NAME=DIR"),
+        (["--base", "{base}", "--policies", "a={empty}"], "a={empty}: not NAME=DIR"),
+        (["--base", "{base}", "--policies", "base={base}"], "base={base}: not NAME=DIR with a new name"),
+        (["--base", "{base}", "--policies", "a={base}", "--limit", "1"], "--limit must be at least 2"),
+    ],
+)
+def test_what_is_no_model_and_what_has_no_interval_are_refused(
+    tmp_path, monkeypatch, capsys, forgetting, words, said
+):
+    places = {"empty": tmp_path, "base": names.path("policy")}
+    monkeypatch.setattr(sys, "argv", ["forgetting.py", *(word.format(**places) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        forgetting.main()
+    assert ended.value.code == 2
+    assert said.format(**places) in capsys.readouterr().err.splitlines()[-1]
